@@ -1,0 +1,26 @@
+"""The one family of errors that is the user's to fix.
+
+Everything that a config, a data file, a model folder or a checkpoint can get wrong is raised as a
+`UserError`. `dpo_scale.cli.run` prints its message on rank 0 without a traceback and exits with code 2;
+any other exception is a defect of ours and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message names it and says what was expected."""
+
+
+class ConfigError(UserError):
+    """An unknown key, a wrong type or an impossible value in a config file or an override."""
+
+
+class DataError(UserError):
+    """A data file or a row of one that cannot be used; the message names file and row."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer that cannot be loaded, or does not fit the run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged or belongs to another run."""
