@@ -24,3 +24,7 @@ class ModelError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged or belongs to another run."""
+
+
+class TrainingError(UserError):
+    """Training that cannot go on: a loss or gradient that is not finite."""

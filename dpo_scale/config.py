@@ -1,0 +1,285 @@
+"""The one tree of settings: a YAML file, then `section.key=value` overrides, into dataclasses.
+
+The tree is plain dataclasses rather than a configuration library's objects because it has to be three things
+at once: importable in milliseconds (no torch, so `--help` and a typing mistake cost nothing), strict (an
+unknown key is a mistake, never ignored), and the run's own record (`save` writes the resolved tree, and loading
+that file gives the same tree). Reading is in `dpo_scale.config_reader`; here are the sections and the rules that
+hold between them. Field names are those of TRL and Hugging Face wherever the thing is the same.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dpo_scale.config_reader import apply_override, build, read_yaml, to_mapping
+from dpo_scale.data.settings import DataSettings
+from dpo_scale.deepspeed_config import (
+    clean_user_config,
+    known_optimizer,
+    optimizer_names,
+    policy_deepspeed_config,
+    read_deepspeed_json,
+    zero_settings_of,
+)
+from dpo_scale.errors import ConfigError
+from dpo_scale.loss_settings import LossSettings
+
+
+def _check(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: expected {expected}")
+
+
+@dataclass
+class ModelSettings:
+    """The policy: which weights, in what precision, how its activations are kept."""
+
+    path: str = ""  # Hugging Face folder, hub id, or `builtin:` name
+    revision: str | None = None
+    tokenizer: str | None = None  # folder or hub id; the model's own if null
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: str | None = None  # transformers' name: eager, sdpa, flash_attention_2, ...
+    gradient_checkpointing: bool = False
+    disable_dropout: bool = True
+    trust_remote_code: bool = False
+
+    def validate(self) -> None:
+        _check(bool(self.path), "model.path", self.path, "a model folder, hub id or builtin: name")
+
+
+@dataclass
+class ReferenceSettings:
+    """The frozen model that log-ratios are taken against; independent of the policy's ZeRO stage."""
+
+    model: str | None = None  # null: the policy's initial weights
+    revision: str | None = None
+    stage: Literal[0, 3] = 0  # 0: a copy on each rank; 3: sharded over the ranks
+    offload_param: Literal["none", "cpu"] = "none"
+
+    def validate(self) -> None:
+        _check(
+            self.offload_param == "none" or self.stage == 3,
+            "reference.offload_param",
+            self.offload_param,
+            "'none' unless reference.stage is 3",
+        )
+
+
+@dataclass
+class LogprobSettings:
+    """How token log-probs are computed from hidden states (see `dpo_scale.logprobs`)."""
+
+    implementation: Literal["auto", "naive", "chunked"] = "auto"
+
+
+@dataclass
+class TrainSettings:
+    """The optimization: batches counted in preference pairs, steps in optimizer steps."""
+
+    global_batch_size: int = 64  # pairs an optimizer step sees, over all ranks and micro-steps
+    micro_batch_size: int = 1  # pairs of one forward pass on one rank
+    eval_micro_batch_size: int | None = None  # null: micro_batch_size
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None  # overrides num_train_epochs
+    drop_last: bool = False  # drop an epoch's last, incomplete global batch instead of using it
+    shuffle: bool = True
+    learning_rate: float = 1.0e-6
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
+    warmup_ratio: float = 0.0
+    warmup_steps: int | None = None  # overrides warmup_ratio
+    min_lr_ratio: float = 0.0  # share of the learning rate left at the end of cosine and linear
+    optim: str = "adamw_torch"  # or the name of any DeepSpeed optimizer
+    optim_args: dict[str, Any] = field(default_factory=dict)  # further arguments of that optimizer
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1.0e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    seed: int = 42
+    eval_steps: int | None = None  # null: at the end only, if there is held-out data
+    eval_on_start: bool = False
+
+    def validate(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1 pair")
+        for name in ("eval_micro_batch_size", "max_steps", "eval_steps"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"train.{name}", value, "null or at least 1")
+        _check(self.num_train_epochs > 0, "train.num_train_epochs", self.num_train_epochs, "more than 0")
+        _check(self.learning_rate >= 0, "train.learning_rate", self.learning_rate, "0 or more")
+        _check(0 <= self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "a share from 0 to 1")
+        _check(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            "train.warmup_steps",
+            self.warmup_steps,
+            "null, or 0 or more",
+        )
+        _check(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "a share from 0 to 1")
+        _check(known_optimizer(self.optim), "train.optim", self.optim, f"one of {', '.join(optimizer_names())}")
+        _check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "from 0 to below 1")
+        _check(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "more than 0")
+        _check(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 (no clipping) or more")
+        _check(0 <= self.seed < 2**63, "train.seed", self.seed, "from 0 to below 2**63")
+
+
+@dataclass
+class DeepspeedSettings:
+    """ZeRO stage and offloads; anything else of DeepSpeed's goes through `config`."""
+
+    stage: Literal[0, 1, 2, 3] | None = None  # null: what `config` says, else 2
+    offload_optimizer: Literal["none", "cpu"] | None = None  # null: what `config` says, else none
+    offload_param: Literal["none", "cpu"] | None = None
+    config: str | dict[str, Any] | None = None  # a DeepSpeed JSON (path or mapping), merged with the settings
+    timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+
+    def resolve(self) -> None:
+        """Read the DeepSpeed JSON into the tree, and take from it what the settings leave open."""
+        if isinstance(self.config, str):
+            self.config = read_deepspeed_json(self.config)
+        stated = {}
+        if self.config is not None:
+            self.config = clean_user_config(self.config)
+            stated = zero_settings_of(self.config)
+        for name, default in (("stage", 2), ("offload_optimizer", "none"), ("offload_param", "none")):
+            if getattr(self, name) is None:
+                setattr(self, name, stated.get(name, default))
+        allowed = {"stage": (0, 1, 2, 3), "offload_optimizer": ("none", "cpu"), "offload_param": ("none", "cpu")}
+        for name, values in allowed.items():
+            value = getattr(self, name)
+            _check(value in values and not isinstance(value, bool), f"deepspeed.{name}", value, f"one of {values}")
+
+    def validate(self) -> None:
+        _check(
+            self.offload_optimizer == "none" or self.stage >= 1,
+            "deepspeed.offload_optimizer",
+            self.offload_optimizer,
+            "'none' at stage 0: optimizer states are offloaded from stage 1 on",
+        )
+        _check(
+            self.offload_param == "none" or self.stage == 3,
+            "deepspeed.offload_param",
+            self.offload_param,
+            "'none' below stage 3: parameters are offloaded at stage 3 only",
+        )
+        _check(self.timeout_minutes > 0, "deepspeed.timeout_minutes", self.timeout_minutes, "more than 0")
+
+
+@dataclass
+class CheckpointSettings:
+    """When a run's state is saved, what is kept, and which state becomes the final model."""
+
+    save_steps: int | None = None  # null: at the end only
+    save_at_end: bool = True
+    save_total_limit: int | None = 2  # newest checkpoints kept, beside the best one; null: all
+    metric_for_best_model: str | None = None  # a metric of the held-out data, e.g. rewards/accuracies
+    greater_is_better: bool = True
+    load_best_model_at_end: bool = False  # write model/ from the best checkpoint, not from the last step
+
+    def validate(self) -> None:
+        for name in ("save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"checkpoint.{name}", value, "null or at least 1")
+        _check(
+            not self.load_best_model_at_end or self.metric_for_best_model is not None,
+            "checkpoint.load_best_model_at_end",
+            True,
+            "checkpoint.metric_for_best_model to be set with it",
+        )
+
+
+@dataclass
+class LoggingSettings:
+    """Where the metrics go besides `metrics.jsonl`, which always gets every step."""
+
+    logging_steps: int = 1  # console lines and trackers; metrics.jsonl has every step
+    console_metrics: list[str] = field(
+        default_factory=lambda: ["loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate"]
+    )
+    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, mlflow, ... (accelerate's names)
+    project_name: str = "dpo_scale"
+    progress_bar: bool = True  # only where the console is a terminal
+
+    def validate(self) -> None:
+        _check(self.logging_steps >= 1, "logging.logging_steps", self.logging_steps, "at least 1")
+
+
+@dataclass
+class Config:
+    """A whole run. `output_dir` null means `runs/<config name>-<time>`."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    logprobs: LogprobSettings = field(default_factory=LogprobSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    deepspeed: DeepspeedSettings = field(default_factory=DeepspeedSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    output_dir: str | None = None
+
+    def validate(self) -> None:
+        """Refuse impossible values, within sections and between them.
+
+        Raises:
+            ConfigError: naming the key, its value and what is allowed.
+        """
+        for name in ("model", "reference", "data", "loss", "train", "deepspeed", "checkpoint", "logging"):
+            getattr(self, name).validate()
+        _check(bool(self.data.train), "data.train", self.data.train, "at least one data file, folder or hub name")
+        _check(
+            not (self.model.dtype == "bfloat16" and self.deepspeed.stage == 0),
+            "deepspeed.stage",
+            0,
+            "1, 2 or 3 with model.dtype bfloat16 (DeepSpeed's stage 0 updates bf16 weights wrongly); "
+            "stage 0 trains in float32 or float16",
+        )
+        has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
+        policy_deepspeed_config(self, micro_steps=1)  # refuses a DeepSpeed JSON that contradicts the settings
+        for key, value in (
+            ("train.eval_steps", self.train.eval_steps),
+            ("train.eval_on_start", self.train.eval_on_start or None),
+            ("checkpoint.metric_for_best_model", self.checkpoint.metric_for_best_model),
+        ):
+            _check(value is None or has_eval, key, value, "held-out data with it: data.eval or data.eval_fraction")
+        if not self.loss.needs_reference:
+            _check(
+                self.reference.model is None,
+                "reference.model",
+                self.reference.model,
+                f"null: loss.loss_type {self.loss.loss_type!r} uses no reference model",
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the resolved tree as YAML; `load_config(path)` gives an equal tree."""
+        path.write_text(yaml.safe_dump(to_mapping(self), sort_keys=False, width=100), encoding="utf-8")
+
+
+def load_config(path: str | Path | None, overrides: list[str] = (), *, now: datetime.datetime | None = None) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, validate, and name the output folder.
+
+    Args:
+        path: the YAML file; None starts from the defaults, so that overrides alone can describe a run.
+        overrides: e.g. `["train.learning_rate=5e-7", "data.train=[a.jsonl, b.jsonl]"]`; values are YAML.
+        now: the time in the default output folder's name.
+
+    Raises:
+        ConfigError: on a missing or malformed file, an unknown key, a wrong type or an impossible value.
+    """
+    mapping = read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        apply_override(mapping, override)
+    config = build(Config, mapping)
+    config.deepspeed.resolve()
+    config.validate()
+    if config.output_dir is None:
+        name = Path(path).stem if path is not None else "run"
+        config.output_dir = f"runs/{name}-{(now or datetime.datetime.now()):%Y%m%d-%H%M%S}"
+    return config

@@ -1,0 +1,224 @@
+"""Mappings into dataclasses, strictly: every key known, every value of its declared type.
+
+Only the types that the settings use are understood: bool, int, float, str, Literal, list, dict, dataclasses and
+unions of these. A dataclass with a `parse` classmethod takes shorthand forms (a plain string for a data source).
+YAML 1.1 reads `5e-6` as a string, so a float field takes strings that are numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_scale.errors import ConfigError
+
+KEY_ALIASES = {"model.model_name_or_path": "model.path", "model.torch_dtype": "model.dtype"}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML would silently resolve to the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError names file and line if it can't be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        mapping = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected sections (model:, data:, ...), found {_describe(mapping)}")
+    return mapping
+
+
+def apply_override(mapping: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in a nested mapping; the value is read as YAML."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.learning_rate=5e-7")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text  # paths and templates may hold characters that YAML reads otherwise
+    *parents, last = key.strip().split(".")
+    node = mapping
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = node[parent] = {}
+        node = child
+    node[last] = value
+
+
+def build(cls: type, value: Any, key: str = "", root: type | None = None) -> Any:
+    """An instance of the dataclass `cls` from a mapping; ConfigError names the dotted key of what is wrong."""
+    root = root or cls
+    if hasattr(cls, "parse") and not isinstance(value, dict):
+        value = cls.parse(value)
+        if isinstance(value, cls):
+            return value
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} = {value!r}: expected a section with keys, found {_describe(value)}")
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in value:
+        if name not in known:
+            raise ConfigError(_unknown_key(_join(key, name), root))
+    return cls(**{name: _convert(hints[name], item, _join(key, name), root) for name, item in value.items()})
+
+
+def to_mapping(value: Any) -> Any:
+    """The inverse of `build`: dataclasses to nested plain mappings."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_mapping(item) for item in value]
+    if isinstance(value, dict):
+        return {name: to_mapping(item) for name, item in value.items()}
+    return value
+
+
+def list_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted key, type as text, default) of every option, in the order of the classes."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key = _join(prefix, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from list_keys(hints[field.name], key)
+        else:
+            has_factory = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if has_factory else field.default
+            yield key, describe_type(hints[field.name]), default
+
+
+def describe_type(hint: Any) -> str:
+    """A type as a user would name it: `a number`, `one of 'a', 'b'`, `null or text`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(item) for item in arguments)
+    if origin in (typing.Union, types.UnionType):
+        ordered = sorted(arguments, key=lambda item: item is not type(None))
+        return " or ".join(describe_type(item) for item in ordered)
+    if origin is list:
+        return f"list of ({describe_type(arguments[0])})"
+    if origin is dict or hint is dict:
+        return "mapping"
+    if dataclasses.is_dataclass(hint):
+        return "mapping with " + ", ".join(field.name for field in dataclasses.fields(hint))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return names.get(hint, "any value")
+
+
+def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
+    converted = _try_convert(hint, value, key, root)
+    if converted is _MISMATCH:
+        allowed = describe_type(hint)
+        close = ""
+        if typing.get_origin(hint) is typing.Literal and isinstance(value, str):
+            nearest = difflib.get_close_matches(value, [str(item) for item in typing.get_args(hint)], n=1)
+            close = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"{key} = {value!r}: expected {allowed}, found {_describe(value)}{close}")
+    return converted
+
+
+_MISMATCH = object()
+
+
+def _try_convert(hint: Any, value: Any, key: str, root: type) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin is typing.Literal:
+        # bool is an int to Python: `stage: true` must not become stage 1
+        matches = [item for item in arguments if item == value and type(item) is type(value)]
+        return matches[0] if matches else _MISMATCH
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        results = (_try_convert(item, value, key, root) for item in arguments)
+        return next((result for result in results if result is not _MISMATCH), _MISMATCH)
+    if origin is list:
+        # one source or metric needs no brackets; null is the empty list
+        items = [] if value is None else value if isinstance(value, list) else [value]
+        return [_convert(arguments[0], item, f"{key}[{i}]", root) for i, item in enumerate(items)]
+    if origin is dict or hint is dict:
+        return {} if value is None else dict(value) if isinstance(value, dict) else _MISMATCH
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, key, root)
+    if hint is type(None):
+        return None if value is None else _MISMATCH
+    if hint is bool:
+        return value if isinstance(value, bool) else _MISMATCH
+    if hint is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _MISMATCH
+    if hint is float:
+        return _to_float(value)
+    if hint is str:
+        return value if isinstance(value, str) else _MISMATCH
+    raise AssertionError(f"{key}: settings use a type that the reader does not know: {hint!r}")
+
+
+def _to_float(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return _MISMATCH
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return _MISMATCH
+    return number if math.isfinite(number) else _MISMATCH
+
+
+def _unknown_key(key: str, root: type) -> str:
+    known = [name for name, _, _ in list_keys(root)]
+    sections = [field.name for field in dataclasses.fields(root)]
+    if key in KEY_ALIASES:
+        return f"unknown key {key}: did you mean {KEY_ALIASES[key]}?"
+    # the right name in the wrong section is the commonest mistake; then a misspelt one
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.75) or [
+        leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), n=1)
+    ]
+    nearest = same_leaf or near
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; the sections are {', '.join(sections)}"
+    return f"unknown key {key}{hint}"
+
+
+def _join(prefix: str, name: object) -> str:
+    return f"{prefix}.{name}" if prefix else str(name)
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    names = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,91 @@
+"""Which pairs an optimizer step sees, and which rank sees which of them in which micro-step.
+
+All of it is arithmetic on (seed, epoch, lengths) that every rank does alike, without communication: a run can be
+resumed at any step, and a step holds the same pairs whatever the number of ranks or the micro-batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs of one rank's forward pass: dataset indices [P] and their weights [P] in the global sum.
+
+    A weight is 1, or 0 for a filler: a rank with nothing left in a micro-step repeats a short pair at weight 0, since
+    every rank must take part in every forward and backward pass of a sharded model.
+    """
+
+    indices: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run: `steps_per_epoch` global batches of `global_batch_size` of `num_pairs` pairs."""
+
+    num_pairs: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool = True
+    drop_last: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        count = self.num_pairs / self.global_batch_size
+        return math.floor(count) if self.drop_last else math.ceil(count)
+
+    def total_steps(self, epochs: float, max_steps: int | None) -> int:
+        return max_steps if max_steps is not None else math.ceil(epochs * self.steps_per_epoch)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) that optimizer step `step` (from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The pairs of an epoch in order, int64 [num_pairs]."""
+        if not self.shuffle:
+            return np.arange(self.num_pairs)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
+
+    def global_batch(self, step: int, order: np.ndarray) -> np.ndarray:
+        """The pairs of optimizer step `step`, given `epoch_order(epoch_of(step))`; the last may be incomplete."""
+        start = (step % self.steps_per_epoch) * self.global_batch_size
+        return order[start : start + self.global_batch_size]
+
+
+def micro_steps_of(num_pairs: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-steps that `num_pairs` pairs take: the same on every rank."""
+    return max(1, math.ceil(num_pairs / (micro_batch_size * world_size)))
+
+
+def split_among_ranks(
+    pairs: np.ndarray, lengths: np.ndarray, *, micro_batch_size: int, world_size: int
+) -> list[list[MicroBatch]]:
+    """Lay a global batch out over micro-steps and ranks.
+
+    Pairs are sorted by length (longest first, so that memory peaks in the first micro-step) and cut into nearly
+    equal runs of neighbours: rows of a micro-batch, and the ranks of a micro-step, are about as long as each other.
+
+    Args:
+        pairs: [G] indices into the dataset.
+        lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
+        micro_batch_size: most pairs in a micro-batch.
+        world_size: number of ranks.
+
+    Returns:
+        `result[micro_step][rank]`.
+    """
+    assert len(pairs) > 0
+    of_pairs = lengths[pairs]
+    longest_row = of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)
+    ordered = pairs[np.lexsort((pairs, -longest_row))]
+    micro_steps = micro_steps_of(len(pairs), micro_batch_size, world_size)
+    runs = np.array_split(ordered, micro_steps * world_size)
+    filler = MicroBatch(ordered[-1:], np.zeros(1, dtype=np.float32))
+    batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) if len(run) else filler for run in runs]
+    return [batches[step * world_size : (step + 1) * world_size] for step in range(micro_steps)]

@@ -1,0 +1,91 @@
+"""Token ids of pairs into the tensors of one forward pass.
+
+`padded`: one sequence a row, chosen and rejected of each pair next to each other, padded on the right to the
+longest. Positions are 0, 1, 2, ... in every row, and under a causal mask no real token sees the padding behind it,
+so neither position ids nor an attention mask are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from dpo_scale.data.dataset import Pair
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """P pairs as B rows of T tokens, of which S are scored. All index tensors are int64.
+
+    Attributes:
+        input_ids: [B, T].
+        score_index: [S] flat positions (b * T + t) whose hidden state predicts a completion token.
+        score_targets: [S] those completion tokens.
+        score_segments: [S] ascending; 2i for pair i's chosen, 2i + 1 for its rejected.
+        lengths: [P, 2] completion tokens of chosen and rejected.
+        row_ids: [P] indices into the dataset.
+        weights: [P] fp32 weight of each pair in the global batch's sum; 0 for a filler.
+    """
+
+    input_ids: torch.Tensor
+    score_index: torch.Tensor
+    score_targets: torch.Tensor
+    score_segments: torch.Tensor
+    lengths: torch.Tensor
+    row_ids: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        return self.lengths.shape[0]
+
+    def to(self, device: torch.device) -> PairBatch:
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        return replace(self, **moved)
+
+
+def padded_batch(pairs: Sequence[Pair], weights: np.ndarray, pad_token_id: int) -> PairBatch:
+    """Lay pairs out one sequence a row.
+
+    Args:
+        pairs: P pairs; every prompt has at least one token, since the first completion token needs a predecessor.
+        weights: [P].
+        pad_token_id: any valid token id; padding is neither attended to nor scored.
+    """
+    rows = [
+        (pair.prompt_ids, completion) for pair in pairs for completion in (pair.chosen_ids, pair.rejected_ids)
+    ]
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    score_index = []
+    for b, (prompt, completion) in enumerate(rows):
+        assert len(prompt) > 0 and len(completion) > 0
+        end = len(prompt) + len(completion)
+        input_ids[b, : len(prompt)] = prompt
+        input_ids[b, len(prompt) : end] = completion
+        score_index.append(b * width + np.arange(len(prompt) - 1, end - 1))
+    lengths = np.array([len(completion) for _, completion in rows], dtype=np.int64)
+    return PairBatch(
+        input_ids=torch.from_numpy(input_ids),
+        score_index=torch.from_numpy(np.concatenate(score_index)),
+        score_targets=torch.from_numpy(np.concatenate([completion for _, completion in rows]).astype(np.int64)),
+        score_segments=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)),
+        lengths=torch.from_numpy(lengths.reshape(-1, 2)),
+        row_ids=torch.tensor([pair.index for pair in pairs]),
+        weights=torch.from_numpy(np.asarray(weights, dtype=np.float32)),
+    )
+
+
+def padded_slots(pairs: np.ndarray, lengths: np.ndarray) -> int:
+    """Token slots that `padded_batch` of these pairs has, padding included (B * T)."""
+    of_pairs = lengths[pairs]
+    return 2 * len(pairs) * int((of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).max())
+
+
+def padded_tokens(pairs: np.ndarray, lengths: np.ndarray) -> int:
+    """Token slots of `padded_batch` that hold a token: the prompt twice a pair, each completion once."""
+    of_pairs = lengths[pairs]
+    return int((2 * of_pairs[:, 0] + of_pairs[:, 1] + of_pairs[:, 2]).sum())

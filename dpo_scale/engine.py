@@ -1,0 +1,272 @@
+"""DeepSpeed and the ranks: the only place that knows there is more than one process.
+
+Everything else sees a handful of functions (rank, sums over ranks, who goes first) and two engines: one that
+trains the policy and one that only runs the reference. Backward passes are driven with explicit accumulation
+boundaries and unscaled losses, because an optimizer step here may take any number of micro-steps and weighs pairs,
+not micro-batches (`loss_scale_for_mean`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import random
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def quiet_libraries() -> None:
+    """Leave only warnings and errors of the libraries on the console, and those of rank 0 alone."""
+    level = logging.WARNING if rank() == 0 else logging.ERROR
+    for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\).*using the device under current context.*")
+
+
+def init_distributed(timeout_minutes: float) -> None:
+    """Join the process group; `deepspeed`, `torchrun` and plain `python` (one rank) all end up here.
+
+    Args:
+        timeout_minutes: a collective that one rank waits in for longer raises on that rank, which ends the run.
+    """
+    if "RANK" not in os.environ:  # plain python: without these DeepSpeed would look for MPI
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        # gloo alone is right and starts at once; the shared-memory op would be compiled first (about 20 s)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(local_rank())
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def log(message: str) -> None:
+    """A line on rank 0's console; progress bars are kept whole."""
+    if is_main():
+        from tqdm import tqdm
+
+        tqdm.write(message)
+
+
+def device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory held so far by this rank: the accelerator's allocator, or the process on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        return int(get_accelerator().max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of the ranks' values, exact for whole numbers below 2**53."""
+    if world_size() == 1:
+        return value
+    holder = torch.tensor([value], dtype=torch.float64, device=device())
+    dist.all_reduce(holder, op=dist.ReduceOp.MAX)
+    return holder.item()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's (small, picklable) value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows, stacked in rank order; gradients flow to this rank's own rows only.
+
+    Every rank computes a loss over all rows and each contributes the gradient of its own: summed over ranks that is
+    the gradient of one such loss, which is what averaging engines expect of a sum over pairs.
+
+    Args:
+        values: [P, ...], the same shape on every rank.
+
+    Returns:
+        [world_size * P, ...].
+    """
+    if world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.detach().contiguous())
+    parts[rank()] = values
+    return torch.cat(parts)
+
+
+def main_first(work: Callable[[], Result]) -> Result:
+    """Run `work` on each node's first rank, then on its others, which find the caches it left."""
+    first = local_rank() == 0
+    result = work() if first else None
+    barrier()
+    return result if first else work()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank (dropout, if on, is drawn per rank from `seed + rank`)."""
+    random.seed(seed + rank())
+    np.random.seed((seed + rank()) % 2**32)
+    torch.manual_seed(seed + rank())
+
+
+@contextmanager
+def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, Hugging Face models load straight into ZeRO-3 shards if the config says stage 3.
+
+    transformers decides by a module-level weak reference to this object, so it must live through the load and must be
+    gone before another model, with another config, is loaded.
+    """
+    if deepspeed_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(_with_batch_size(deepspeed_config))
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+def _with_batch_size(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's zero.Init wants a consistent batch triple before any engine exists."""
+    micro = deepspeed_config["train_micro_batch_size_per_gpu"]
+    steps = deepspeed_config.get("gradient_accumulation_steps", 1)
+    return {**deepspeed_config, "train_batch_size": micro * steps * world_size()}
+
+
+def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float) -> Any:
+    """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual."""
+    import deepspeed
+
+    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    # a ZeRO-3 shard is flat, so its true rank is read from the shape it stands for
+    is_matrix = {name: len(getattr(p, "ds_shape", p.shape)) >= 2 for name, p in trainable}
+    groups = [
+        {"params": [p for name, p in trainable if is_matrix[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if not is_matrix[name]], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=deepspeed_config)
+    return engine
+
+
+def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine without an optimizer that runs `module` forward only (stage 0 or 3)."""
+    import deepspeed
+
+    module.eval().requires_grad_(False)
+    engine = deepspeed.initialize(model=module, config=deepspeed_config)[0]
+    engine.eval()
+    return engine
+
+
+def loss_scale_for_mean(global_batch_pairs: int) -> float:
+    """Factor from a rank's *sum* of pair losses to what the engine must see.
+
+    The engine averages gradients over the W ranks: sum_r grad(c * sum of rank r) / W is the gradient of the mean over
+    the G pairs of the global batch if c = W / G, however the pairs are spread over ranks and micro-steps.
+    """
+    return world_size() / global_batch_pairs
+
+
+def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
+    """One micro-step's backward pass; gradients are reduced where the stage does so, at the latest at the last."""
+    engine.set_gradient_accumulation_boundary(last_micro_step)
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[float, bool]:
+    """Clip, update the weights, clear the gradients.
+
+    Returns:
+        The gradient's global 2-norm before clipping, and whether the step was skipped (fp16 overflow).
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm = None
+    if engine.zero_optimization_stage() == 0 and not engine.fp16_enabled():
+        # DeepSpeed tells no norm for a plain optimizer; the gradients are whole and reduced here
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+    engine.step()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+        norm = float(norm) if norm is not None else float("nan")
+    skipped = bool(getattr(engine.optimizer, "overflow", False))
+    return norm, skipped
+
+
+def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+    """The whole model's weights in the engine's precision, by the names of the engine's module; None off rank 0.
+
+    Every rank must call it: at stage 3 the weights are gathered layer by layer onto rank 0's host memory.
+    """
+    if engine.zero_optimization_stage() == 3:
+        state = engine._zero3_consolidated_16bit_state_dict()
+        return dict(state) if is_main() else None
+    return engine.module.state_dict() if is_main() else None

@@ -1,0 +1,150 @@
+"""From a batch of pairs to losses and metrics: the part that training and evaluation share, and evaluation itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_scale import engine
+from dpo_scale.config import Config
+from dpo_scale.data.batching import MicroBatch, split_among_ranks
+from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.layout import PairBatch, padded_batch
+from dpo_scale.loss_settings import LossSettings
+from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
+from dpo_scale.metrics import MetricSums
+
+
+def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed completion log-probs under a model, and the pairs' WPO weights if the loss uses them.
+
+    Returns:
+        ([P, 2] fp32 with chosen in column 0, [P] or None).
+    """
+    by_products = ("log_sum_p2",) if settings.use_weighting else ()
+    scored = scorer(batch.input_ids, batch.score_index, batch.score_targets, by_products)
+    token_values, extra = scored if by_products else (scored, {})
+    sums = sum_token_logps(
+        token_values, batch.score_segments, batch.num_pairs, batch.lengths, ld_alpha=settings.ld_alpha
+    )
+    if not by_products:
+        return sums, None
+    return sums, wpo_weights(token_values, extra["log_sum_p2"], batch.score_segments, batch.num_pairs)
+
+
+def reference_logps(reference: Any, batch: PairBatch, settings: LossSettings) -> torch.Tensor | None:
+    """The reference's summed log-probs [P, 2], or None where the loss needs no reference."""
+    if reference is None:
+        return None
+    # WPO's weights are the policy's alone
+    settings = replace(settings, use_weighting=False)
+    with torch.no_grad():
+        return sequence_logps(reference, batch, settings)[0]
+
+
+def pair_losses(
+    policy: Any, reference: Any, batch: PairBatch, settings: LossSettings, mean_chosen_tokens: float, most_pairs: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses and metrics of one micro-batch.
+
+    Args:
+        mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
+        most_pairs: most pairs that any rank has in this micro-step.
+
+    Returns:
+        The sum to differentiate, the per-pair losses [P] as reported, and per-pair metrics, each [P].
+    """
+    # the reference first, before the policy's activations exist
+    reference_sums = reference_logps(reference, batch, settings)
+    policy_sums, wpo = sequence_logps(policy, batch, settings)
+    if settings.needs_batch:
+        return _losses_across_ranks(policy_sums, reference_sums, wpo, batch, settings, mean_chosen_tokens, most_pairs)
+    losses, metrics = preference_loss(
+        policy_sums,
+        reference_sums,
+        batch.lengths,
+        settings,
+        mean_chosen_tokens=mean_chosen_tokens,
+        pair_weights=wpo,
+    )
+    return (losses * batch.weights).sum(), losses, metrics
+
+
+def _losses_across_ranks(
+    policy_sums: torch.Tensor,
+    reference_sums: torch.Tensor | None,
+    wpo: torch.Tensor | None,
+    batch: PairBatch,
+    settings: LossSettings,
+    mean_chosen_tokens: float,
+    most_pairs: int,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses that sort the pairs of all ranks' micro-batches (AOT).
+
+    Every rank takes the loss over all real pairs of the micro-step and differentiates the whole sum with respect to
+    its own; what it reports is its share of the positions, so that sums over ranks count each once.
+    """
+
+    def gathered(values: torch.Tensor) -> torch.Tensor:
+        missing = most_pairs - values.shape[0]
+        padding = values.new_zeros((missing, *values.shape[1:]))
+        return engine.gather_rows(torch.cat([values, padding]))
+
+    weights = gathered(batch.weights)
+    real = weights > 0
+    losses, metrics = preference_loss(
+        gathered(policy_sums)[real],
+        None if reference_sums is None else gathered(reference_sums)[real],
+        gathered(batch.lengths)[real],
+        settings,
+        mean_chosen_tokens=mean_chosen_tokens,
+        pair_weights=None if wpo is None else gathered(wpo)[real],
+    )
+    first = int(real[: engine.rank() * most_pairs].sum())
+    own = slice(first, first + int((batch.weights > 0).sum()))
+    is_filler = own.start == own.stop
+    # a filler takes part in the backward pass like any other, at zero
+    total = losses.sum() + 0.0 * policy_sums.sum()
+    if is_filler:
+        zero = torch.zeros_like(batch.weights)
+        return total, zero, {name: zero for name in metrics}
+    return total, losses[own], {name: values[own] for name, values in metrics.items()}
+
+
+def mean_chosen_tokens(pairs: np.ndarray, lengths: np.ndarray) -> float:
+    """Mean chosen tokens of a global batch [G]; `lengths` is [N, 3] (prompt, chosen, rejected)."""
+    return float(lengths[pairs, 1].mean())
+
+
+def load_batch(dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int) -> PairBatch:
+    """One rank's micro-batch on the device."""
+    pairs = [dataset[int(i)] for i in micro_batch.indices]
+    return padded_batch(pairs, micro_batch.weights, pad_token_id).to(engine.device())
+
+
+@torch.no_grad()
+def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, pad_token_id: int) -> dict[str, float]:
+    """Mean metrics over all pairs of a dataset, `loss` among them, each pair counted once. Every rank must call it."""
+    lengths = dataset.lengths
+    pairs = np.arange(len(dataset))
+    was_training = policy.module.training
+    policy.eval()
+    sums = MetricSums()
+    batches = split_among_ranks(
+        pairs,
+        lengths,
+        micro_batch_size=config.train.eval_micro_batch_size or config.train.micro_batch_size,
+        world_size=engine.world_size(),
+    )
+    for ranks in batches:
+        batch = load_batch(dataset, ranks[engine.rank()], pad_token_id)
+        most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
+        chosen_tokens = mean_chosen_tokens(pairs, lengths)
+        _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
+        sums.add({"loss": losses, **metrics}, batch.weights)
+    policy.train(was_training)
+    means, _ = sums.reduce()
+    return {**means, "pairs": float(len(dataset))}

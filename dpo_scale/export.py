@@ -1,0 +1,98 @@
+"""The trained model as a Hugging Face folder: sharded safetensors, tokenizer, chat template, model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dpo_scale import __version__, engine
+from dpo_scale.config import Config
+
+MODEL_DIR = "model"
+_WRAPPER_PREFIX = "model."  # the name under which PairScorer holds the Hugging Face model
+MAX_SHARD_SIZE = "5GB"
+
+
+def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, results: dict[str, Any]) -> Path:
+    """Write `model/`, which `AutoModelForCausalLM.from_pretrained` loads. Every rank must call it.
+
+    Args:
+        policy: the DeepSpeed engine around a `PairScorer`.
+        results: for the model card: `before` and `after` (held-out metrics or None), `steps`, `pairs`.
+    """
+    state = engine.consolidated_state_dict(policy)
+    folder = run_dir / MODEL_DIR
+    if engine.is_main():
+        assert state is not None
+        model = policy.module.model
+        weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in state.items()}
+        temporary = folder.with_name(folder.name + ".incomplete")
+        shutil.rmtree(temporary, ignore_errors=True)
+        _restore_config(model)
+        model.save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(config, results), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    engine.barrier()
+    return folder
+
+
+def _restore_config(model: Any) -> None:
+    text = model.config.get_text_config()
+    for name, value in model.original_dropout.items():
+        setattr(text, name, value)
+    model.config.use_cache = True
+    generation = model.generation_config
+    if generation is not None and not generation.do_sample:
+        # folders in the wild set sampling parameters without do_sample, which transformers refuses to save
+        if generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0):
+            generation.do_sample = True
+
+
+def model_card(config: Config, results: dict[str, Any]) -> str:
+    """The model card's Markdown: what it is, from which data and settings, with which held-out results."""
+    base = Path(config.model.path).name if Path(config.model.path).exists() else config.model.path
+    loss = ", ".join(config.loss.loss_types)
+    sources = "\n".join(f"- `{Path(source.path).name}`" for source in config.data.train)
+    rows = ["| held-out metric | before | after |", "|---|---|---|"]
+    before, after = results.get("before") or {}, results.get("after") or {}
+    for name in ("loss", "rewards/accuracies", "rewards/margins", "accuracy/policy"):
+        if name in after:
+            start = f"{before[name]:.4f}" if name in before else "not measured"
+            rows.append(f"| {name} | {start} | {after[name]:.4f} |")
+    held_out = "\n".join(rows) if after else "No held-out data was given."
+    train = config.train
+    return f"""---
+base_model: {base}
+library_name: transformers
+tags:
+- dpo
+- preference-tuning
+- dpo_scale
+---
+# {base}, preference-tuned
+
+Trained from `{base}` with dpo_scale {__version__} (Direct Preference Optimization, arXiv 2305.18290).
+
+## Data
+{results["pairs"]} preference pairs seen, from:
+{sources}
+
+## Settings
+| setting | value |
+|---|---|
+| loss | {loss} |
+| beta | {config.loss.beta} |
+| optimizer steps | {results["steps"]} |
+| pairs a step | {train.global_batch_size} |
+| learning rate | {train.learning_rate}, {train.lr_scheduler_type} |
+| precision | {config.model.dtype} |
+| maximum length | {config.data.max_length} tokens |
+| seed | {train.seed} |
+
+## Results
+{held_out}
+"""

@@ -1,0 +1,160 @@
+"""Hugging Face weights into a model ready for an engine: whole, or straight into ZeRO-3 shards.
+
+Nothing is executed from a model folder unless `model.trust_remote_code` says so. Dropout is switched off in the config
+before the model is built, because many architectures read it only then; the values the folder came with are put back
+when the trained model is saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_scale import engine
+from dpo_scale.config import Config
+from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.errors import ModelError
+from dpo_scale.models.builtin import resolve_model_path
+from dpo_scale.models.scorer import PairScorer, check_head
+
+
+def load_model_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder or hub id.
+
+    Raises:
+        ModelError: naming the path and what could not be read.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_model_path(path)
+    looks_like_folder = path.startswith((".", "/", "~")) or Path(path).exists()
+    if looks_like_folder and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json there; expected a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a model that transformers can load: {_first_line(error)}") from None
+
+
+def load_causal_lm(
+    path: str,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    disable_dropout: bool = True,
+) -> torch.nn.Module:
+    """A causal LM with its weights in `dtype` ("float32", "bfloat16", "float16").
+
+    Raises:
+        ModelError: if the folder lacks weights for some of the model, or has none that can be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model_path(path)
+    config = load_model_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    original_dropout = switch_off_dropout(config) if disable_dropout else {}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{path}: its weights cannot be loaded: {_first_line(error)}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{path}: no weights for {len(missing)} of the model's parameters, e.g. {missing[0]}; "
+            f"is this a complete {config.model_type} language model?"
+        )
+    model.config.use_cache = False
+    model.original_dropout = original_dropout
+    return model
+
+
+def switch_off_dropout(config: Any) -> dict[str, float]:
+    """Set every dropout probability of a transformers config to 0; returns those that were not."""
+    text = config.get_text_config()
+    found = {
+        name: value
+        for name, value in text.to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0
+    }
+    for name in found:
+        setattr(text, name, 0.0)
+    return found
+
+
+def load_policy(config: Config, micro_steps: int) -> Any:
+    """The policy's DeepSpeed engine around a `PairScorer`, in training mode."""
+    deepspeed_config = policy_deepspeed_config(config, micro_steps)
+    model = _load_for(config, config.model.path, config.model.revision, deepspeed_config)
+    if config.model.gradient_checkpointing:
+        # non-reentrant: ZeRO-3's hooks and frozen inputs work with it, and dropout is replayed
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    scorer = PairScorer(model, config.logprobs.implementation)
+    policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
+    policy.train()
+    return policy
+
+
+def load_reference(config: Config) -> Any:
+    """The reference's DeepSpeed engine around a `PairScorer`, forward only.
+
+    Always from the named reference or from the run's recorded start (`model.path`), never from a checkpoint: a resumed
+    run has the reference it began with.
+    """
+    path = config.reference.model or config.model.path
+    revision = config.reference.revision if config.reference.model else config.model.revision
+    deepspeed_config = reference_deepspeed_config(config)
+    model = _load_for(config, path, revision, deepspeed_config)
+    return engine.initialize_reference(PairScorer(model, config.logprobs.implementation), deepspeed_config)
+
+
+def _load_for(config: Config, path: str, revision: str | None, deepspeed_config: dict[str, Any]) -> torch.nn.Module:
+    with engine.partitioned_loading(deepspeed_config):
+        model = load_causal_lm(
+            path,
+            dtype=config.model.dtype,
+            revision=revision,
+            attn_implementation=config.model.attn_implementation,
+            trust_remote_code=config.model.trust_remote_code,
+            disable_dropout=config.model.disable_dropout,
+        )
+    if deepspeed_config["zero_optimization"]["stage"] != 3:
+        model.to(engine.device())
+        check_head(model)
+    return model
+
+
+def check_same_tokenizer(policy: Any, reference: Any, policy_path: str, reference_path: str) -> None:
+    """Refuse a reference whose tokenizer would read the same ids as other text.
+
+    Args:
+        policy, reference: transformers tokenizers.
+
+    Raises:
+        ModelError: naming both and an example of the difference.
+    """
+    ours, theirs = policy.get_vocab(), reference.get_vocab()
+    if ours != theirs:
+        differing = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+        raise ModelError(
+            f"reference.model = {reference_path}: its tokenizer differs from that of {policy_path} "
+            f"({len(theirs)} against {len(ours)} tokens; {differing!r} is {theirs.get(differing)} there and "
+            f"{ours.get(differing)} here); log-probs of the two can't be compared"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,132 @@
+"""Token log-probs out of a causal language model, without its logits ever being a tensor of the graph.
+
+A Hugging Face causal LM is a backbone and a head. Its own `forward` multiplies every position by the head; only
+completion tokens are scored in preference tuning, so `PairScorer` runs the backbone, picks the hidden states that
+predict a completion token, and hands those to the head. The head's own `forward` is rebound to return log-probs: the
+head stays the module that owns its weight, so ZeRO-3 gathers that weight by the hooks it has anyway, in forward and
+backward, once per pass, tied or not.
+
+Shapes: B rows of T tokens, S scored tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpo_scale.errors import ModelError
+from dpo_scale.logprobs import token_logps
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What a model does to `hidden @ W.T + bias`: multiply by `logit_scale`, then soft-cap at `softcap`."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_transform(config: Any) -> HeadTransform:
+    """Read logit scale and soft-cap off a transformers config.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 caps at
+    `final_logit_softcapping`.
+    """
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    if getattr(text, "model_type", "").startswith("granite"):
+        scale /= float(getattr(text, "logits_scaling", 1.0))
+    cap = getattr(text, "final_logit_softcapping", None)
+    return HeadTransform(scale, float(cap) if cap else None)
+
+
+class PairScorer(nn.Module):
+    """A causal LM as a function from token ids to the log-probs of chosen positions.
+
+    Args:
+        model: a transformers causal LM; its head is rebound, so `model(...)` no longer returns logits.
+        implementation: how log-probs are computed (`dpo_scale.logprobs`).
+
+    Raises:
+        ModelError: if the model has no separable backbone and linear head.
+    """
+
+    def __init__(self, model: nn.Module, implementation: str = "auto") -> None:
+        super().__init__()
+        backbone, head = model.base_model, model.get_output_embeddings()
+        if backbone is model or not isinstance(head, nn.Linear):
+            raise ModelError(
+                f"{type(model).__name__}: expected a causal language model made of a backbone and a linear head"
+            )
+        self.model = model
+        transform = head_transform(model.config)
+
+        def score(linear: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, by_products: tuple[str, ...]):
+            return token_logps(
+                hidden,
+                linear.weight,
+                targets,
+                bias=linear.bias,
+                logit_scale=transform.logit_scale,
+                softcap=transform.softcap,
+                implementation=implementation,
+                by_products=by_products,
+            )
+
+        head.forward = types.MethodType(score, head)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        score_index: torch.Tensor,
+        score_targets: torch.Tensor,
+        by_products: tuple[str, ...] = (),
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Log-probs of `score_targets`, fp32 [S].
+
+        Args:
+            input_ids: [B, T] int64, padded on the right: under a causal mask no real token sees the padding, so no
+                attention mask is needed.
+            score_index: [S] int64, flat positions (b * T + t) whose hidden state predicts a scored token.
+            score_targets: [S] int64, those tokens.
+            by_products: extra per-token values, see `dpo_scale.logprobs.token_logps`.
+        """
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        scored = hidden.flatten(0, 1).index_select(0, score_index)
+        return self.model.get_output_embeddings()(scored, score_targets, by_products)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Make sure that backbone, head and the known transform give this model's own logits, before it is wrapped.
+
+    An architecture that does something more between hidden states and logits would train on wrong log-probs in
+    silence. Not for ZeRO-3 shards, whose weights are not there before the engine is.
+
+    Raises:
+        ModelError: naming the architecture and the largest difference.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=device)[None]
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits.double()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(hidden).double()
+    model.train(training)
+    transform = head_transform(model.config)
+    logits = logits * transform.logit_scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    error = (logits - expected).abs().max().item()
+    # both come from the same products; only the order of roundings in the model's dtype may differ
+    allowed = 4 * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())
+    if not error <= allowed:
+        raise ModelError(
+            f"{type(model).__name__}: its logits are not its head applied to its last hidden state with the scale and "
+            f"soft-cap of its config (they differ by {error:.3g}); this architecture is not supported"
+        )

@@ -1,0 +1,155 @@
+"""Where metrics go: the console, `metrics.jsonl`, and the trackers of accelerate that were asked for. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dpo_scale.config import Config
+from dpo_scale.config_reader import to_mapping
+from dpo_scale.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that accelerate does not know or whose package is missing, before any model is loaded."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"logging.report_to = {name!r}: expected one of {', '.join(known)}")
+        if name not in available:
+            raise ConfigError(f"logging.report_to = {name!r}: its package is not installed (pip install {name})")
+
+
+class Tracker:
+    """Writes a run's metrics; `close` it whatever happens."""
+
+    def __init__(self, config: Config, run_dir: Path, total_steps: int, start_step: int) -> None:
+        self._config = config.logging
+        self._total_steps = total_steps
+        self._file = _open_metrics(run_dir / METRICS_FILE, start_step)
+        self._trackers = _start_trackers(config, run_dir)
+        self._started = time.monotonic()
+        self._start_step = start_step
+        self._bar = None
+        if self._config.progress_bar and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self._trackers:
+            tracker.finish()
+        self._file.close()
+
+    def train(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of optimizer step `step` (counted from 1)."""
+        self._write("train", step, metrics)
+        if self._bar is not None:
+            self._bar.update()
+        if step % self._config.logging_steps == 0 or step == self._total_steps:
+            shown = "  ".join(_format(name, metrics[name]) for name in self._config.console_metrics if name in metrics)
+            if self._bar is not None:
+                self._bar.set_postfix_str(shown)
+            else:
+                self._line(f"step {step}/{self._total_steps}  {shown}  left {self._time_left(step)}")
+            for tracker in self._trackers:
+                tracker.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record metrics of the held-out pairs after `step` optimizer steps."""
+        self._write("eval", step, metrics)
+        names = ("loss", "rewards/accuracies", "rewards/margins", "accuracy/policy")
+        shown = "  ".join(_format(name, metrics[name]) for name in names if name in metrics)
+        self._line(f"eval at step {step}: {shown}  pairs {metrics['pairs']:.0f}")
+        for tracker in self._trackers:
+            tracker.log({f"eval/{name}": value for name, value in metrics.items()}, step=step)
+
+    def _write(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        # JSON has no NaN: a value that is not finite is written as null
+        finite = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"phase": phase, "step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def _time_left(self, step: int) -> str:
+        seconds = (time.monotonic() - self._started) / (step - self._start_step) * (self._total_steps - step)
+        minutes, seconds = divmod(int(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, in order; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _open_metrics(path: Path, start_step: int):
+    """Append after the lines of the steps that a resumed run keeps; those it will redo are dropped."""
+    if path.exists():
+        kept = [record for record in read_metrics(path) if start_step and record["step"] <= start_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _format(name: str, value: float) -> str:
+    if name == "learning_rate":
+        return f"{name} {value:.2e}"
+    return f"{name} {value:.4g}"
+
+
+def _start_trackers(config: Config, run_dir: Path) -> list[Any]:
+    if not config.logging.report_to:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers ask it whether this is the main process
+    trackers = []
+    for name in config.logging.report_to:
+        cls = LOGGER_TYPE_TO_CLASS[name]
+        if getattr(cls, "requires_logging_directory", False):
+            tracker = cls(config.logging.project_name, logging_dir=str(run_dir / "trackers"))
+        else:
+            tracker = cls(config.logging.project_name)
+        if hasattr(tracker, "start"):
+            tracker.start()
+        tracker.store_init_configuration(_flat(to_mapping(config)))
+        trackers.append(tracker)
+    return trackers
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

@@ -1,0 +1,315 @@
+"""The training run, top to bottom: data, engines, the loop, the model.
+
+An optimizer step is: every rank walks through its micro-batches of the step's global batch (reference forward, policy
+forward, backward), metrics are summed over ranks once, the numbers are checked, the weights are updated. What decides
+the next step (order, learning rate) is a pure function of the step's number; what can't be is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_scale import engine
+from dpo_scale.checkpoint import (
+    Identity,
+    TrainState,
+    checkpoint_path,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    model_fingerprint,
+    read_state,
+    save_checkpoint,
+)
+from dpo_scale.config import Config
+from dpo_scale.config_reader import to_mapping
+from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
+from dpo_scale.data.dataset import PairDataset, load_pairs
+from dpo_scale.data.layout import padded_slots, padded_tokens
+from dpo_scale.data.tokenize import load_tokenizer
+from dpo_scale.errors import ConfigError, DataError, ModelError, TrainingError
+from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
+from dpo_scale.export import export_model
+from dpo_scale.metrics import MetricSums
+from dpo_scale.models.builtin import resolve_model_path
+from dpo_scale.models.load import check_same_tokenizer, load_model_config, load_policy, load_reference
+from dpo_scale.schedule import learning_rate
+from dpo_scale.tracking import Tracker, check_trackers
+
+CONFIG_FILE = "config.yaml"
+
+
+def train(config: Config, resume: str | None = None) -> Path:
+    """Train a policy and return the run folder; every rank calls it.
+
+    Args:
+        config: a validated config.
+        resume: what `--resume` says, see `checkpoint.find_checkpoint`; None starts afresh.
+
+    Raises:
+        UserError: for anything that the config, the data, a model folder or a checkpoint gets wrong, before any
+            weights are loaded where that can be known.
+        TrainingError: if the loss or the gradient is no longer finite.
+    """
+    engine.init_distributed(config.deepspeed.timeout_minutes)
+    engine.quiet_libraries()
+    engine.seed_everything(config.train.seed)
+    check_trackers(config.logging.report_to)
+    run_dir = agree_on_run_dir(config, resume)
+    started_from = find_checkpoint(resume, run_dir) if resume else None
+
+    tokenizer, model_config = load_tokenizers(config)
+    data = engine.main_first(
+        lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
+    )
+    check_vocabulary(tokenizer, model_config)
+    schedule = make_schedule(config, data.train)
+    total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
+    identity = identity_of(config, model_config, data.train)
+    state = read_state(started_from, identity) if started_from else TrainState()
+
+    if engine.is_main():
+        config.save(run_dir / CONFIG_FILE)
+    micro_steps = micro_steps_of(
+        min(config.train.global_batch_size, len(data.train)), config.train.micro_batch_size, engine.world_size()
+    )
+    engine.log(f"run folder {run_dir}")
+    engine.log(
+        f"{len(data.train)} pairs to train on, {len(data.eval) if data.eval else 0} held out; {total_steps} steps of "
+        f"{config.train.global_batch_size} pairs: {micro_steps} micro-steps x {engine.world_size()} ranks"
+    )
+    policy = load_policy(config, micro_steps)
+    reference = load_reference(config) if config.loss.needs_reference else None
+    if started_from:
+        load_checkpoint(policy, started_from)
+        engine.log(f"resumed from {started_from} at step {state.step}")
+
+    run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
+    tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
+    try:
+        before, after = run_steps(run, state, tracker)
+    finally:
+        if tracker is not None:
+            tracker.close()
+    if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
+        assert state.best_step is not None
+        engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
+        load_weights(policy, checkpoint_path(run_dir, state.best_step))
+        after = run.best_metrics
+    results = {"before": before, "after": after, "steps": state.best_step or state.step, "pairs": state.pairs}
+    folder = export_model(policy, tokenizer, config, run_dir, results)
+    engine.log(f"model saved in {folder}")
+    return run_dir
+
+
+@dataclass
+class Run:
+    """What stays the same from step to step."""
+
+    config: Config
+    run_dir: Path
+    policy: Any
+    reference: Any
+    tokenizer: Any
+    schedule: Schedule
+    total_steps: int
+    train_data: PairDataset
+    eval_data: PairDataset | None
+    identity: Identity
+    best_metrics: dict[str, float] | None = None
+
+
+def run_steps(
+    run: Run, state: TrainState, tracker: Tracker | None
+) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """The loop. Advances `state` to the last step; returns the first and the last held-out metrics, if measured."""
+    settings = run.config.train
+    before = after = None
+    if settings.eval_on_start and state.step == 0:
+        before = held_out_metrics(run, state, tracker)
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    while state.step < run.total_steps:
+        if run.schedule.epoch_of(state.step) != epoch:
+            epoch = run.schedule.epoch_of(state.step)
+            order = run.schedule.epoch_order(epoch)
+        metrics = train_step(run, state, run.schedule.global_batch(state.step, order))
+        if tracker is not None:
+            tracker.train(state.step, metrics)
+
+        is_last = state.step == run.total_steps
+        if run.eval_data and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
+            after = held_out_metrics(run, state, tracker)
+        improved = after is not None and note_best(run, state, after)
+        keep = run.config.checkpoint
+        due = keep.save_steps is not None and state.step % keep.save_steps == 0
+        if due or improved or (is_last and keep.save_at_end):
+            save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=keep.save_total_limit)
+    return before, after
+
+
+def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, float]:
+    """One optimizer step on the global batch `pairs` [G]; advances `state` and returns the step's metrics."""
+    started = time.perf_counter()
+    settings, lengths = run.config.train, run.train_data.lengths
+    layout = split_among_ranks(
+        pairs, lengths, micro_batch_size=settings.micro_batch_size, world_size=engine.world_size()
+    )
+    chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    scale = engine.loss_scale_for_mean(len(pairs))
+    sums = MetricSums()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for k, ranks in enumerate(layout):
+        batch = load_batch(run.train_data, ranks[engine.rank()], run.tokenizer.pad_token_id)
+        most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
+        total, losses, metrics = pair_losses(
+            run.policy, run.reference, batch, run.config.loss, chosen_tokens, most_pairs
+        )
+        engine.backward(run.policy, total * scale, last_micro_step=k == len(layout) - 1)
+        sums.add({"loss": losses, **metrics}, batch.weights)
+        seen.append((batch.row_ids, losses.detach()))
+    means, peak_memory = sums.reduce(per_rank=engine.peak_memory_bytes())
+    if not math.isfinite(means["loss"]):
+        raise non_finite_error(run, state.step + 1, seen)
+
+    rate = learning_rate(state.step, run.total_steps, settings)
+    grad_norm, skipped = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
+    if not math.isfinite(grad_norm) and not skipped:
+        raise TrainingError(f"step {state.step + 1}: the gradient's norm is {grad_norm}; nothing was saved of this step")
+
+    tokens = int(lengths[pairs].sum())
+    slots = sum(padded_slots(micro.indices, lengths) for ranks in layout for micro in ranks)
+    filled = sum(padded_tokens(micro.indices, lengths) for ranks in layout for micro in ranks if micro.weights.any())
+    state.step += 1
+    state.pairs += len(pairs)
+    state.tokens += tokens
+    seconds = time.perf_counter() - started
+    return {
+        **means,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "epoch": state.step / run.schedule.steps_per_epoch,
+        "tokens": state.tokens,
+        "pairs": state.pairs,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "pairs_per_second": len(pairs) / seconds,
+        "padding_fraction": 1.0 - filled / slots,
+        "peak_memory_bytes": peak_memory,
+    }
+
+
+def held_out_metrics(run: Run, state: TrainState, tracker: Tracker | None) -> dict[str, float]:
+    """Evaluate the held-out pairs and record the result."""
+    assert run.eval_data is not None
+    metrics = evaluate(run.policy, run.reference, run.eval_data, run.config, run.tokenizer.pad_token_id)
+    if tracker is not None:
+        tracker.evaluation(state.step, metrics)
+    return metrics
+
+
+def note_best(run: Run, state: TrainState, metrics: dict[str, float]) -> bool:
+    """Whether these held-out metrics are the best so far; remembers them if so."""
+    settings = run.config.checkpoint
+    name = settings.metric_for_best_model
+    if name is None or state.best_step == state.step:
+        return False
+    if name not in metrics:
+        raise ConfigError(
+            f"checkpoint.metric_for_best_model = {name!r}: expected one of {', '.join(sorted(metrics))}"
+        )
+    value, best = metrics[name], state.best_metric
+    if best is not None and (value <= best if settings.greater_is_better else value >= best):
+        return False
+    state.best_metric, state.best_step = value, state.step
+    run.best_metrics = metrics
+    return True
+
+
+def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> TrainingError:
+    """Name the rows, on whichever ranks, whose loss is not finite. Every rank must call it."""
+    own = [(row, value) for rows, losses in seen for row, value in zip(rows.tolist(), losses.tolist(), strict=True)]
+    bad = [pair for ranks in engine.gather_objects(own) for pair in ranks if not math.isfinite(pair[1])]
+    named = "; ".join(f"{run.train_data.describe(row)}: loss {value}" for row, value in bad[:10])
+    more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+    return TrainingError(f"step {step}: the loss is not finite for {named}{more}; the weights were not updated")
+
+
+def agree_on_run_dir(config: Config, resume: str | None) -> Path:
+    """The run folder, made by rank 0; a run resumed from elsewhere continues there unless `output_dir` says not to."""
+    # ranks that start in different seconds would name different folders
+    config.output_dir = engine.gather_objects(config.output_dir)[0]
+    assert config.output_dir is not None
+    run_dir = Path(config.output_dir)
+    if engine.is_main():
+        if resume is None and (run_dir / CONFIG_FILE).exists():
+            raise ConfigError(
+                f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
+            )
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be made: {error.strerror}") from None
+    engine.barrier()
+    return run_dir
+
+
+def load_tokenizers(config: Config) -> tuple[Any, Any]:
+    """The policy's tokenizer, checked against the reference's, and the policy's transformers config."""
+    model = config.model
+    model_config = load_model_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    path = resolve_model_path(model.tokenizer or model.path)
+    revision = None if model.tokenizer else model.revision
+    tokenizer = load_tokenizer(
+        path, revision=revision, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
+    )
+    if config.reference.model is not None:
+        other = resolve_model_path(config.reference.model)
+        reference_tokenizer = load_tokenizer(
+            other, revision=config.reference.revision, trust_remote_code=model.trust_remote_code
+        )
+        check_same_tokenizer(tokenizer, reference_tokenizer, path, other)
+    return tokenizer, model_config
+
+
+def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
+    """Refuse a tokenizer whose ids the model has no embeddings for."""
+    size = model_config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {size}: they do not fit")
+
+
+def make_schedule(config: Config, data: PairDataset) -> Schedule:
+    """The order of pairs over the run."""
+    settings = config.train
+    if settings.drop_last and len(data) < settings.global_batch_size:
+        raise DataError(
+            f"train.drop_last: {len(data)} training pairs are fewer than train.global_batch_size = "
+            f"{settings.global_batch_size}, so every step would be dropped"
+        )
+    return Schedule(len(data), settings.global_batch_size, settings.seed, settings.shuffle, settings.drop_last)
+
+
+def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
+    """What a checkpoint of this run will say it is of."""
+    tree = to_mapping(config)
+    train = {name: tree["train"][name] for name in ("global_batch_size", "seed", "shuffle", "drop_last", "optim")}
+    settings = {
+        "model.path": config.model.path,
+        "model.dtype": config.model.dtype,
+        "reference.model": config.reference.model,
+        **{f"loss.{name}": value for name, value in tree["loss"].items()},
+        **{f"train.{name}": value for name, value in train.items()},
+    }
+    assert config.deepspeed.stage is not None
+    return Identity(
+        model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage
+    )
+
+
