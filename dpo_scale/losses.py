@@ -8,7 +8,7 @@ Letters, for a pair with prompt x, chosen completion y_c and rejected y_r:
     D = score(L_c) - score(L_r)                  score is the identity, unless an f-divergence replaces it
     n_c, n_r   numbers of completion tokens;  b = beta, e = label_smoothing, ls = log sigmoid
 
-Shapes: [P] or [P, 2] over the P pairs of a micro-step, column 0 chosen and 1 rejected; [S] over scored tokens.
+Shapes: [P] or [P, 2] over the P pairs of a micro-step, column 0 chosen, 1 rejected; [S] over scored tokens.
 
 `preference_loss` returns a loss per pair and no mean: the mean is over the *global* batch, whose other
 micro-batches and ranks are not known here. Everything is computed in fp32 (fp64 if the inputs are) whatever
@@ -74,18 +74,18 @@ def preference_loss(
     reference_logps: [P, 2] sums r_c, r_r; read only if `settings.needs_reference`, may be None otherwise.
     lengths: [P, 2] numbers of completion tokens n_c, n_r, at least 1.
     settings: validated `LossSettings`.
-    mean_chosen_tokens: mean of n_c over the pairs of the global batch; required for `sft`, whose mean over pairs
-        is then the negative log-likelihood per chosen token of the whole batch.
+    mean_chosen_tokens: mean of n_c over the pairs of the global batch; required for `sft`, whose mean over
+        pairs is then the negative log-likelihood per chosen token of the whole batch.
     pair_weights: [P] detached weights of the pairs (`wpo_weights`); the summed loss is multiplied by them.
 
     Returns the loss [P], fp32 (fp64 if policy_logps is), and detached metrics, name -> [P]: `loss`,
-    `loss/<name>` for each of several losses (before weighting), `rewards/{chosen,rejected,margins,accuracies}`,
+    `loss/<name>` for each of several losses (unweighted), `rewards/{chosen,rejected,margins,accuracies}`,
     `logps/{chosen,rejected,margins}`, `accuracy/policy`, and with a reference `ref_logps/margins` and `kl`.
     Rewards are b * L; an f-divergence does not change them. Where all losses are policy-only they are b * s,
     per token (b * s / n) if one of the losses compares means per token (`simpo`, `orpo`), as TRL logs them.
 
-    With `aot` and `aot_unpaired` the caller passes all pairs of the micro-step, of all ranks, at once: position
-    k of these losses belongs to the k-th smallest values, not to pair k, so only their sum has a meaning.
+    With `aot` and `aot_unpaired` the caller passes all pairs of the micro-step, of all ranks, at once: entry k
+    of these losses belongs to the k-th smallest values, not to pair k, so only their sum has a meaning.
     """
     names, weights = settings.loss_types, settings.weights
     pairs = _as_pairs(policy_logps, reference_logps, lengths, settings, mean_chosen_tokens)
@@ -147,7 +147,7 @@ def _metrics(pairs: _Pairs) -> dict[str, Tensor]:
 
 
 def _score(log_ratio: Tensor, settings: LossSettings) -> Tensor:
-    """f'(exp(L)) up to a constant, for f of the divergence from the reference (arXiv 2309.16240, theorem 1)."""
+    """f'(exp(L)) up to a constant, f being the divergence's (arXiv 2309.16240, theorem 1)."""
     if settings.f_divergence == "reverse_kl":
         return log_ratio
     if settings.f_divergence == "forward_kl":
@@ -164,7 +164,7 @@ def _smoothed_logistic(x: Tensor, smoothing: float) -> Tensor:
     return -(1.0 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
 
 
-# ---- losses of D ----------------------------------------------------------------------------------------------
+# ---- losses of D -----------------------------------------------------------------------------------------
 
 
 def _sigmoid(p: _Pairs) -> Tensor:
@@ -191,12 +191,12 @@ def _exo_pair(p: _Pairs) -> Tensor:
 
 
 def _discopop(p: _Pairs) -> Tensor:
-    """-ls(bD) (1-m) + exp(-bD) m with m = sig(bD/t); the product is one exponential, which cannot overflow."""
+    """-ls(bD) (1-m) + exp(-bD) m with m = sig(bD/t); the last product as one exponential, which cannot overflow."""
     x, tau = p.scaled_d, p.settings.discopop_tau
     return -F.logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(F.logsigmoid(x / tau) - x)
 
 
-# ---- losses of the two log-ratios -----------------------------------------------------------------------------
+# ---- losses of the two log-ratios ------------------------------------------------------------------------
 
 
 def _ipo(p: _Pairs) -> Tensor:
@@ -231,7 +231,7 @@ def _sppo_hard(p: _Pairs) -> Tensor:
 
 
 def _apo_zero(p: _Pairs) -> Tensor:
-    """1 - sig(bL_c) + sig(bL_r): raise the chosen, lower the rejected. 1 - sig(x) = sig(-x), without rounding."""
+    """1 - sig(bL_c) + sig(bL_r): raise the chosen, lower the rejected; 1 - sig(x) = sig(-x)."""
     x_c, x_r = _scaled_log_ratios(p)
     return torch.sigmoid(-x_c) + torch.sigmoid(x_r)
 
@@ -247,7 +247,7 @@ def _scaled_log_ratios(p: _Pairs) -> tuple[Tensor, Tensor]:
     return p.settings.beta * l_c, p.settings.beta * l_r
 
 
-# ---- losses over all pairs of a micro-step --------------------------------------------------------------------
+# ---- losses over all pairs of a micro-step ---------------------------------------------------------------
 
 
 def _aot(p: _Pairs) -> Tensor:
@@ -264,7 +264,7 @@ def _aot_unpaired(p: _Pairs) -> Tensor:
     return _smoothed_logistic(p.settings.beta * d, p.settings.label_smoothing)
 
 
-# ---- policy-only losses ---------------------------------------------------------------------------------------
+# ---- policy-only losses ----------------------------------------------------------------------------------
 
 
 def _sft(p: _Pairs) -> Tensor:
@@ -279,7 +279,7 @@ def _simpo(p: _Pairs) -> Tensor:
 
 
 def _orpo(p: _Pairs) -> Tensor:
-    """-s_c/n_c - lambda ls(log odds(s_c/n_c) - log odds(s_r/n_r)): each pair's mean NLL and its odds ratio."""
+    """-s_c/n_c - lambda ls(log odds(s_c/n_c) - log odds(s_r/n_r)): NLL and odds ratio."""
     mean_c, mean_r = p.s_c / p.n_c, p.s_r / p.n_r
     return -mean_c - p.settings.orpo_lambda * F.logsigmoid(_log_odds(mean_c) - _log_odds(mean_r))
 
@@ -319,7 +319,7 @@ _FORMULAS: dict[str, Callable[[_Pairs], Tensor]] = {
 assert _FORMULAS.keys() == LOSSES.keys()
 
 
-# ---- from tokens to pairs -------------------------------------------------------------------------------------
+# ---- from tokens to pairs --------------------------------------------------------------------------------
 
 
 def sum_token_logps(
@@ -332,12 +332,12 @@ def sum_token_logps(
     """Sums of token log-probs per completion: [num_pairs, 2], differentiable in token_logps.
 
     token_logps: [S] log-probs, fp32 or fp64.
-    segments: [S] integers, ascending: 2i for tokens of pair i's chosen completion, 2i + 1 for its rejected one.
+    segments: [S] integers, ascending: 2i for tokens of pair i's chosen completion, 2i + 1 for its rejected.
     lengths: [P, 2] numbers of completion tokens; read with ld_alpha only.
-    ld_alpha: LD-DPO (arXiv 2409.06411): a completion's tokens beyond the first min(n_c, n_r) weigh this much.
+    ld_alpha: LD-DPO (arXiv 2409.06411): the weight of a completion's tokens after the first min(n_c, n_r).
 
-    The S numbers are summed in fp64, which costs nothing here, and rounded once: a sum of thousands of terms is
-    as exact as the output dtype can say. Each segment is reduced by itself and in a fixed order, forward and
+    The S numbers are summed in fp64, which costs nothing here, and rounded once: a sum of thousands of terms
+    is as exact as the output dtype can say. Each segment is reduced by itself and in a fixed order, forward and
     backward, so results are the same from run to run also on CUDA, where scattered adds are not.
     """
     assert token_logps.ndim == 1 and segments.shape == token_logps.shape, (token_logps.shape, segments.shape)
@@ -353,9 +353,9 @@ def sum_token_logps(
 
 @torch.no_grad()
 def wpo_weights(token_logps: Tensor, log_sum_p2: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
-    """WPO's weights w_c * w_r of the pairs, w = exp(mean_t [log p_t - log sum_v p_v^2]) (arXiv 2406.11827, eq. 2).
+    """WPO's weights w_c * w_r, w = exp(mean_t [log p_t - log sum_v p_v^2]) (arXiv 2406.11827, eq. 2).
 
-    token_logps, log_sum_p2: [S]; the second is the by-product of that name of `dpo_scale.logprobs.token_logps`.
+    token_logps, log_sum_p2: [S]; the second is a by-product of `dpo_scale.logprobs.token_logps`.
     segments: as in `sum_token_logps`. Returns [num_pairs], detached. A completion without tokens has w = 1.
     """
     counts = _segment_starts(segments, 2 * num_pairs).diff().clamp(min=1).view(num_pairs, 2)
@@ -364,7 +364,7 @@ def wpo_weights(token_logps: Tensor, log_sum_p2: Tensor, segments: Tensor, num_p
 
 
 def _segment_starts(segments: Tensor, num_segments: int) -> Tensor:
-    """[num_segments + 1] offsets: segment k is the run [starts[k], starts[k + 1]) of tokens, possibly empty."""
+    """[num_segments + 1] offsets: segment k is the run [starts[k], starts[k+1]) of tokens, maybe empty."""
     return torch.searchsorted(
         segments, torch.arange(num_segments + 1, device=segments.device, dtype=segments.dtype)
     )
@@ -372,6 +372,6 @@ def _segment_starts(segments: Tensor, num_segments: int) -> Tensor:
 
 def _segment_sums(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
     counts = _segment_starts(segments, 2 * num_pairs).diff()
-    # unsafe: its check that the counts add up to S would make the host wait for the GPU; they do by construction.
+    # unsafe: the check that the counts add up to S, true by construction, makes the host wait for the GPU.
     sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0.0)
     return sums.view(num_pairs, 2)
