@@ -10,6 +10,7 @@ hold between them. Field names are those of TRL and Hugging Face wherever the th
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -225,15 +226,19 @@ class Config:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     output_dir: str | None = None
 
-    def validate(self) -> None:
+    def validate(self, *, for_training: bool = True) -> None:
         """Refuse impossible values, within sections and between them.
+
+        Args:
+            for_training: False leaves out what only a training run needs (training data).
 
         Raises:
             ConfigError: naming the key, its value and what is allowed.
         """
         for name in ("model", "reference", "data", "loss", "train", "deepspeed", "checkpoint", "logging"):
             getattr(self, name).validate()
-        _check(bool(self.data.train), "data.train", self.data.train, "at least one data file, folder or hub name")
+        if for_training:
+            _check(bool(self.data.train), "data.train", self.data.train, "at least one data file, folder or hub name")
         _check(
             not (self.model.dtype == "bfloat16" and self.deepspeed.stage == 0),
             "deepspeed.stage",
@@ -262,12 +267,19 @@ class Config:
         path.write_text(yaml.safe_dump(to_mapping(self), sort_keys=False, width=100), encoding="utf-8")
 
 
-def load_config(path: str | Path | None, overrides: list[str] = (), *, now: datetime.datetime | None = None) -> Config:
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    for_training: bool = True,
+    now: datetime.datetime | None = None,
+) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, validate, and name the output folder.
 
     Args:
         path: the YAML file; None starts from the defaults, so that overrides alone can describe a run.
         overrides: e.g. `["train.learning_rate=5e-7", "data.train=[a.jsonl, b.jsonl]"]`; values are YAML.
+        for_training: False accepts a config without training data, for evaluation.
         now: the time in the default output folder's name.
 
     Raises:
@@ -278,7 +290,7 @@ def load_config(path: str | Path | None, overrides: list[str] = (), *, now: date
         apply_override(mapping, override)
     config = build(Config, mapping)
     config.deepspeed.resolve()
-    config.validate()
+    config.validate(for_training=for_training)
     if config.output_dir is None:
         name = Path(path).stem if path is not None else "run"
         config.output_dir = f"runs/{name}-{(now or datetime.datetime.now()):%Y%m%d-%H%M%S}"

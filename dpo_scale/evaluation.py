@@ -11,11 +11,12 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.batching import MicroBatch, split_among_ranks
-from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import PairBatch, padded_batch
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
+from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers
 
 
 def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -148,3 +149,20 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
     policy.train(was_training)
     means, _ = sums.reduce()
     return {**means, "pairs": float(len(dataset))}
+
+
+def evaluate_model(config: Config) -> dict[str, float]:
+    """Metrics of `model.path` against `reference.model` on the pairs of `data.eval`; every rank calls it.
+
+    Both models run forward only, under the engine that the reference has in training (`reference.stage` decides
+    how they are sharded).
+    """
+    engine.init_distributed(config.deepspeed.timeout_minutes)
+    engine.quiet_libraries()
+    tokenizer, model_config = load_tokenizers(config)
+    check_vocabulary(tokenizer, model_config)
+    settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
+    data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
+    policy = load_scoring_model(config, config.model.path, config.model.revision)
+    reference = load_reference(config) if config.loss.needs_reference else None
+    return evaluate(policy, reference, data, config, tokenizer.pad_token_id)

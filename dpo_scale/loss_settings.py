@@ -3,8 +3,8 @@
 `LossSettings` is the `loss:` section of a config; names that users of TRL know are kept. `LOSSES` is the one
 place that knows what each loss needs: everything that must differ between losses outside their formulas (is a
 reference model loaded, are per-token values kept, may the loss be taken pair by pair) is asked of it, so a
-new loss is one row here and one function in `dpo_scale.losses`. Torch is not imported, so that a config can be
-read and refused, and `--help` printed, without waiting for it.
+new loss is one row here and one function in `dpo_scale.losses`. Torch is not imported, so that a config can
+be read and refused, and `--help` printed, without waiting for it.
 """
 
 from __future__ import annotations

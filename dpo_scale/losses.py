@@ -84,8 +84,8 @@ def preference_loss(
     Rewards are b * L; an f-divergence does not change them. Where all losses are policy-only they are b * s,
     per token (b * s / n) if one of the losses compares means per token (`simpo`, `orpo`), as TRL logs them.
 
-    With `aot` and `aot_unpaired` the caller passes all pairs of the micro-step, of all ranks, at once: entry k
-    of these losses belongs to the k-th smallest values, not to pair k, so only their sum has a meaning.
+    With `aot` and `aot_unpaired` the caller passes all pairs of the micro-step, of all ranks, at once. Entry
+    k of these losses belongs to the k-th smallest values, not to pair k: only their sum has a meaning.
     """
     names, weights = settings.loss_types, settings.weights
     pairs = _as_pairs(policy_logps, reference_logps, lengths, settings, mean_chosen_tokens)
@@ -191,7 +191,7 @@ def _exo_pair(p: _Pairs) -> Tensor:
 
 
 def _discopop(p: _Pairs) -> Tensor:
-    """-ls(bD) (1-m) + exp(-bD) m with m = sig(bD/t); the last product as one exponential, which cannot overflow."""
+    """-ls(bD) (1-m) + exp(-bD) m with m = sig(bD/t); the last product as one exponential: no overflow."""
     x, tau = p.scaled_d, p.settings.discopop_tau
     return -F.logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(F.logsigmoid(x / tau) - x)
 
@@ -337,8 +337,8 @@ def sum_token_logps(
     ld_alpha: LD-DPO (arXiv 2409.06411): the weight of a completion's tokens after the first min(n_c, n_r).
 
     The S numbers are summed in fp64, which costs nothing here, and rounded once: a sum of thousands of terms
-    is as exact as the output dtype can say. Each segment is reduced by itself and in a fixed order, forward and
-    backward, so results are the same from run to run also on CUDA, where scattered adds are not.
+    is as exact as the output dtype can say. Each segment is reduced by itself and in a fixed order, so results
+    are the same from run to run on CUDA too, where scattered adds are not.
     """
     assert token_logps.ndim == 1 and segments.shape == token_logps.shape, (token_logps.shape, segments.shape)
     values = token_logps.double()

@@ -33,13 +33,11 @@ from dpo_scale.config_reader import to_mapping
 from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import padded_slots, padded_tokens
-from dpo_scale.data.tokenize import load_tokenizer
-from dpo_scale.errors import ConfigError, DataError, ModelError, TrainingError
+from dpo_scale.errors import ConfigError, DataError, TrainingError
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.builtin import resolve_model_path
-from dpo_scale.models.load import check_same_tokenizer, load_model_config, load_policy, load_reference
+from dpo_scale.models.load import check_vocabulary, load_policy, load_reference, load_tokenizers
 from dpo_scale.schedule import learning_rate
 from dpo_scale.tracking import Tracker, check_trackers
 
@@ -258,31 +256,6 @@ def agree_on_run_dir(config: Config, resume: str | None) -> Path:
             raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be made: {error.strerror}") from None
     engine.barrier()
     return run_dir
-
-
-def load_tokenizers(config: Config) -> tuple[Any, Any]:
-    """The policy's tokenizer, checked against the reference's, and the policy's transformers config."""
-    model = config.model
-    model_config = load_model_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    path = resolve_model_path(model.tokenizer or model.path)
-    revision = None if model.tokenizer else model.revision
-    tokenizer = load_tokenizer(
-        path, revision=revision, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
-    )
-    if config.reference.model is not None:
-        other = resolve_model_path(config.reference.model)
-        reference_tokenizer = load_tokenizer(
-            other, revision=config.reference.revision, trust_remote_code=model.trust_remote_code
-        )
-        check_same_tokenizer(tokenizer, reference_tokenizer, path, other)
-    return tokenizer, model_config
-
-
-def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
-    """Refuse a tokenizer whose ids the model has no embeddings for."""
-    size = model_config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {size}: they do not fit")
 
 
 def make_schedule(config: Config, data: PairDataset) -> Schedule:

@@ -14,6 +14,7 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.config import Config
+from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path
@@ -113,8 +114,13 @@ def load_reference(config: Config) -> Any:
     Always from the named reference or from the run's recorded start (`model.path`), never from a checkpoint: a resumed
     run has the reference it began with.
     """
-    path = config.reference.model or config.model.path
-    revision = config.reference.revision if config.reference.model else config.model.revision
+    if config.reference.model is not None:
+        return load_scoring_model(config, config.reference.model, config.reference.revision)
+    return load_scoring_model(config, config.model.path, config.model.revision)
+
+
+def load_scoring_model(config: Config, path: str, revision: str | None) -> Any:
+    """A forward-only DeepSpeed engine around a `PairScorer`, sharded as `reference.*` says."""
     deepspeed_config = reference_deepspeed_config(config)
     model = _load_for(config, path, revision, deepspeed_config)
     return engine.initialize_reference(PairScorer(model, config.logprobs.implementation), deepspeed_config)
@@ -134,6 +140,31 @@ def _load_for(config: Config, path: str, revision: str | None, deepspeed_config:
         model.to(engine.device())
         check_head(model)
     return model
+
+
+def load_tokenizers(config: Config) -> tuple[Any, Any]:
+    """The policy's tokenizer, checked against the reference's, and the policy's transformers config."""
+    model = config.model
+    model_config = load_model_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    path = resolve_model_path(model.tokenizer or model.path)
+    revision = None if model.tokenizer else model.revision
+    tokenizer = load_tokenizer(
+        path, revision=revision, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
+    )
+    if config.reference.model is not None:
+        other = resolve_model_path(config.reference.model)
+        reference_tokenizer = load_tokenizer(
+            other, revision=config.reference.revision, trust_remote_code=model.trust_remote_code
+        )
+        check_same_tokenizer(tokenizer, reference_tokenizer, path, other)
+    return tokenizer, model_config
+
+
+def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
+    """Refuse a tokenizer whose ids the model has no embeddings for."""
+    size = model_config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {size}: they do not fit")
 
 
 def check_same_tokenizer(policy: Any, reference: Any, policy_path: str, reference_path: str) -> None:

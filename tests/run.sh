@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The whole test-suite from a bare machine: bash tests/run.sh [pytest's arguments]
+#
+# Uses the quickstart's environment and model, with the test tools added. Style is checked first because that takes a
+# second. launch/environment.sh says what can be set from outside.
+set -Eeuo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../launch/environment.sh"
+trap on_failure ERR
+cd "$PROJECT"
+
+prepare_environment test
+quiet_libraries
+get_default_model
+
+# Tests start up to two ranks of their own; more threads each would only contend, and change sums in the last bit.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+stage "style"
+ruff check --quiet .
+ruff format --check --quiet .
+
+stage "tests"
+trap - ERR # pytest's closing line is the verdict, and the last line
+python -m pytest "$@" </dev/null

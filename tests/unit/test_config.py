@@ -1,0 +1,135 @@
+"""Configs: strict reading, overrides, helpful refusals, and a saved file that reproduces the run."""
+
+import datetime
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from dpo_scale.config import Config, load_config
+from dpo_scale.config_reader import to_mapping
+from dpo_scale.errors import ConfigError
+
+MINIMAL = ["model.path=some/model", "data.train=pairs.jsonl"]
+
+
+def refusal(*overrides, file=None):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [*MINIMAL, *overrides])
+    return str(caught.value)
+
+
+def test_file_then_overrides_then_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {path: a/b}\ndata: {train: x.jsonl}\ntrain: {learning_rate: 5e-7, seed: 7}\n")
+    config = load_config(path, ["train.seed=8", "loss.loss_type=[sigmoid, sft]", "loss.loss_weights=[1, 0.2]"])
+    assert config.train.learning_rate == 5e-7  # YAML 1.1 reads 5e-7 as text
+    assert config.train.seed == 8
+    assert config.loss.loss_types == ["sigmoid", "sft"]
+    assert config.train.max_grad_norm == 1.0
+    assert [source.path for source in config.data.train] == ["x.jsonl"]
+
+
+def test_sources_may_be_text_lists_or_mappings():
+    config = load_config(None, ["model.path=m", "data.train=[a.jsonl, {path: b.csv, weight: 0.5}]"])
+    assert [(source.path, source.weight) for source in config.data.train] == [("a.jsonl", 1.0), ("b.csv", 0.5)]
+
+
+def test_resolved_file_reproduces_the_config(tmp_path):
+    json_file = tmp_path / "ds.json"
+    json_file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}')
+    config = load_config(None, [*MINIMAL, f"deepspeed.config={json_file}", "loss.loss_type=[sigmoid, sft]"])
+    config.save(tmp_path / "config.yaml")
+    json_file.unlink()  # the saved file must not depend on it
+    again = load_config(tmp_path / "config.yaml")
+    assert to_mapping(again) == to_mapping(config)
+    assert again.deepspeed.stage == 3
+
+
+def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"model": {"path": "m"}, "data": {"train": "x"}}))
+    config = load_config(path, now=datetime.datetime(2024, 5, 6, 7, 8, 9))
+    assert config.output_dir == "runs/mine-20240506-070809"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.lerning_rate=1", ["train.lerning_rate", "train.learning_rate"]),
+        ("beta=0.1", ["beta", "loss.beta"]),
+        ("train.beta=0.1", ["train.beta", "loss.beta"]),
+        ("modle.path=x", ["modle", "model"]),
+        ("model.model_name_or_path=x", ["model.path"]),
+        ("train.max_steps=many", ["train.max_steps", "'many'", "whole number"]),
+        ("train.max_steps=0", ["train.max_steps", "0", "at least 1"]),
+        ("train.seed=true", ["train.seed", "True", "whole number"]),
+        ("deepspeed.stage=4", ["deepspeed.stage", "4", "0, 1, 2, 3"]),
+        ("deepspeed.stage=true", ["deepspeed.stage", "True"]),
+        ("model.dtype=bfloat61", ["model.dtype", "bfloat61", "did you mean 'bfloat16'"]),
+        ("train.learning_rate=nan", ["train.learning_rate", "nan"]),
+        ("train.optim=adamw_torhc", ["train.optim", "adamw_torch"]),
+        ("loss.loss_type=sigmoyd", ["loss.loss_type", "sigmoyd", "sigmoid"]),
+        ("train=5", ["train = 5", "section"]),
+        ("train.eval_steps=5", ["train.eval_steps", "data.eval"]),
+        ("deepspeed.offload_param=cpu", ["deepspeed.offload_param", "stage 3"]),
+        ("reference.offload_param=cpu", ["reference.offload_param", "reference.stage is 3"]),
+        ("deepspeed.stage=0", ["deepspeed.stage", "bfloat16"]),
+        ("noequals", ["noequals", "section.key=value"]),
+    ],
+)
+def test_refusals_name_key_value_and_what_is_allowed(override, parts):
+    message = refusal(override)
+    for part in parts:
+        assert part in message, message
+
+
+def test_reference_model_is_refused_for_a_loss_that_needs_none():
+    assert "reference.model" in refusal("loss.loss_type=simpo", "reference.model=other")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train: {seed: 1, seed: 2}", ["'seed'", "twice"]),
+        ("train: [", ["not valid YAML"]),
+        ("- a\n- b", ["expected sections"]),
+        ("train: {seed: !!python/object/apply:os.system ['true']}", ["not valid YAML"]),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path, text, parts):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = refusal(file=path)
+    for part in [str(path), *parts]:
+        assert part in message, message
+
+
+def test_missing_and_binary_files_are_named(tmp_path):
+    assert "no such config file" in refusal(file=tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in refusal(file=tmp_path / "binary.yaml")
+
+
+def test_every_option_survives_a_round_trip_through_its_type():
+    from dpo_scale.config_reader import build, list_keys
+
+    mapping = to_mapping(Config())
+    assert to_mapping(build(Config, mapping)) == mapping
+    assert len({key for key, _, _ in list_keys(Config)}) > 60
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\n"
+        "try: runpy.run_path('launch/train.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train.learning_rate (a number; default 1e-06)" in done.stdout
+    assert time.monotonic() - started < 2

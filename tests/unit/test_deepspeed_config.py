@@ -1,0 +1,100 @@
+"""DeepSpeed's JSON: what the settings say, what a user's file may add, and what contradicts."""
+
+import json
+
+import pytest
+
+from dpo_scale.config import load_config
+from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.errors import ConfigError
+
+MINIMAL = ["model.path=some/model", "data.train=pairs.jsonl"]
+
+
+def load(tmp_path, user=None, *overrides):
+    extra = []
+    if user is not None:
+        (tmp_path / "ds.json").write_text(json.dumps(user))
+        extra = [f"deepspeed.config={tmp_path / 'ds.json'}"]
+    return load_config(None, [*MINIMAL, *extra, *overrides])
+
+
+def test_settings_become_deepspeed_keys(tmp_path):
+    config = load(tmp_path, None, "deepspeed.stage=3", "deepspeed.offload_optimizer=cpu", "train.max_grad_norm=0.5")
+    made = policy_deepspeed_config(config, micro_steps=4)
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert made["gradient_clipping"] == 0.5
+    assert made["gradient_accumulation_steps"] == 4
+    assert made["bf16"]["enabled"] is True and made["fp16"]["enabled"] is False
+    assert made["optimizer"]["params"]["torch_adam"] is True
+
+
+def test_no_clipping_is_said_since_deepspeed_would_clip_at_1(tmp_path):
+    config = load(tmp_path, None, "train.max_grad_norm=0")
+    assert policy_deepspeed_config(config, 1)["gradient_clipping"] == 0
+
+
+def test_a_users_file_adds_keys_and_overrides_mere_defaults(tmp_path):
+    user = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}, "steps_per_print": 5}
+    config = load(tmp_path, user)
+    made = policy_deepspeed_config(config, 1)
+    assert config.deepspeed.stage == 3
+    assert made["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert made["steps_per_print"] == 5
+
+
+def test_auto_counts_as_not_said(tmp_path):
+    user = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "scheduler": "auto",
+    }
+    made = policy_deepspeed_config(load(tmp_path, user), 1)
+    assert made["gradient_clipping"] == 1.0
+    assert "auto" not in json.dumps(made)
+
+
+@pytest.mark.parametrize(
+    ("user", "parts"),
+    [
+        ({"gradient_cliping": 1}, ["gradient_cliping", "gradient_clipping"]),
+        ({"gradient_clipping": 0.3}, ["gradient_clipping = 0.3", "train.max_grad_norm = 1.0"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled", "model.dtype"]),
+        ({"optimizer": {"type": "Lamb"}}, ["optimizer.type", "train.optim"]),
+        ({"optimizer": {"params": {"lr": 1}}}, ["optimizer.params.lr", "train.learning_rate"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "train.lr_scheduler_type"]),
+        ({"zero_optimization": {"stage": 7}}, ["deepspeed.stage", "7"]),
+        ({"zero_optimization": 3}, ["zero_optimization", "object"]),
+        ([1], ["JSON object"]),
+    ],
+)
+def test_unknown_keys_and_contradictions_name_both_places(tmp_path, user, parts):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, user)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_stage_said_twice_must_agree(tmp_path):
+    user = {"zero_optimization": {"stage": 2}}
+    assert load(tmp_path, user, "deepspeed.stage=2").deepspeed.stage == 2
+    with pytest.raises(ConfigError, match="zero_optimization.stage = 2 contradicts deepspeed.stage = 3"):
+        load(tmp_path, user, "deepspeed.stage=3")
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(ConfigError, match="ds.json"):
+        load_config(None, [*MINIMAL, f"deepspeed.config={tmp_path / 'ds.json'}"])
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(None, [*MINIMAL, f"deepspeed.config={tmp_path / 'absent.json'}"])
+
+
+def test_reference_is_independent_of_the_policys_stage(tmp_path):
+    config = load(tmp_path, None, "deepspeed.stage=1", "reference.stage=3", "reference.offload_param=cpu")
+    made = reference_deepspeed_config(config)
+    assert made["zero_optimization"] == {"stage": 3, "offload_param": {"device": "cpu"}}
+    assert "optimizer" not in made
