@@ -12,8 +12,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpo_scale.config import Config, load_config
 from dpo_scale.errors import UserError
 
@@ -31,9 +29,9 @@ TABLE_ROWS = (
 )
 EXPLANATION = (
     "Reward accuracy: pairs for which training raised the chosen answer against the rejected one. Reward "
-    "margin: by how much, times beta. At the start the model is its own reference, so every margin is exactly "
-    "0 and, as only margins above 0 count, the accuracy is 0 by definition. Policy accuracy: pairs whose "
-    "chosen answer, as a whole, the model finds likelier than the rejected one."
+    "margin: by how much, times beta. At the start the model is its own reference, so every margin is "
+    "exactly 0 and, as only margins above 0 count, the accuracy is 0 by definition. Policy accuracy: "
+    "pairs whose chosen answer, as a whole, the model finds likelier than the rejected one."
 )
 
 
@@ -82,8 +80,8 @@ def metrics_table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [*lines, "", *textwrap.wrap(EXPLANATION, WIDTH)]
 
 
-def held_out_prompts(config: Config, tokenizer: Any) -> list[tuple[str, np.ndarray]]:
-    """Prompts of the first held-out source: what the user said last, and the ids [T] that training saw."""
+def held_out_prompts(config: Config, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """Prompts of the first held-out source: what the user said last, and the ids that training saw."""
     from dpo_scale.data.schemas import columns_of, detect_schema, to_preference
     from dpo_scale.data.sources import find_files, parse_record
     from dpo_scale.data.tokenize import PairTokenizer
@@ -99,12 +97,12 @@ def held_out_prompts(config: Config, tokenizer: Any) -> list[tuple[str, np.ndarr
     return [(text, pair.prompt_ids) for text, pair in zip(texts, pairs, strict=True)]
 
 
-def greedy_answers(config: Config, path: str, tokenizer: Any, prompts: list[np.ndarray]) -> list[str]:
-    """A model's greedy answers, made in one batch; one cut at `MAX_NEW_TOKENS` ends in "...".
+def greedy_answers(config: Config, path: str, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
+    """A model's greedy answers, in one batch; one cut at `MAX_NEW_TOKENS` ends in "...".
 
     Args:
-        path: a model folder, hub id or `builtin:` name; the config gives the revision if it is the run's start.
-        prompts: the prompts' ids, each [T].
+        path: a model folder, hub id or `builtin:` name; the run's start has the config's revision.
+        prompts: the ids of each prompt.
     """
     import torch
 
@@ -122,7 +120,7 @@ def greedy_answers(config: Config, path: str, tokenizer: Any, prompts: list[np.n
     input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
