@@ -156,6 +156,18 @@ def reference_deepspeed_config(config: Config) -> dict[str, Any]:
     )
 
 
+def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) -> dict[str, Any]:
+    """The same config with communication buckets no larger than the model, where the user did not size them.
+
+    DeepSpeed's default of 5e8 elements is allocated in full at every backward pass: 2 GB in fp32, however small the
+    model. A bucket that holds all gradients is as good; beyond 2e8 elements larger ones gain nothing measurable.
+    """
+    size = min(MOST_BUCKET_ELEMENTS, max(1, num_parameters))
+    zero = {"reduce_bucket_size": size, "allgather_bucket_size": size, **deepspeed_config["zero_optimization"]}
+    return {**deepspeed_config, "zero_optimization": zero}
+
+
+MOST_BUCKET_ELEMENTS = 200_000_000
 _COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {("steps_per_print",): 10**9}
 _OPTIMIZER_KEYS = {
     "lr": "train.learning_rate",

@@ -9,18 +9,22 @@ not micro-batches (`loss_scale_for_mean`).
 from __future__ import annotations
 
 import datetime
+import io
 import logging
 import os
 import random
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from dpo_scale.deepspeed_config import with_fitting_buckets
+from dpo_scale.errors import ConfigError
 
 Result = TypeVar("Result")
 
@@ -30,6 +34,11 @@ def quiet_libraries() -> None:
     level = logging.WARNING if rank() == 0 else logging.ERROR
     for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(level)
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+    disable_datasets_bars()
+    disable_transformers_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     warnings.filterwarnings("ignore", message=".*barrier\\(\\).*using the device under current context.*")
 
@@ -136,6 +145,25 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse a precision that DeepSpeed does not run on this device.
+
+    Raises:
+        ConfigError: naming the device and what it does run.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {
+        "float32": True,
+        "bfloat16": accelerator.is_bf16_supported(),
+        "float16": accelerator.is_fp16_supported(),
+    }
+    if not supported[dtype]:
+        usable = ", ".join(name for name, usable in supported.items() if usable)
+        raise ConfigError(f"model.dtype = {dtype!r}: DeepSpeed runs {usable} on a {accelerator.device_name()} device")
+
+
 def gather_rows(values: torch.Tensor) -> torch.Tensor:
     """All ranks' rows, stacked in rank order; gradients flow to this rank's own rows only.
 
@@ -199,6 +227,11 @@ def _with_batch_size(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
     return {**deepspeed_config, "train_batch_size": micro * steps * world_size()}
 
 
+def _without_prints() -> redirect_stdout:
+    """DeepSpeed's optimizers print memory figures while they are built; its log messages are not affected."""
+    return redirect_stdout(io.StringIO())
+
+
 def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float) -> Any:
     """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual."""
     import deepspeed
@@ -211,8 +244,10 @@ def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any],
         {"params": [p for name, p in trainable if not is_matrix[name]], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=deepspeed_config)
-    return engine
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)
+    deepspeed_config = with_fitting_buckets(deepspeed_config, num_parameters)
+    with _without_prints():
+        return deepspeed.initialize(model=module, model_parameters=groups, config=deepspeed_config)[0]
 
 
 def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, Any]) -> Any:
@@ -220,7 +255,8 @@ def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, An
     import deepspeed
 
     module.eval().requires_grad_(False)
-    engine = deepspeed.initialize(model=module, config=deepspeed_config)[0]
+    with _without_prints():
+        engine = deepspeed.initialize(model=module, config=deepspeed_config)[0]
     engine.eval()
     return engine
 

@@ -58,6 +58,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     """
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
+    engine.check_dtype(config.model.dtype)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
     run_dir = agree_on_run_dir(config, resume)

@@ -1,0 +1,163 @@
+"""Tiny models, a tokenizer and preference rows that tests make for themselves, and a real launcher to run them with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "the cat sat on a mat while dogs ran far over hills and big red birds sang in tall green trees by water".split()
+
+
+def save_tokenizer(folder: Path, *, chat: bool = True, seed: int = 0) -> None:
+    """A byte-level BPE tokenizer of a few hundred tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(seed)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(rng.choices(WORDS, k=12)) for _ in range(200)], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>" if chat else "<|endoftext|>", pad_token=None
+    )
+    if chat:
+        tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+def tiny_config(architecture: str, *, tied: bool = False):
+    """A transformers config of a 2-layer model with a vocabulary of 384."""
+    import transformers
+
+    shared = {
+        "vocab_size": 384,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if architecture == "llama":
+        return transformers.LlamaConfig(**shared)
+    if architecture == "qwen2":
+        return transformers.Qwen2Config(**shared)
+    if architecture == "qwen3":
+        return transformers.Qwen3Config(**shared, head_dim=8)
+    if architecture == "gemma2":
+        return transformers.Gemma2Config(**shared, head_dim=8, sliding_window=16, final_logit_softcapping=3.0)
+    if architecture == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=256, tie_word_embeddings=tied,
+            bos_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+    if architecture == "cohere":
+        return transformers.CohereConfig(**shared, logit_scale=0.25)
+    raise AssertionError(architecture)
+
+
+def save_model(folder: Path, architecture: str = "llama", *, tied: bool = False, seed: int = 0, scale: float = 4.0):
+    """A random model with its tokenizer; weights are drawn wide so that log-probs are far from uniform."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, tied=tied))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(scale)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def preference_rows(count: int, seed: int = 0) -> list[dict]:
+    """Rows whose prompts and completions differ much in length."""
+    rng = random.Random(seed)
+
+    def text(low, high):
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    return [{"prompt": text(2, 12), "chosen": text(1, 18), "rejected": "no " + text(1, 18)} for _ in range(count)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(
+    script: str, *arguments: str, ranks: int = 2, launcher: str = "deepspeed", cwd: Path = ROOT, timeout: int = 300
+) -> subprocess.CompletedProcess:
+    """Run a script under a real launcher in its own process group, which is ended with it.
+
+    Args:
+        launcher: deepspeed, torchrun, or python (one rank).
+    """
+    binaries = Path(sys.executable).parent
+    script = str(ROOT / script)
+    command = {
+        "deepspeed": [
+            str(binaries / "deepspeed"), "-q", "--num_accelerators", str(ranks), "--master_port", str(free_port()),
+        ],
+        "torchrun": [
+            str(binaries / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port()),
+        ],
+        "python": [sys.executable],
+    }[launcher]  # fmt: skip
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    process = subprocess.Popen(
+        [*command, script, *map(str, arguments)],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def read_metrics(run_dir: Path, phase: str = "train") -> list[dict]:
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["phase"] == phase]
