@@ -254,13 +254,13 @@ def _find_schema(source: SourceSettings, files: list[DataFile]) -> tuple[Columns
             if problem is None:
                 raise DataError(f"{files[0].label}: holds no rows")
             raise DataError(
-                f"{files[0].label} row {problem[0]}: {problem[1]}; nor can any other of the first rows be read"
+                f"{files[0].label} row {problem[0]}: {problem[1]}; nor can the rows after it be read"
             )
         known = "; ".join(f"{name} ({meaning})" for name, meaning in SCHEMAS.items())
         raise DataError(
-            f"{files[0].label}: the rows have no known schema; columns found: {', '.join(found)}; expected one "
-            f"of: {known}. Columns of other names are given by data.prompt_column, data.chosen_column and "
-            "data.rejected_column"
+            f"{files[0].label}: the rows have no known schema; columns found: {', '.join(found)}; expected "
+            f"one of: {known}. Columns of other names are given by data.prompt_column, chosen_column and "
+            "rejected_column"
         )
     columns = columns_of(source, schema)
     named = [columns.prompt, columns.chosen, columns.rejected]

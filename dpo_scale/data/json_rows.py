@@ -47,7 +47,7 @@ def read_lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
         if number == 1:
             line = line.removeprefix(_BOM)
         if line.strip():
-            yield number, line
+            yield number, line.rstrip(b"\r\n")
 
 
 def read_json(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
@@ -130,8 +130,8 @@ def _is_object(line: bytes) -> bool:
 
 def _never_ends(label: str, number: int) -> DataError:
     return DataError(
-        f"{label} row {number}: the file ends within it: a bracket, quote or the array's end is missing there, "
-        "so the rest cannot be told apart into rows (in JSON Lines files one bad row does not spoil the next)"
+        f"{label} row {number}: the file ends within it: a bracket, quote or the array's end is missing, "
+        "and what follows cannot be told apart into rows (in JSON Lines a bad row does not spoil the next)"
     )
 
 

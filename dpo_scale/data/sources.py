@@ -138,7 +138,7 @@ def parse_record(content: bytes | dict[str, Any] | Unreadable) -> dict[str, Any]
             f"not UTF-8: byte 0x{content[error.start]:02x} at byte {error.start + 1} of it"
         ) from None
     except json.JSONDecodeError as error:
-        raise RowProblem(f"malformed JSON: {error.msg} at character {error.pos + 1}") from None
+        raise RowProblem(f"malformed JSON: {error.msg} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
         raise RowProblem(f"malformed JSON: {_one_line(error)}") from None
     if not isinstance(row, dict):
