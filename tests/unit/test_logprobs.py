@@ -25,7 +25,7 @@ GRADIENT_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 
 
 
 def make(tokens, vocabulary, dtype=torch.float32, bias=False, seed=0):
-    """hidden, weight, bias or None, targets; logits have a standard deviation of about 5; both ends are hit."""
+    """hidden, weight, bias or None, targets; logits spread by about 5; both ends are hit."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
     weight = torch.randn(vocabulary, HIDDEN, generator=generator).to(dtype)
