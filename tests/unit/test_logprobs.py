@@ -186,8 +186,8 @@ def test_bf16_logits_are_never_rounded_to_bf16(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_certain_token_keeps_its_digits(implementation):
-    """logp = -1e-6 with logits of 5: a log-sum-exp rounded before the subtraction would give 0 or -5e-7."""
-    hidden, weight = torch.ones(1, 1), torch.tensor([[5.0], [5.0 + torch.log(torch.tensor(1e-6)).item()]])
+    """logp = -1e-6 with logits of 50: a log-sum-exp rounded before the subtraction would give 0."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[50.0], [50.0 + torch.log(torch.tensor(1e-6)).item()]])
     logp = token_logps(hidden, weight, torch.tensor([0]), implementation=implementation)
     exact = exact_logps(hidden, weight, None, torch.tensor([0]), 1.0, None)
     assert logp.item() == pytest.approx(exact.item(), rel=0.1) and logp.item() < 0
