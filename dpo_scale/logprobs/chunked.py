@@ -21,7 +21,7 @@ converted once for all tokens.
 
 Cost. A pass over (S, H, V) is 2SHV flop: 1 pass forward, up to 3 backward (logits again, dhidden, dW; only
 what requires a gradient is computed), beside naive's 1 + 2. Memory beyond inputs and gradients: one fp32 tile
-of logits and on CPU one of the weight, at most `TILE_BYTES` each; d once more in the operands' dtype; and
+of logits and on CPU one of the weight, at most `tile_bytes` each; d once more in the operands' dtype; and
 fp32 [S, H] for hidden and its gradient. Naive holds [S, V] several times.
 
 Precision. The logits of bf16 and fp16 operands are accumulated and kept in fp32: rounding them to bf16 would
@@ -39,9 +39,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Of one tile of logits. Small enough to stay near the CPU's last-level cache and well below what naive holds
-# for a few hundred tokens, large enough that the products run at full speed.
-TILE_BYTES = 16 * 2**20
+# Bounds one tile of logits. CPU: stays near the last-level cache and well below what naive holds for a few
+# hundred tokens; measured, 8, 16 and 32 MiB are equally fast and 64 is slower. On a GPU a launch must be worth
+# its while, so tiles are larger; that number is reasoned, not measured.
+CPU_TILE_BYTES = 8 * 2**20
+DEVICE_TILE_BYTES = 256 * 2**20
 # Tokens are split too when a tile of all of them would be narrower than this: thin products are slow.
 MIN_TILE_WIDTH = 1024
 
@@ -54,9 +56,11 @@ def chunked_token_logps(
     logit_scale: float,
     softcap: float | None,
     by_products: Sequence[str],
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Arguments, checked, and results as in `dpo_scale.logprobs.token_logps`; tile_bytes bounds a tile."""
+    if tile_bytes is None:
+        tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
     logps, *extras = _ChunkedTokenLogps.apply(
         hidden, head_weight, bias, targets, logit_scale, softcap, tuple(by_products), tile_bytes
     )
