@@ -72,7 +72,8 @@ def preference_loss(
 
     policy_logps: [P, 2] sums s_c, s_r of completion log-probs; the loss is differentiable in it.
     reference_logps: [P, 2] sums r_c, r_r; read only if `settings.needs_reference`, may be None otherwise.
-    lengths: [P, 2] numbers of completion tokens n_c, n_r, at least 1.
+    lengths: [P, 2] numbers of completion tokens n_c, n_r; 0 counts as 1, so that a
+        completion without tokens has a finite loss and gradient.
     settings: validated `LossSettings`.
     mean_chosen_tokens: mean of n_c over the pairs of the global batch; required for `sft`, whose mean over
         pairs is then the negative log-likelihood per chosen token of the whole batch.
@@ -112,7 +113,7 @@ def _as_pairs(
     assert lengths.shape == policy_logps.shape, (lengths.shape, policy_logps.shape)
     dtype = torch.float64 if policy_logps.dtype == torch.float64 else torch.float32
     s_c, s_r = policy_logps.to(dtype).unbind(1)
-    n_c, n_r = lengths.to(dtype).unbind(1)
+    n_c, n_r = lengths.to(dtype).clamp(min=1.0).unbind(1)
     r_c = r_r = None
     if settings.needs_reference:
         assert reference_logps is not None, f"{settings.loss_types} needs reference log-probs"
@@ -337,7 +338,7 @@ def sum_token_logps(
     ld_alpha: LD-DPO (arXiv 2409.06411): the weight of a completion's tokens after the first min(n_c, n_r).
 
     The S numbers are summed in fp64, which costs nothing here, and rounded once: a sum of thousands of terms
-    is as exact as the output dtype can say. Each segment is reduced by itself and in a fixed order, so results
+    is as exact as the output dtype can say. Each segment is reduced by itself, in a fixed order, so results
     are the same from run to run on CUDA too, where scattered adds are not.
     """
     assert token_logps.ndim == 1 and segments.shape == token_logps.shape, (token_logps.shape, segments.shape)

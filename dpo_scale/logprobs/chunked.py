@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bounds one tile of logits. CPU: stays near the last-level cache and well below what naive holds for a few
-# hundred tokens; measured, 8, 16 and 32 MiB are equally fast and 64 is slower. On a GPU a launch must be worth
+# Bounds one tile of logits. CPU: stays near the last-level cache, and well below what naive holds for some
+# hundred tokens; measured, 8, 16 and 32 MiB are equally fast and 64 is slower. On GPUs a launch must be worth
 # its while, so tiles are larger; that number is reasoned, not measured.
 CPU_TILE_BYTES = 8 * 2**20
 DEVICE_TILE_BYTES = 256 * 2**20

@@ -287,6 +287,14 @@ def test_values_and_gradients_are_finite_when_a_run_has_gone_astray(name, diverg
     assert all(value.isfinite().all() for value in metrics.values())
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_pair_without_tokens_is_finite(name):
+    loss, metrics, policy = run(settings_for(name), [(0.0, 0.0)], [(0.0, 0.0)], [(0, 0)], torch.float32)
+    (0.0 * loss).sum().backward()
+    assert loss.isfinite().all() and all(value.isfinite().all() for value in metrics.values())
+    assert policy.grad.tolist() == [[0.0, 0.0]]
+
+
 def test_orpo_log_odds_are_exact_near_certainty():
     """Chosen at -1e-4 a token: log(1 - exp(p)) from a rounded exp(p) would be off in the fourth digit."""
     settings = settings_for("orpo")
