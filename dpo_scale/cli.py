@@ -36,23 +36,22 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit; a `UserError` is one line from rank 0 and exit code 2, on whichever rank it arose.
 
-    A launcher ends all ranks as soon as one exits, so the others wait a moment for rank 0 to say what is wrong,
-    and speak themselves only if they are still there after it.
+    A launcher ends all ranks as soon as one exits. So a rank other than 0 waits a moment before it speaks: mostly it
+    has failed for rank 0's reason, or because rank 0 is gone, and is ended before it adds its own traceback.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = main() or 0
-    except UserError as error:
+    except Exception as error:
         if rank != 0:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_USER_ERROR
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        code = 1
-    if code and rank == 0:
-        time.sleep(0.2)  # let the pipes of a launcher take the message before it reaps the ranks
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = EXIT_USER_ERROR
+        else:
+            traceback.print_exc()
+            code = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     # Not sys.exit: after a failure on one rank, the process group's destructor may wait for peers that are gone.
     os._exit(code) if code else sys.exit(0)
