@@ -141,9 +141,7 @@ def read_state(path: Path, identity: Identity) -> TrainState:
     return state
 
 
-def save_checkpoint(
-    policy: Any, state: TrainState, identity: Identity, run_dir: Path, *, keep: int | None
-) -> Path:
+def save_checkpoint(policy: Any, state: TrainState, identity: Identity, run_dir: Path, *, keep: int | None) -> Path:
     """Save the run's state as `checkpoints/step-N/`, then drop the oldest beyond `keep` (the best one stays).
 
     Every rank must call it. The folder has its final name only once every rank's files are complete.
@@ -233,5 +231,3 @@ def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "accelerator" in state:
         get_accelerator().set_rng_state(state["accelerator"])
-
-

@@ -220,5 +220,12 @@ def _join(prefix: str, name: object) -> str:
 def _describe(value: Any) -> str:
     if value is None:
         return "nothing (null)"
-    names = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    names = {
+        bool: "true/false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
     return names.get(type(value), type(value).__name__)

@@ -46,10 +46,10 @@ def _restore_config(model: Any) -> None:
         setattr(text, name, value)
     model.config.use_cache = True
     generation = model.generation_config
-    if generation is not None and not generation.do_sample:
+    if generation is not None:
         # folders in the wild set sampling parameters without do_sample, which transformers refuses to save
-        if generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0):
-            generation.do_sample = True
+        samples = generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0)
+        generation.do_sample = generation.do_sample or samples
 
 
 def model_card(config: Config, results: dict[str, Any]) -> str:

@@ -59,12 +59,8 @@ LOSSES: dict[str, LossInfo] = {
     "discopop": LossInfo("DiscoPOP, arXiv 2406.08414", of_d=True, reads=("discopop_tau",)),
     "sigmoid_norm": LossInfo("length-normalised DPO, arXiv 2411.15124", uses_lengths=True),
     "sft": LossInfo("RPO, arXiv 2404.19733", needs_reference=False, uses_lengths=True),
-    "simpo": LossInfo(
-        "SimPO, arXiv 2405.14734", needs_reference=False, uses_lengths=True, reads=("simpo_gamma",)
-    ),
-    "orpo": LossInfo(
-        "ORPO, arXiv 2403.07691", needs_reference=False, uses_lengths=True, reads=("orpo_lambda",)
-    ),
+    "simpo": LossInfo("SimPO, arXiv 2405.14734", needs_reference=False, uses_lengths=True, reads=("simpo_gamma",)),
+    "orpo": LossInfo("ORPO, arXiv 2403.07691", needs_reference=False, uses_lengths=True, reads=("orpo_lambda",)),
     "cpo": LossInfo("CPO, arXiv 2401.08417", needs_reference=False, uses_lengths=True, reads=("cpo_alpha",)),
 }
 
@@ -140,17 +136,13 @@ class LossSettings:
             self._refuse("loss_type", f"give at least one of: {_listed(LOSSES)}")
         for name in names:
             if name not in LOSSES:
-                self._refuse(
-                    "loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {_listed(LOSSES)}"
-                )
+                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {_listed(LOSSES)}")
             if names.count(name) > 1:
                 self._refuse("loss_type", f"{name!r} is given twice; give it once, with its weight")
         if self.loss_weights is None:
             return
         if len(self.loss_weights) != len(names):
-            self._refuse(
-                "loss_weights", f"{len(names)} weights expected, one per loss of loss.loss_type = {names}"
-            )
+            self._refuse("loss_weights", f"{len(names)} weights expected, one per loss of loss.loss_type = {names}")
         if not all(math.isfinite(w) and w >= 0 for w in self.loss_weights) or not any(self.loss_weights):
             self._refuse("loss_weights", "weights must be finite and not below 0, and not all of them 0")
 
@@ -180,9 +172,7 @@ class LossSettings:
         if "exo_pair" in names and smoothing == 0:
             self._refuse("label_smoothing", "exo_pair takes its logarithm: give a value above 0, e.g. 0.001")
         if "robust" in names and smoothing >= 0.5:
-            self._refuse(
-                "label_smoothing", "robust divides by 1 - 2 * label_smoothing: give a value below 0.5"
-            )
+            self._refuse("label_smoothing", "robust divides by 1 - 2 * label_smoothing: give a value below 0.5")
         if smoothing == 1:
             self._refuse("label_smoothing", "every label would count as swapped: give a value below 1")
 
@@ -194,9 +184,7 @@ class LossSettings:
         if alpha_given and self.f_divergence != "alpha":
             self._refuse("f_alpha_divergence_coef", "is read only with loss.f_divergence = 'alpha'")
         if self.f_divergence == "alpha" and self.f_alpha_divergence_coef == 1:
-            self._refuse(
-                "f_alpha_divergence_coef", "1 is the limit reverse_kl: set loss.f_divergence to that"
-            )
+            self._refuse("f_alpha_divergence_coef", "1 is the limit reverse_kl: set loss.f_divergence to that")
         if self.f_divergence == "reverse_kl":
             return
         of_d = [name for name, info in LOSSES.items() if info.of_d]
@@ -210,14 +198,10 @@ class LossSettings:
             policy_only = [name for name in self.loss_types if not LOSSES[name].needs_reference]
             if policy_only:
                 named = ", ".join(policy_only)
-                self._refuse(
-                    "ld_alpha", f"would also reweight the likelihood that {named} maximises; leave it out"
-                )
+                self._refuse("ld_alpha", f"would also reweight the likelihood that {named} maximises; leave it out")
         if self.use_weighting and self.needs_batch:
             named = ", ".join(name for name in self.loss_types if not LOSSES[name].separable)
-            self._refuse(
-                "use_weighting", f"{named} sorts values over pairs, so a pair's weight has no place there"
-            )
+            self._refuse("use_weighting", f"{named} sorts values over pairs, so a pair's weight has no place there")
 
     def _check_read(self) -> None:
         """Refuse what was set but would change nothing: a typo in `loss_type` must not pass for a result."""
@@ -227,9 +211,7 @@ class LossSettings:
             if getattr(self, field) != default:
                 readers = [name for name, info in LOSSES.items() if field in info.reads]
                 named = ", ".join(self.loss_types)
-                self._refuse(
-                    field, f"{named} does not read it ({_listed(readers)} would); leave it at {default!r}"
-                )
+                self._refuse(field, f"{named} does not read it ({_listed(readers)} would); leave it at {default!r}")
 
 
 def _listed(names: Iterable[str]) -> str:

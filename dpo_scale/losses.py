@@ -366,9 +366,7 @@ def wpo_weights(token_logps: Tensor, log_sum_p2: Tensor, segments: Tensor, num_p
 
 def _segment_starts(segments: Tensor, num_segments: int) -> Tensor:
     """[num_segments + 1] offsets: segment k is the run [starts[k], starts[k+1]) of tokens, maybe empty."""
-    return torch.searchsorted(
-        segments, torch.arange(num_segments + 1, device=segments.device, dtype=segments.dtype)
-    )
+    return torch.searchsorted(segments, torch.arange(num_segments + 1, device=segments.device, dtype=segments.dtype))
 
 
 def _segment_sums(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:

@@ -183,9 +183,6 @@ def _hanging(label: str, text: str) -> str:
     """A labelled paragraph, each of the text's own lines wrapped beside the label."""
     indent = " " * 8
     lines = [
-        wrapped
-        for line in text.splitlines()
-        if line.strip()
-        for wrapped in textwrap.wrap(line, WIDTH - len(indent))
+        wrapped for line in text.splitlines() if line.strip() for wrapped in textwrap.wrap(line, WIDTH - len(indent))
     ]
     return f"{label:<8}" + f"\n{indent}".join(lines or ["(nothing)"])

@@ -180,7 +180,9 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
     rate = learning_rate(state.step, run.total_steps, settings)
     grad_norm, skipped = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
     if not math.isfinite(grad_norm) and not skipped:
-        raise TrainingError(f"step {state.step + 1}: the gradient's norm is {grad_norm}; nothing was saved of this step")
+        raise TrainingError(
+            f"step {state.step + 1}: the gradient's norm is {grad_norm}; nothing was saved of this step"
+        )
 
     tokens = int(lengths[pairs].sum())
     slots = sum(padded_slots(micro.indices, lengths) for ranks in layout for micro in ranks)
@@ -220,9 +222,7 @@ def note_best(run: Run, state: TrainState, metrics: dict[str, float]) -> bool:
     if name is None or state.best_step == state.step:
         return False
     if name not in metrics:
-        raise ConfigError(
-            f"checkpoint.metric_for_best_model = {name!r}: expected one of {', '.join(sorted(metrics))}"
-        )
+        raise ConfigError(f"checkpoint.metric_for_best_model = {name!r}: expected one of {', '.join(sorted(metrics))}")
     value, best = metrics[name], state.best_metric
     if best is not None and (value <= best if settings.greater_is_better else value >= best):
         return False
@@ -285,5 +285,3 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
     return Identity(
         model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage
     )
-
-

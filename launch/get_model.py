@@ -11,12 +11,8 @@ from dpo_scale.models.builtin import BUILTIN_MODELS, ensure_builtin_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Download, verify and convert a builtin model, unless it is there."
-    )
-    parser.add_argument(
-        "name", nargs="?", default=next(iter(BUILTIN_MODELS)), help=f"one of {list(BUILTIN_MODELS)}"
-    )
+    parser = argparse.ArgumentParser(description="Download, verify and convert a builtin model, unless it is there.")
+    parser.add_argument("name", nargs="?", default=next(iter(BUILTIN_MODELS)), help=f"one of {list(BUILTIN_MODELS)}")
     name = parser.parse_args().name
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; the conversion has several bars of its own
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"

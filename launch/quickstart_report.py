@@ -10,9 +10,7 @@ from dpo_scale.cli import run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Held-out metrics and answers of a run, before and after.")
-    parser.add_argument(
-        "--run", type=Path, required=True, metavar="FOLDER", help="the folder of a finished run"
-    )
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="the folder of a finished run")
     arguments = parser.parse_args()
 
     from dpo_scale.report import print_report

@@ -19,10 +19,15 @@ def main() -> None:
     parser.add_argument(
         "--resume",
         metavar="WHAT",
-        help="latest: the newest checkpoint of output_dir; auto: the same, or a fresh start if there is none; "
-        "or a checkpoint or run folder",
+        nargs="?",
+        const="latest",
+        help="latest (the default): the newest checkpoint of output_dir; auto: the same, or a fresh start if there "
+        "is none; or a checkpoint or run folder",
     )
     arguments = parser.parse_args()
+    if arguments.resume is not None and "=" in arguments.resume:  # `--resume section.key=value`
+        arguments.overrides.insert(0, arguments.resume)
+        arguments.resume = "latest"
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         yaml.safe_dump(to_mapping(config), sys.stdout, sort_keys=False)

@@ -40,9 +40,7 @@ def byte_level(
     backend.train_from_iterator(SENTENCES, trainer)
     backend.add_tokens(list(extra))  # added, but not special
     single = f"{'<s> ' if bos else ''}$A{' </s>' if adds_eos else ''}"
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -58,6 +56,4 @@ def metaspace(*, bos: bool = True) -> Any:
     backend.train_from_iterator(SENTENCES, trainer)
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -24,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo_scale.cache_folder import cache_folder
 from dpo_scale.data.pair_file import SCHEMA, PairFile
 from dpo_scale.data.schemas import MESSAGE_SCHEMAS, SCHEMAS, Columns, columns_of, detect_schema
 from dpo_scale.data.settings import DataSettings, SourceSettings
@@ -97,8 +97,8 @@ def tokenize_source(
 
 
 def _cache_root(settings: DataSettings) -> Path:
-    root = settings.cache_dir or os.environ.get("DPO_SCALE_CACHE") or "~/.cache/dpo_scale"
-    return Path(root).expanduser() / "tokenized"
+    root = Path(settings.cache_dir).expanduser() if settings.cache_dir else cache_folder()
+    return root / "tokenized"
 
 
 def _cache_key(source: SourceSettings, files: list[DataFile], tokenizer: PairTokenizer) -> str:
@@ -155,9 +155,7 @@ class _building_folder:
             self.building = self.final.parent / f"building-{uuid.uuid4().hex}"
             self.building.mkdir()
         except OSError as error:
-            raise DataError(
-                f"{self.final.parent}: cannot be written ({error.strerror}); set data.cache_dir"
-            ) from None
+            raise DataError(f"{self.final.parent}: cannot be written ({error.strerror}); set data.cache_dir") from None
         return self.building
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -253,9 +251,7 @@ def _find_schema(source: SourceSettings, files: list[DataFile]) -> tuple[Columns
         if not rows:
             if problem is None:
                 raise DataError(f"{files[0].label}: holds no rows")
-            raise DataError(
-                f"{files[0].label} row {problem[0]}: {problem[1]}; nor can the rows after it be read"
-            )
+            raise DataError(f"{files[0].label} row {problem[0]}: {problem[1]}; nor can the rows after it be read")
         known = "; ".join(f"{name} ({meaning})" for name, meaning in SCHEMAS.items())
         raise DataError(
             f"{files[0].label}: the rows have no known schema; columns found: {', '.join(found)}; expected "
@@ -286,6 +282,5 @@ def _nothing_left(path: str, result: TokenizedSource) -> DataError:
     first = f"; the first is {bad.file} row {bad.row}: {bad.reason}" if bad else ""
     return DataError(
         f"{path}: none of the {counts['rows']} rows can be used ({counts['bad']} bad, {counts['overlong']} "
-        f"longer than data.max_length, {counts['identical_after_cut']} with equal completions after cutting)"
-        + first
+        f"longer than data.max_length, {counts['identical_after_cut']} with equal completions after cutting)" + first
     )

@@ -56,9 +56,7 @@ class PairDataset:
         """`indices` [N] count through the files one after another; None takes every pair once."""
         self._files = list(files)
         self._starts = np.cumsum([0] + [len(file) for file in files])
-        self._indices = (
-            np.arange(self._starts[-1]) if indices is None else np.asarray(indices, dtype=np.int64)
-        )
+        self._indices = np.arange(self._starts[-1]) if indices is None else np.asarray(indices, dtype=np.int64)
         self.lengths = np.concatenate([file.lengths for file in files])[self._indices]
 
     def __len__(self) -> int:
@@ -135,9 +133,7 @@ def load_pairs(
     train, train_weighted, report = _load_split("train", settings.train, settings, encoder, seed, log)
     held_out, sources = None, list(train)
     if settings.eval:
-        eval_sources, eval_weighted, eval_report = _load_split(
-            "eval", settings.eval, settings, encoder, seed, log
-        )
+        eval_sources, eval_weighted, eval_report = _load_split("eval", settings.eval, settings, encoder, seed, log)
         held_out = PairDataset([source.pairs for source in eval_sources], eval_weighted)
         report |= eval_report
         sources += eval_sources
@@ -146,9 +142,7 @@ def load_pairs(
         mask = _held_out(np.concatenate([file.prompt_hashes for file in files]), settings.eval_fraction)
         if not mask.any() or mask.all():
             part = "all" if mask.all() else "none"
-            raise DataError(
-                f"data.eval_fraction = {settings.eval_fraction}: holds out {part} of {len(mask)} pairs"
-            )
+            raise DataError(f"data.eval_fraction = {settings.eval_fraction}: holds out {part} of {len(mask)} pairs")
         held_out = PairDataset(files, np.flatnonzero(mask))
         train_weighted = train_weighted[~mask[train_weighted]]
         log(f"data.eval_fraction: {len(held_out)} of {len(mask)} pairs are held out, by their prompts")

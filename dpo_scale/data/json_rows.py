@@ -26,9 +26,7 @@ _BOM = b"\xef\xbb\xbf"
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 _SCALAR = rb'(?:"[^"\\]*(?:\\.[^"\\]*)*"|[-+.\deE]+|true|false|null)'
 # {"version": 1, "data": [{
-_WRAPPED = re.compile(
-    rb'\s*\{\s*(?:"[^"\\]*"\s*:\s*' + _SCALAR + rb'\s*,\s*)*"data"\s*:\s*\[(?=\s*[\]{])', re.DOTALL
-)
+_WRAPPED = re.compile(rb'\s*\{\s*(?:"[^"\\]*"\s*:\s*' + _SCALAR + rb'\s*,\s*)*"data"\s*:\s*\[(?=\s*[\]{])', re.DOTALL)
 
 
 def read_lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
@@ -41,9 +39,7 @@ def read_lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
-            raise DataError(
-                f"{label} row {number}: longer than {MAX_ROW_BYTES >> 20} MiB: is this JSON Lines?"
-            )
+            raise DataError(f"{label} row {number}: longer than {MAX_ROW_BYTES >> 20} MiB: is this JSON Lines?")
         if number == 1:
             line = line.removeprefix(_BOM)
         if line.strip():
@@ -137,6 +133,4 @@ def _never_ends(label: str, number: int) -> DataError:
 
 def _check_nothing_follows(rest: bytes, label: str, number: int) -> None:
     if rest.strip():
-        raise DataError(
-            f"{label}: text follows the array's end (after row {number}); expected one array of objects"
-        )
+        raise DataError(f"{label}: text follows the array's end (after row {number}); expected one array of objects")

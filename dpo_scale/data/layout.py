@@ -55,9 +55,7 @@ def padded_batch(pairs: Sequence[Pair], weights: np.ndarray, pad_token_id: int) 
         weights: [P].
         pad_token_id: any valid token id; padding is neither attended to nor scored.
     """
-    rows = [
-        (pair.prompt_ids, completion) for pair in pairs for completion in (pair.chosen_ids, pair.rejected_ids)
-    ]
+    rows = [(pair.prompt_ids, completion) for pair in pairs for completion in (pair.chosen_ids, pair.rejected_ids)]
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     score_index = []

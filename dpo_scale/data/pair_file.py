@@ -30,9 +30,7 @@ SCHEMA = pa.schema(
 )
 
 
-def record_batch(
-    pairs: Sequence[TokenizedPair], prompt_hashes: Sequence[int], file: int, rows: Sequence[int]
-) -> Any:
+def record_batch(pairs: Sequence[TokenizedPair], prompt_hashes: Sequence[int], file: int, rows: Sequence[int]) -> Any:
     """An Arrow record batch of tokenized pairs that all come from the same file of a source."""
     ids = [[np.array(getattr(pair, name), dtype=np.int32) for pair in pairs] for name in ID_COLUMNS]
     columns: list[Any] = []
@@ -107,9 +105,7 @@ class PairFile:
         )
         key = self._keys[batch][row].tobytes()
         if pair_key(prompt, chosen, rejected) != key:
-            raise DataError(
-                f"{self.path.parent}: the tokenized data is damaged (pair {i}); delete this folder"
-            )
+            raise DataError(f"{self.path.parent}: the tokenized data is damaged (pair {i}); delete this folder")
         return prompt, chosen, rejected, key
 
     def describe(self, i: int) -> str:

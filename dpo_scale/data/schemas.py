@@ -114,9 +114,7 @@ def to_preference(row: dict[str, Any], columns: Columns, *, chat: bool) -> Prefe
     if columns.schema != "transcript":  # there, the system text would be part of the transcript
         system = _system(row)
         if system and not chat:
-            raise RowProblem(
-                "has a system message, which plain text has no place for; give data.chat_template"
-            )
+            raise RowProblem("has a system message, which plain text has no place for; give data.chat_template")
         if system and not (prompt and prompt[0]["role"] == "system"):
             prompt = [{"role": "system", "content": system}, *prompt]
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
@@ -139,9 +137,7 @@ _Read = tuple[list[Message], list[Message], list[Message], tuple[str, str, str] 
 
 
 def _read_prompt_completion(row: dict[str, Any], columns: Columns) -> _Read:
-    prompt, chosen, rejected = (
-        _text(row, name) for name in (columns.prompt, columns.chosen, columns.rejected)
-    )
+    prompt, chosen, rejected = (_text(row, name) for name in (columns.prompt, columns.chosen, columns.rejected))
     return _user(prompt), _assistant(chosen), _assistant(rejected), (prompt, chosen, rejected)
 
 
@@ -174,9 +170,7 @@ def _read_transcript(row: dict[str, Any], columns: Columns) -> _Read:
 
 def _read_sharegpt(row: dict[str, Any], columns: Columns) -> _Read:
     prompt = _messages(row, columns.prompt)
-    chosen, rejected = (
-        _text_or_messages(row, name, _assistant) for name in (columns.chosen, columns.rejected)
-    )
+    chosen, rejected = (_text_or_messages(row, name, _assistant) for name in (columns.chosen, columns.rejected))
     return prompt, chosen, rejected, None
 
 
@@ -194,9 +188,7 @@ def _split_conversations(
         shared += 1
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if shared == len(messages):
-            raise RowProblem(
-                f"{name} ends where the other goes on; expected two different answers to one prompt"
-            )
+            raise RowProblem(f"{name} ends where the other goes on; expected two different answers to one prompt")
         if messages[shared]["role"] != "assistant":
             raise RowProblem(
                 f"the conversations first differ in message {shared + 1}, which is the "
@@ -263,23 +255,17 @@ def _message(value: Any, where: str) -> Message:
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise RowProblem(f"{where}.{role_key} is {name!r}, expected one of {', '.join(_ROLES)}")
-    content = _content(
-        value.get(content_key), f"{where}.{content_key}", optional=bool(value.get("tool_calls"))
-    )
+    content = _content(value.get(content_key), f"{where}.{content_key}", optional=bool(value.get("tool_calls")))
     if name == "function_call":
         return {"role": role, "content": "", "tool_calls": _function_calls(content, f"{where}.{content_key}")}
-    others = {
-        key: item for key, item in value.items() if item is not None and key not in (role_key, content_key)
-    }
+    others = {key: item for key, item in value.items() if item is not None and key not in (role_key, content_key)}
     return {"role": role, "content": content, **({} if sharegpt else others)}
 
 
 def _content(value: Any, where: str, *, optional: bool) -> str:
     if value is None and optional:
         return ""
-    if isinstance(value, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in value
-    ):
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(str(part.get("text") or "") for part in value)
     if not isinstance(value, str):
         raise RowProblem(f"{where} is {type_name(value)}, expected text")

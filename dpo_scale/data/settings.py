@@ -44,9 +44,7 @@ class SourceSettings:
     def validate(self, key: str) -> None:
         """Refuse what cannot be a source; `key` names it, e.g. `data.train[0]`."""
         if not self.path.strip():
-            raise ConfigError(
-                f"{key}.path = {self.path!r}: expected a file, glob, folder, hub or builtin: name"
-            )
+            raise ConfigError(f"{key}.path = {self.path!r}: expected a file, glob, folder, hub or builtin: name")
         if not 0 < self.weight <= 1000:
             raise ConfigError(f"{key}.weight = {self.weight!r}: expected more than 0, at most 1000")
 
@@ -63,21 +61,15 @@ class DataSettings:
 
     train: list[SourceSettings] = field(default_factory=list)
     eval: list[SourceSettings] = field(default_factory=list)
-    eval_fraction: float = (
-        0.0  # held out of train by a hash of the prompt: a growing file moves no pair across
-    )
+    eval_fraction: float = 0.0  # held out of train by a hash of the prompt: a growing file moves no pair across
     schema: Schema = "auto"
-    prompt_column: str | None = (
-        None  # the file's name for `prompt` (or for `conversations`, in ShareGPT files)
-    )
+    prompt_column: str | None = None  # the file's name for `prompt` (or for `conversations`, in ShareGPT files)
     chosen_column: str | None = None
     rejected_column: str | None = None
-    chat_template: str | None = (
-        None  # null: the tokenizer's, else plain text; "none"; a jinja file; a template
-    )
+    chat_template: str | None = None  # null: the tokenizer's, else plain text; "none"; a jinja file; a template
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
     max_length: int | None = 1024  # prompt and longer completion
-    max_prompt_length: int | None = 512
+    max_prompt_length: int | None = None  # null: half of max_length
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     on_bad_row: Literal["error", "skip"] = "error"
@@ -94,6 +86,13 @@ class DataSettings:
             chosen_column=source.chosen_column or self.chosen_column,
             rejected_column=source.rejected_column or self.rejected_column,
         )
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens of a prompt: `max_prompt_length`, or half of `max_length`; None without any limit."""
+        if self.max_prompt_length is not None or self.max_length is None:
+            return self.max_prompt_length
+        return self.max_length // 2
 
     def validate(self) -> None:
         """Refuse impossible values.

@@ -54,9 +54,7 @@ class Unreadable:
     reason: str
 
 
-Record = tuple[
-    int, bytes | dict[str, Any] | Unreadable
-]  # row number from 1 (line number in JSON Lines), content
+Record = tuple[int, bytes | dict[str, Any] | Unreadable]  # row number from 1 (line number in JSON Lines), content
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,7 @@ def parse_record(content: bytes | dict[str, Any] | Unreadable) -> dict[str, Any]
     try:
         row = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RowProblem(
-            f"not UTF-8: byte 0x{content[error.start]:02x} at byte {error.start + 1} of it"
-        ) from None
+        raise RowProblem(f"not UTF-8: byte 0x{content[error.start]:02x} at byte {error.start + 1} of it") from None
     except json.JSONDecodeError as error:
         raise RowProblem(f"malformed JSON: {error.msg} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
@@ -207,14 +203,10 @@ def _local_file(path: Path, label: str) -> DataFile:
 
 def _builtin_file(path: str) -> DataFile:
     folder = resources.files("dpo_scale") / "builtin_data"
-    known = sorted(
-        item.name.removesuffix(".jsonl") for item in folder.iterdir() if item.name.endswith(".jsonl")
-    )
+    known = sorted(item.name.removesuffix(".jsonl") for item in folder.iterdir() if item.name.endswith(".jsonl"))
     name = path.removeprefix(BUILTIN)
     if name not in known:
-        raise DataError(
-            f"{path}: no such built-in data; there are {', '.join(BUILTIN + item for item in known)}"
-        )
+        raise DataError(f"{path}: no such built-in data; there are {', '.join(BUILTIN + item for item in known)}")
     return _local_file(Path(str(folder / f"{name}.jsonl")), path)
 
 
@@ -223,9 +215,7 @@ def _folder(folder: Path, source: SourceSettings) -> list[DataFile]:
     if not saved:
         files = sorted(item for item in folder.iterdir() if item.is_file() and _format_of(item)[0])
         if not files:
-            raise DataError(
-                f"{source.path}: neither saved by `datasets` nor a folder with {FORMATS_TEXT} files"
-            )
+            raise DataError(f"{source.path}: neither saved by `datasets` nor a folder with {FORMATS_TEXT} files")
         return [_local_file(item, str(item)) for item in files]
     import datasets
 
@@ -233,9 +223,7 @@ def _folder(folder: Path, source: SourceSettings) -> list[DataFile]:
     try:
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{label}: cannot be loaded as a folder saved by `datasets`: {_one_line(error)}"
-        ) from None
+        raise DataError(f"{label}: cannot be loaded as a folder saved by `datasets`: {_one_line(error)}") from None
     if isinstance(dataset, datasets.DatasetDict):
         if source.split not in dataset:
             raise DataError(f"{label}: no split {source.split!r}; there are {', '.join(dataset)}")
@@ -257,9 +245,7 @@ def _hub_dataset(source: SourceSettings) -> DataFile:
     # `datasets` derives the fingerprint from the revision, files and split it loaded
     subset = f"/{source.name}" if source.name else ""
     label = f"{source.path}{subset} [{source.split}]"
-    return DataFile(
-        label, "datasets", f"hub:{source.path}:{source.name}:{dataset._fingerprint}", dataset=dataset
-    )
+    return DataFile(label, "datasets", f"hub:{source.path}:{source.name}:{dataset._fingerprint}", dataset=dataset)
 
 
 def _hash_files(paths: list[Path]) -> str:

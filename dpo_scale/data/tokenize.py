@@ -89,9 +89,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise anything, from KeyError to errors of the Rust library
         where = "folder" if Path(path).is_dir() else "hub (no such folder here, and no answer from the hub)"
         message = " ".join(str(error).split())[:300]
@@ -122,8 +120,7 @@ def resolve_chat_template(value: str | None, tokenizer: Any) -> str | dict[str, 
         return Path(value).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"data.chat_template = {value!r}: expected 'none', a jinja template or a readable file "
-            f"with one ({error})"
+            f"data.chat_template = {value!r}: expected 'none', a jinja template or a readable file with one ({error})"
         ) from None
 
 
@@ -139,7 +136,7 @@ class PairTokenizer:
         self.template = resolve_chat_template(settings.chat_template, tokenizer)
         self.template_kwargs = settings.chat_template_kwargs
         self.max_length = settings.max_length
-        self.max_prompt_length = settings.max_prompt_length
+        self.max_prompt_length = settings.prompt_limit
         self.keep_end = settings.truncation_mode == "keep_end"
         self.overlong = settings.overlong
         self.chat = self.template is not None
@@ -151,9 +148,7 @@ class PairTokenizer:
         self.adds_bos = len(around) > 1 and around[0] == tokenizer.bos_token_id
         self.adds_eos = len(around) > 1 and around[-1] == self.eos
         self.added = {index: str(token.content) for index, token in tokenizer.added_tokens_decoder.items()}
-        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
-            self.eos
-        }
+        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {self.eos}
         if self.chat:
             self._check_template()
 
@@ -235,9 +230,7 @@ class PairTokenizer:
                 differs = True
                 bare = self._apply_template(prompt, tools)
                 if not all(text.startswith(bare) for text in texts[1:]):
-                    raise RowProblem(
-                        "the chat template renders the prompt differently once an answer follows it"
-                    )
+                    raise RowProblem("the chat template renders the prompt differently once an answer follows it")
         try:
             for text in texts:
                 text.encode("utf-8")
@@ -258,9 +251,7 @@ class PairTokenizer:
                 tokenize=False,
                 **self.template_kwargs,
             )
-        except (
-            Exception
-        ) as error:  # a template is foreign code: its errors are of any kind, and about this row
+        except Exception as error:  # a template is foreign code: its errors are of any kind, and about this row
             raise RowProblem(f"the chat template refused it: {' '.join(str(error).split())[:300]}") from error
 
     def _check_template(self) -> None:
@@ -306,7 +297,7 @@ class PairTokenizer:
                     f"{len(prompt)} prompt and {max(len(chosen), len(rejected))} completion tokens, more "
                     f"than data.max_length = {self.max_length}"
                 )
-            if self.overlong == "drop" or room < 1:
+            if self.overlong == "drop":
                 return Dropped("overlong")
             chosen, rejected = chosen[:room], rejected[:room]
             if chosen == rejected:
@@ -332,15 +323,11 @@ class PairTokenizer:
         if isinstance(completion, str):
             return ids if ids[-1] == self.eos else [*ids, self.eos]
         end = len(ids)
-        while (
-            end > 1 and ids[end - 1] not in self.added and not self.tokenizer.decode([ids[end - 1]]).strip()
-        ):
+        while end > 1 and ids[end - 1] not in self.added and not self.tokenizer.decode([ids[end - 1]]).strip():
             end -= 1
         last = ids[end - 1]
         # an added token that the answer itself ends in (</tool_call>) is not the template's end of turn
-        written_by_template = last in self.added and not completion[-1]["content"].rstrip().endswith(
-            self.added[last]
-        )
+        written_by_template = last in self.added and not completion[-1]["content"].rstrip().endswith(self.added[last])
         if last in self.special or written_by_template:
             return ids[:end]
         return [*ids, self.eos]

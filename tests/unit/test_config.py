@@ -39,7 +39,9 @@ def test_sources_may_be_text_lists_or_mappings():
 
 def test_resolved_file_reproduces_the_config(tmp_path):
     json_file = tmp_path / "ds.json"
-    json_file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}')
+    json_file.write_text(
+        '{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}'
+    )
     config = load_config(None, [*MINIMAL, f"deepspeed.config={json_file}", "loss.loss_type=[sigmoid, sft]"])
     config.save(tmp_path / "config.yaml")
     json_file.unlink()  # the saved file must not depend on it

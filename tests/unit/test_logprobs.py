@@ -78,9 +78,7 @@ def test_values_and_gradients_agree_with_fp64(implementation, dtype, head):
 
         assert logps.shape == (tokens,)
         assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        logit_size = max(
-            1.0, exact_logits(hidden, weight, bias, scale, softcap).abs().max().item() if tokens else 1
-        )
+        logit_size = max(1.0, exact_logits(hidden, weight, bias, scale, softcap).abs().max().item() if tokens else 1)
         bound = 1e-13 if dtype == torch.float64 else 1e-6
         assert (logps.double() - exact).abs().max().item() < bound * logit_size if tokens else True
 
@@ -99,17 +97,13 @@ def test_results_do_not_depend_on_where_tiles_end(extra, rows):
     """Seven tokens and about two tiles of the vocabulary; targets at the ends and around the boundary."""
     vocabulary = MIN_TILE_WIDTH + 1 + extra
     hidden, weight, bias, _ = make(7, vocabulary, bias=True)
-    edges = torch.tensor(
-        [0, 1, MIN_TILE_WIDTH - 1, MIN_TILE_WIDTH, MIN_TILE_WIDTH + 1, vocabulary - 2, vocabulary - 1]
-    )
+    edges = torch.tensor([0, 1, MIN_TILE_WIDTH - 1, MIN_TILE_WIDTH, MIN_TILE_WIDTH + 1, vocabulary - 2, vocabulary - 1])
     targets = edges.clamp(max=vocabulary - 1)
     names = list(BY_PRODUCTS)
 
     def run(tile_bytes):
         inputs = leaves(hidden, weight, bias)
-        logps, extras = chunked_token_logps(
-            inputs[0], inputs[1], targets, inputs[2], 1.3, 6.0, names, tile_bytes
-        )
+        logps, extras = chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 6.0, names, tile_bytes)
         (logps * torch.arange(1.0, 8.0)).sum().backward()
         return logps.detach(), *extras.values(), *(t.grad for t in inputs)
 
@@ -129,12 +123,8 @@ def test_running_statistics_survive_growing_and_falling_peaks():
         )
         exact = torch.log_softmax((hidden.double() @ head.double().T), 1)
         torch.testing.assert_close(logps.double(), exact[torch.arange(2), targets], rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(
-            extras["entropy"].double(), -(exact.exp() * exact).sum(1), rtol=1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(
-            extras["log_sum_p2"].double(), (2 * exact).logsumexp(1), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(extras["entropy"].double(), -(exact.exp() * exact).sum(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(extras["log_sum_p2"].double(), (2 * exact).logsumexp(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -267,9 +257,7 @@ def count_products(monkeypatch):
     return lambda: len(calls)
 
 
-@pytest.mark.parametrize(
-    ("trained", "products"), [("hidden weight", 4), ("hidden", 3), ("weight", 3), ("", 1)]
-)
+@pytest.mark.parametrize(("trained", "products"), [("hidden weight", 4), ("hidden", 3), ("weight", 3), ("", 1)])
 def test_chunked_makes_only_the_products_that_are_needed(count_products, trained, products):
     """Forward 1; backward the logits again, and one for each gradient that is required."""
     hidden, weight, _, targets = make(7, 130)

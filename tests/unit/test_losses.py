@@ -69,9 +69,7 @@ def by_hand(name, s, r, n, b, e, tau, gamma, lam, alpha):
         "robust": lambda: (-(1 - e) * ls(b * d) + e * ls(-b * d)) / (1 - 2 * e),
         "hinge": lambda: max(0, 1 - b * d),
         "ipo": lambda: (lc / nc - lr / nr - 1 / (2 * b)) ** 2,
-        "exo_pair": lambda: (
-            sig(b * d) * (ls(b * d) - math.log(1 - e)) + sig(-b * d) * (ls(-b * d) - math.log(e))
-        ),
+        "exo_pair": lambda: sig(b * d) * (ls(b * d) - math.log(1 - e)) + sig(-b * d) * (ls(-b * d) - math.log(e)),
         "nca_pair": lambda: -ls(b * lc) - 0.5 * ls(-b * lc) - 0.5 * ls(-b * lr),
         "bco_pair": lambda: -ls(b * lc) - ls(-b * lr),
         "sppo_hard": lambda: (lc - 1 / (2 * b)) ** 2 + (lr + 1 / (2 * b)) ** 2,
@@ -203,9 +201,7 @@ def test_aot_of_one_pair_is_sigmoid_and_of_many_does_not_see_their_order(name):
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_a_separable_loss_of_a_pair_does_not_depend_on_its_company(name):
     settings = settings_for(name)
-    alone = [
-        run(settings, POLICY[i : i + 1], REFERENCE[i : i + 1], LENGTHS[i : i + 1])[0].item() for i in range(3)
-    ]
+    alone = [run(settings, POLICY[i : i + 1], REFERENCE[i : i + 1], LENGTHS[i : i + 1])[0].item() for i in range(3)]
     assert run(settings)[0].tolist() == alone
 
 
@@ -251,9 +247,7 @@ def test_policy_only_losses_log_rewards_of_the_policy_alone(name):
     assert "kl" not in metrics and "ref_logps/margins" not in metrics
     per_token = name in ("simpo", "orpo")
     for column, side in enumerate(("chosen", "rejected")):
-        hand = [
-            0.4 * s[column] / (n[column] if per_token else 1) for s, n in zip(POLICY, LENGTHS, strict=True)
-        ]
+        hand = [0.4 * s[column] / (n[column] if per_token else 1) for s, n in zip(POLICY, LENGTHS, strict=True)]
         assert metrics[f"rewards/{side}"].tolist() == pytest.approx(hand, rel=1e-12)
     chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
     assert torch.equal(metrics["rewards/margins"], chosen - rejected)

@@ -85,18 +85,12 @@ def test_constraints_pin_each_package_to_one_version(python):
 def test_every_declared_dependency_is_constrained_to_an_allowed_version(wheel, python):
     metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     lines = wheel.read(metadata).decode().splitlines()
-    declared = [
-        Requirement(line.removeprefix("Requires-Dist: "))
-        for line in lines
-        if line.startswith("Requires-Dist")
-    ]
+    declared = [Requirement(line.removeprefix("Requires-Dist: ")) for line in lines if line.startswith("Requires-Dist")]
     assert len(declared) >= 10
     pinned = {c.name: next(iter(c.specifier)).version for c in constraints() if applies(c.marker, python)}
     for requirement in declared:
         if requirement.name != "dpo-scale":
-            assert requirement.name in pinned, (
-                f"{requirement.name} is not in constraints.txt for Python {python}"
-            )
+            assert requirement.name in pinned, f"{requirement.name} is not in constraints.txt for Python {python}"
             assert requirement.specifier.contains(pinned[requirement.name])
 
 

@@ -14,9 +14,7 @@ def ragged(lengths, seed=0, dtype=torch.float32):
     """Token log-probs [S], segments [S] and lengths [P, 2]."""
     counts = torch.tensor(lengths).flatten()
     segments = torch.arange(len(counts)).repeat_interleave(counts)
-    values = (
-        -torch.rand(int(counts.sum()), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 9
-    )
+    values = -torch.rand(int(counts.sum()), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 9
     return values.to(dtype), segments, torch.tensor(lengths)
 
 
@@ -49,9 +47,7 @@ def test_sums_are_those_of_a_loop(case, ld_alpha):
     )
     sums = sum_token_logps(values, segments, len(lengths), lengths, ld_alpha)
     assert sums.shape == (len(lengths), 2) and sums.dtype == torch.float32
-    for found, hand in zip(
-        sums.tolist(), loop(values, lengths, 1.0 if ld_alpha is None else ld_alpha), strict=True
-    ):
+    for found, hand in zip(sums.tolist(), loop(values, lengths, 1.0 if ld_alpha is None else ld_alpha), strict=True):
         assert found == pytest.approx(hand, rel=1e-6)
 
 

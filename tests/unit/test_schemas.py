@@ -79,9 +79,7 @@ def test_without_a_chat_template_texts_stay_as_they_are():
             MESSAGES,
             id="texts at end",
         ),
-        pytest.param(
-            {**ROWS["sharegpt"], "chosen": "Yes.", "rejected": "No."}, "sharegpt", MESSAGES, id="sharegpt"
-        ),
+        pytest.param({**ROWS["sharegpt"], "chosen": "Yes.", "rejected": "No."}, "sharegpt", MESSAGES, id="sharegpt"),
         pytest.param(
             {
                 **TEXTS,

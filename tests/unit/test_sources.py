@@ -190,9 +190,7 @@ def test_an_array_that_cannot_be_cut_is_an_error_not_fewer_rows(tmp_path, text, 
 def test_bad_rows_of_csv_and_parquet_spoil_only_themselves(tmp_path):
     text = b"prompt,chosen,rejected\na,b,c\na,b\na,\xff,c\nd,e,f\n"
     records = dict(find_files(SourceSettings(str(contents(tmp_path / "a.csv", text))))[0].records())
-    assert records[2] == Unreadable("2 fields where the header has 3") and records[3] == Unreadable(
-        "not UTF-8"
-    )
+    assert records[2] == Unreadable("2 fields where the header has 3") and records[3] == Unreadable("not UTF-8")
     assert [records[i]["prompt"] for i in (1, 4)] == ["a", "d"]
 
     raw = pa.array([b"good", b"\xff\xfe", b"fine"])
@@ -243,9 +241,7 @@ def test_a_hub_name_without_a_hub_is_one_error(monkeypatch):
         raise ConnectionError("Couldn't reach\nthe Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(
-        DataError, match=r"org/pairs: no such file .* hub \(split 'train'\): Couldn't reach the Hub"
-    ):
+    with pytest.raises(DataError, match=r"org/pairs: no such file .* hub \(split 'train'\): Couldn't reach the Hub"):
         read("org/pairs")
 
 
@@ -263,9 +259,7 @@ def test_a_hub_data_set_is_read_by_subset_and_split(monkeypatch):
 
 def test_builtin_data_is_found_by_name_and_the_names_are_listed():
     assert len(read("builtin:plain_sentence_train")) >= 240
-    with pytest.raises(
-        DataError, match="builtin:nothing: .* builtin:plain_sentence_heldout, builtin:plain_sent"
-    ):
+    with pytest.raises(DataError, match="builtin:nothing: .* builtin:plain_sentence_heldout, builtin:plain_sent"):
         read("builtin:nothing")
 
 

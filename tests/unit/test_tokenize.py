@@ -46,9 +46,7 @@ TOKENIZERS = {
     "metaspace": metaspace(bos=False),
 }
 PIECES = st.lists(
-    st.sampled_from(
-        ["the answer", "is", " is", "no", " ", "  ", "\n", "Human: ", "é", "🙂", ",", "<s>", "</s>", "12"]
-    ),
+    st.sampled_from(["the answer", "is", " is", "no", " ", "  ", "\n", "Human: ", "é", "🙂", ",", "<s>", "</s>", "12"]),
     min_size=1,
     max_size=6,
 ).map("".join)
@@ -133,9 +131,7 @@ def test_completions_end_in_one_end_of_turn(ending, extra, expected):
 def test_an_added_token_of_the_answer_itself_is_no_end_of_turn():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     tokenizer = byte_level(chat_template=template, extra=("</call>",))
-    assert (
-        tokenizer.decode(tokenize(tokenizer, HEAD, "a</call>", "b").chosen_ids) == "assistant: a</call></s>"
-    )
+    assert tokenizer.decode(tokenize(tokenizer, HEAD, "a</call>", "b").chosen_ids) == "assistant: a</call></s>"
 
 
 def test_a_generation_prompt_that_answers_do_not_begin_with_is_left_out_and_counted():
@@ -144,10 +140,7 @@ def test_a_generation_prompt_that_answers_do_not_begin_with_is_left_out_and_coun
     pair = tokenize(tokenizer, HEAD, "yes", "no")
     assert tokenizer.decode(pair.prompt_ids).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(pair.chosen_ids) == "yes<|im_end|>"
-    assert (
-        pair.generation_prompt_differs
-        and not tokenize(byte_level(chat_template=CHATML), HEAD, "a", "b").prompt_cut
-    )
+    assert pair.generation_prompt_differs and not tokenize(byte_level(chat_template=CHATML), HEAD, "a", "b").prompt_cut
 
 
 def test_an_empty_thinking_block_that_a_template_adds_to_answers_is_theirs():
@@ -168,9 +161,7 @@ def test_a_template_that_rewrites_the_prompt_once_answered_makes_a_bad_row():
 
 
 def test_a_templates_own_refusal_becomes_the_rows_reason():
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    )
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     with pytest.raises(RowProblem, match="the chat template refused it: no system role"):
         tokenize(byte_level(chat_template=template), [{"role": "system", "content": "a"}, *HEAD], "yes", "no")
 
@@ -258,15 +249,12 @@ def test_a_pair_that_is_still_too_long_is_cut_dropped_or_refused():
 
     assert given(max_length=longest) == whole
     cut = given(max_length=longest - 2)
-    assert (
-        cut.chosen_ids == whole.chosen_ids[:-2]
-        and cut.rejected_ids == whole.rejected_ids
-        and cut.completion_cut
-    )
+    assert cut.chosen_ids == whole.chosen_ids[:-2] and cut.rejected_ids == whole.rejected_ids and cut.completion_cut
     assert given(max_length=longest - 1, overlong="drop") == Dropped("overlong")
     with pytest.raises(RowProblem, match=f"more than data.max_length = {longest - 1}"):
         given(max_length=longest - 1, overlong="error")
-    assert given(max_length=len(whole.prompt_ids)) == Dropped("overlong"), "no room for any completion"
+    halved = given(max_length=2)  # without a limit of its own, the prompt gets half
+    assert halved.prompt_ids == whole.prompt_ids[-1:] and halved.prompt_cut and len(halved.chosen_ids) == 1
     same = tokenize(tokenizer, "the", " a b c", " a b d", replace(UNCUT, max_length=2))
     assert same == Dropped("identical_after_cut")
 
@@ -274,8 +262,7 @@ def test_a_pair_that_is_still_too_long_is_cut_dropped_or_refused():
 # --- data sets
 
 PAIRS = [
-    {"prompt": f"the answer {i}", "chosen": f" yes {i}", "rejected": f" no {i}{' a' * (i % 7)}"}
-    for i in range(60)
+    {"prompt": f"the answer {i}", "chosen": f" yes {i}", "rejected": f" no {i}{' a' * (i % 7)}"} for i in range(60)
 ]
 
 
@@ -315,17 +302,11 @@ def test_the_data_set_holds_every_pair_in_order_with_lengths_key_and_origin(fold
         assert all(one.dtype == np.int32 for one in ids)
         assert data.lengths[i].tolist() == [len(one) for one in ids]
         packed = b"".join(struct.pack(f"<i{len(one)}i", len(one), *one.tolist()) for one in ids)
-        assert (
-            pair.pair_key == hashlib.blake2b(packed, digest_size=16).digest() == data.pair_keys[i].tobytes()
-        )
+        assert pair.pair_key == hashlib.blake2b(packed, digest_size=16).digest() == data.pair_keys[i].tobytes()
         assert pair.index == i and data.describe(i) == f"{folder / 'train.jsonl'} row {i + 1}"
-    assert any(
-        "60 rows, schema prompt_completion (prompt, chosen, rejected); tokenized in" in line for line in lines
-    )
+    assert any("60 rows, schema prompt_completion (prompt, chosen, rejected); tokenized in" in line for line in lines)
     chosen = data.select(np.array([5, 2]))
-    assert (
-        len(chosen) == 2 and chosen[1].pair_key == data[2].pair_key and chosen.describe(0).endswith("row 6")
-    )
+    assert len(chosen) == 2 and chosen[1].pair_key == data[2].pair_key and chosen.describe(0).endswith("row 6")
     assert chosen.lengths.tolist() == data.lengths[[5, 2]].tolist() and chosen.fingerprint != data.fingerprint
     with pytest.raises(IndexError):
         data[60]
@@ -393,8 +374,7 @@ def test_cuts_and_drops_are_counted_and_logged(folder):
     counts = load(folder, lines=lines, max_prompt_length=2, max_length=9).report["train"][0]
     assert counts["prompt_cut"] == counts["kept"] == 60 and 0 < counts["completion_cut"] < 60
     assert any(
-        f"60 pairs kept; 60 prompts cut to data.max_prompt_length; {counts['completion_cut']} pairs with a"
-        in line
+        f"60 pairs kept; 60 prompts cut to data.max_prompt_length; {counts['completion_cut']} pairs with a" in line
         for line in lines
     )
     dropped = load(folder, max_prompt_length=2, max_length=9, overlong="drop").report["train"][0]
