@@ -21,7 +21,7 @@ PYTHONS = ("3.10", "3.11", "3.12")
 def wheel(tmp_path_factory):
     """A wheel built from a copy, so that building leaves nothing in the checkout."""
     source = tmp_path_factory.mktemp("source")
-    for file in ("pyproject.toml", "setup.cfg", "LICENSE"):
+    for file in ("pyproject.toml", "setup.cfg", "LICENSE", "README.md"):
         shutil.copy(PROJECT / file, source)
     shutil.copytree(PROJECT / "dpo_scale", source / "dpo_scale", ignore=shutil.ignore_patterns("__pycache__"))
     # A stray folder beside the package must not slip into it.
