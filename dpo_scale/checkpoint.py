@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -19,10 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_scale import engine
+from dpo_scale.config import CHECKPOINTS_DIR, STATE_FILE
 from dpo_scale.errors import CheckpointError
 
-STATE_FILE = "state.json"
-CHECKPOINTS_DIR = "checkpoints"
 FORMAT_VERSION = 1
 _STEP_DIR = re.compile(r"step-(\d+)")
 
@@ -144,7 +144,8 @@ def read_state(path: Path, identity: Identity) -> TrainState:
 def save_checkpoint(policy: Any, state: TrainState, identity: Identity, run_dir: Path, *, keep: int | None) -> Path:
     """Save the run's state as `checkpoints/step-N/`, then drop the oldest beyond `keep` (the best one stays).
 
-    Every rank must call it. The folder has its final name only once every rank's files are complete.
+    Every rank must call it. The folder has its final name only once every rank's files are complete. Checkpoints of
+    later steps, which a run resumed from an earlier one leaves behind, are dropped too: they are of another course.
     """
     final = checkpoint_path(run_dir, state.step)
     temporary = final.with_name(final.name + ".incomplete")
@@ -160,7 +161,7 @@ def save_checkpoint(policy: Any, state: TrainState, identity: Identity, run_dir:
         _write_synced(temporary / STATE_FILE, json.dumps(record, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _drop_old(run_dir, keep, best_step=state.best_step)
+        _drop_others(run_dir, keep, state)
     engine.barrier()
     return final
 
@@ -174,8 +175,8 @@ def load_checkpoint(policy: Any, path: Path) -> None:
     try:
         loaded, _ = policy.load_checkpoint(str(path.parent), tag=path.name)
         _restore_random_state(load_file(path / f"random-rank-{engine.rank()}.safetensors"))
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.PickleError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if loaded is None:
         raise CheckpointError(f"{path}: DeepSpeed found no state in it")
 
@@ -201,11 +202,12 @@ def _step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def _drop_old(run_dir: Path, keep: int | None, best_step: int | None) -> None:
-    if keep is None:
-        return
-    for path in complete_checkpoints(run_dir)[:-keep]:
-        if _step_of(path) != best_step:
+def _drop_others(run_dir: Path, keep: int | None, state: TrainState) -> None:
+    found = complete_checkpoints(run_dir)
+    up_to_now = [path for path in found if _step_of(path) <= state.step]
+    kept = up_to_now if keep is None else up_to_now[-keep:]
+    for path in found:
+        if path not in kept and _step_of(path) != state.best_step:
             shutil.rmtree(path)
 
 

@@ -9,12 +9,14 @@ import time
 import traceback
 from collections.abc import Callable
 
+import yaml
+
 from dpo_scale.config import Config
-from dpo_scale.config_reader import list_keys
+from dpo_scale.config_reader import list_keys, to_mapping
 from dpo_scale.errors import UserError
 
 EXIT_USER_ERROR = 2
-SECONDS_FOR_RANK_0_TO_SPEAK = 10.0
+SECONDS_TO_SPEAK_FIRST = 5.0
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -33,18 +35,24 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit; a `UserError` is one line from rank 0 and exit code 2, on whichever rank it arose.
+def print_config(config: Config) -> None:
+    """What `--print-config` prints: the resolved tree as YAML."""
+    yaml.safe_dump(to_mapping(config), sys.stdout, sort_keys=False)
 
-    A launcher ends all ranks as soon as one exits. So a rank other than 0 waits a moment before it speaks: mostly it
-    has failed for rank 0's reason, or because rank 0 is gone, and is ended before it adds its own traceback.
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit; a `UserError` is one line and exit code 2, on whichever ranks it arose.
+
+    A launcher ends all ranks as soon as one exits. So the rank that knows best speaks at once and the others wait,
+    to be ended before they add to it: a rank other than 0 mostly fails for rank 0's reason, and what is no
+    `UserError` is mostly the broken connection to a rank that is gone.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
         code = main() or 0
     except Exception as error:
-        if rank != 0:
-            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        if world_size > 1:
+            time.sleep(SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not isinstance(error, UserError))))
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = EXIT_USER_ERROR

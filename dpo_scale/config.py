@@ -10,8 +10,10 @@ hold between them. Field names are those of TRL and Hugging Face wherever the th
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +29,25 @@ from dpo_scale.deepspeed_config import (
     read_deepspeed_json,
     zero_settings_of,
 )
-from dpo_scale.errors import ConfigError
+from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.loss_settings import LossSettings
+
+CONFIG_FILE = "config.yaml"  # of a run folder
+STATE_FILE = "state.json"  # of a complete checkpoint
+CHECKPOINTS_DIR = "checkpoints"
+# what a training step measures beside the loss's own metrics
+STEP_METRICS = (
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "tokens",
+    "pairs",
+    "step_seconds",
+    "tokens_per_second",
+    "pairs_per_second",
+    "padding_fraction",
+    "peak_memory_bytes",
+)
 
 
 def _check(condition: bool, key: str, value: object, expected: str) -> None:
@@ -122,6 +141,12 @@ class TrainSettings:
         )
         _check(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "a share from 0 to 1")
         _check(known_optimizer(self.optim), "train.optim", self.optim, f"one of {', '.join(optimizer_names())}")
+        _check(
+            self.optim.lower() not in ("muadam", "muadamw", "musgd") or find_spec("mup") is not None,
+            "train.optim",
+            self.optim,
+            "the package mup to be installed with it",
+        )
         _check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         for name in ("adam_beta1", "adam_beta2"):
             _check(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "from 0 to below 1")
@@ -254,6 +279,14 @@ class Config:
             ("checkpoint.metric_for_best_model", self.checkpoint.metric_for_best_model),
         ):
             _check(value is None or has_eval, key, value, "held-out data with it: data.eval or data.eval_fraction")
+        metrics = self.loss.metric_names
+        best = self.checkpoint.metric_for_best_model
+        _check(
+            best is None or best in metrics, "checkpoint.metric_for_best_model", best, f"one of {', '.join(metrics)}"
+        )
+        for name in self.logging.console_metrics:
+            known = [*metrics, *STEP_METRICS]
+            _check(name in known, "logging.console_metrics", name, f"names out of {', '.join(known)}")
         if not self.loss.needs_reference:
             _check(
                 self.reference.model is None,
@@ -272,6 +305,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     for_training: bool = True,
+    resume: str | None = None,
     now: datetime.datetime | None = None,
 ) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, validate, and name the output folder.
@@ -280,10 +314,12 @@ def load_config(
         path: the YAML file; None starts from the defaults, so that overrides alone can describe a run.
         overrides: e.g. `["train.learning_rate=5e-7", "data.train=[a.jsonl, b.jsonl]"]`; values are YAML.
         for_training: False accepts a config without training data, for evaluation.
+        resume: what `--resume` says; a resumed run continues in its own folder unless `output_dir` names another.
         now: the time in the default output folder's name.
 
     Raises:
         ConfigError: on a missing or malformed file, an unknown key, a wrong type or an impossible value.
+        CheckpointError: if there is nothing where `resume` points.
     """
     mapping = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
@@ -293,5 +329,31 @@ def load_config(
     config.validate(for_training=for_training)
     if config.output_dir is None:
         name = Path(path).stem if path is not None else "run"
-        config.output_dir = f"runs/{name}-{(now or datetime.datetime.now()):%Y%m%d-%H%M%S}"
+        continued = _run_to_continue(resume, name) if resume is not None else None
+        config.output_dir = continued or f"runs/{name}-{(now or datetime.datetime.now()):%Y%m%d-%H%M%S}"
     return config
+
+
+def _run_to_continue(resume: str, name: str) -> str | None:
+    """The run folder that `--resume` means where no `output_dir` is given; None for a new one.
+
+    Args:
+        resume: "latest" or "auto" for the newest `runs/<name>-<time>` that has a checkpoint; or a run or checkpoint
+            folder.
+    """
+    if resume in ("latest", "auto"):
+        named = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
+        checkpoints = Path("runs").glob(f"*/{CHECKPOINTS_DIR}/step-*/{STATE_FILE}")
+        runs = {file.parents[2] for file in checkpoints if named.fullmatch(file.parents[2].name)}
+        if not runs and resume == "latest":
+            raise CheckpointError(
+                f"--resume: no runs/{name}-<time> has a checkpoint; name a run with output_dir=FOLDER"
+            )
+        return str(max(runs)) if runs else None
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume {resume}: no such folder; expected a run folder, a checkpoint, latest or auto")
+    if folder.resolve().parent.name == CHECKPOINTS_DIR:
+        folder = folder.resolve().parents[1]
+    # a checkpoint copied out of its run leaves the run behind
+    return str(folder) if (folder / CONFIG_FILE).is_file() else None

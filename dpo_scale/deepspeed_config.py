@@ -46,21 +46,14 @@ OWNED_KEYS = {
     "curriculum_learning": "nothing: the order of pairs is fixed by train.seed",
     "hybrid_engine": "nothing: no text is generated while training",
 }
-ADAM_NAMES = ("adamw_torch", "adam", "adamw", "onebitadam", "zerooneadam")
-OTHER_OPTIMIZERS = (
-    "Lamb",
-    "Lion",
-    "Adagrad",
-    "Muon",
-    "MuAdam",
-    "MuAdamW",
-    "MuSGD",
-    "SGD",
-    "RMSprop",
-    "NAdam",
-    "RAdam",
-    "Adamax",
-)
+# `train.optim` in lower case -> the spelling that DeepSpeed takes; it looks a name it does not know up in torch.optim
+OPTIMIZERS = {
+    name.lower(): name
+    for name in (
+        *("adamw_torch", "Adam", "AdamW", "Lamb", "Lion", "Adagrad", "Muon", "MuAdam", "MuAdamW", "MuSGD"),
+        *("SGD", "RMSprop", "NAdam", "RAdam", "Adamax"),
+    )
+}
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
@@ -137,7 +130,7 @@ def policy_deepspeed_config(config: Config, micro_steps: int) -> dict[str, Any]:
         if device != "none":
             binding[("zero_optimization", name, "device")] = (device, f"deepspeed.{name}")
             defaults[("zero_optimization", name, "pin_memory")] = False
-    if config.train.optim == "adamw_torch" and settings.offload_optimizer == "cpu":
+    if config.train.optim.lower() == "adamw_torch" and settings.offload_optimizer == "cpu":
         # otherwise DeepSpeed insists on its own CPU Adam, which compiles on first use
         defaults[("zero_force_ds_cpu_optimizer",)] = False
     defaults[("zero_allow_untested_optimizer",)] = True
@@ -178,26 +171,26 @@ _OPTIMIZER_KEYS = {
 
 
 def known_optimizer(name: str) -> bool:
-    """Whether `train.optim` names one of ours, DeepSpeed's or torch's optimizers (case as DeepSpeed reads it)."""
-    return name.lower() in ADAM_NAMES or name.lower() in {other.lower() for other in OTHER_OPTIMIZERS}
+    """Whether `train.optim` names one of ours, DeepSpeed's or torch's optimizers, in any case."""
+    return name.lower() in OPTIMIZERS
 
 
 def optimizer_names() -> list[str]:
     """What `train.optim` may be, for messages."""
-    return ["adamw_torch", "Adam", "AdamW", "OneBitAdam", "ZeroOneAdam", *OTHER_OPTIMIZERS]
+    return list(OPTIMIZERS.values())
 
 
 def _optimizer(config: Config) -> tuple[str, dict[str, Any]]:
     train = config.train
-    name = train.optim
+    name = OPTIMIZERS[train.optim.lower()]
     params: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
-    if name.lower() in ADAM_NAMES:
+    if name in ("adamw_torch", "Adam", "AdamW"):
         params |= {"betas": [train.adam_beta1, train.adam_beta2], "eps": train.adam_epsilon}
     if name == "adamw_torch":
         name = "AdamW"
         params["torch_adam"] = True
-    elif name.lower() in ("adam", "adamw"):
-        params["adam_w_mode"] = name.lower() == "adamw"
+    elif name in ("Adam", "AdamW"):
+        params["adam_w_mode"] = name == "AdamW"
     return name, params | train.optim_args
 
 

@@ -233,7 +233,11 @@ def _without_prints() -> redirect_stdout:
 
 
 def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float) -> Any:
-    """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual."""
+    """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual.
+
+    Raises:
+        ConfigError: if the optimizer does not take one of `train.optim_args`.
+    """
     import deepspeed
 
     trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -246,8 +250,13 @@ def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any],
     groups = [group for group in groups if group["params"]]
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)
     deepspeed_config = with_fitting_buckets(deepspeed_config, num_parameters)
-    with _without_prints():
-        return deepspeed.initialize(model=module, model_parameters=groups, config=deepspeed_config)[0]
+    try:
+        with _without_prints():
+            return deepspeed.initialize(model=module, model_parameters=groups, config=deepspeed_config)[0]
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ConfigError(f"train.optim_args: the optimizer does not take one of them: {error}") from None
 
 
 def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, Any]) -> Any:

@@ -118,6 +118,17 @@ class LossSettings:
         """Whether sums per sequence are not enough, and per-token log-probs are needed."""
         return self.ld_alpha is not None or self.use_weighting
 
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the metrics that `dpo_scale.losses.preference_loss` returns under these settings."""
+        names = ["loss"]
+        if len(self.loss_types) > 1:
+            names += [f"loss/{name}" for name in self.loss_types]
+        names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+        names += [f"logps/{name}" for name in ("chosen", "rejected", "margins")]
+        names += ["ref_logps/margins", "kl"] if self.needs_reference else []
+        return [*names, "accuracy/policy"]
+
     def validate(self) -> None:
         """Raise `ConfigError` for the first setting that is unknown, impossible or read by no chosen loss."""
         self._check_names_and_weights()

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from dpo_scale.config import Config, load_config
+from dpo_scale.config import CONFIG_FILE, Config, load_config
 from dpo_scale.errors import UserError
 
 WIDTH = 90
@@ -46,7 +46,6 @@ def print_report(run_dir: Path) -> None:
     from dpo_scale.data.tokenize import load_tokenizer
     from dpo_scale.export import MODEL_DIR
     from dpo_scale.tracking import METRICS_FILE, read_metrics
-    from dpo_scale.trainer import CONFIG_FILE
 
     logging.disable_progress_bar()
     for needed in (CONFIG_FILE, METRICS_FILE, MODEL_DIR):

@@ -28,20 +28,18 @@ from dpo_scale.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from dpo_scale.config import Config
+from dpo_scale.config import CONFIG_FILE, Config
 from dpo_scale.config_reader import to_mapping
 from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import padded_slots, padded_tokens
-from dpo_scale.errors import ConfigError, DataError, TrainingError
+from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import check_vocabulary, load_policy, load_reference, load_tokenizers
 from dpo_scale.schedule import learning_rate
-from dpo_scale.tracking import Tracker, check_trackers
-
-CONFIG_FILE = "config.yaml"
+from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -61,18 +59,22 @@ def train(config: Config, resume: str | None = None) -> Path:
     engine.check_dtype(config.model.dtype)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
-    run_dir = agree_on_run_dir(config, resume)
-    started_from = find_checkpoint(resume, run_dir) if resume else None
+    run_dir, started_from = agree_on_run_dir(config, resume)
 
     tokenizer, model_config = load_tokenizers(config)
+    check_vocabulary(tokenizer, model_config)
     data = engine.main_first(
         lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
     )
-    check_vocabulary(tokenizer, model_config)
     schedule = make_schedule(config, data.train)
     total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
     identity = identity_of(config, model_config, data.train)
     state = read_state(started_from, identity) if started_from else TrainState()
+    if state.step > total_steps:
+        raise CheckpointError(f"{started_from}: is at step {state.step}, but this run ends at step {total_steps}")
+    if state.best_step is not None and not checkpoint_path(run_dir, state.best_step).exists():
+        engine.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
+        state.best_step = state.best_metric = None
 
     if engine.is_main():
         config.save(run_dir / CONFIG_FILE)
@@ -93,17 +95,18 @@ def train(config: Config, resume: str | None = None) -> Path:
     run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     try:
-        before, after = run_steps(run, state, tracker)
+        run_steps(run, state, tracker)
     finally:
         if tracker is not None:
             tracker.close()
+    exported = state
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
         engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
-        load_weights(policy, checkpoint_path(run_dir, state.best_step))
-        after = run.best_metrics
-    results = {"before": before, "after": after, "steps": state.best_step or state.step, "pairs": state.pairs}
-    folder = export_model(policy, tokenizer, config, run_dir, results)
+        best = checkpoint_path(run_dir, state.best_step)
+        exported = read_state(best, identity)
+        load_weights(policy, best)
+    folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))
     engine.log(f"model saved in {folder}")
     return run_dir
 
@@ -122,17 +125,13 @@ class Run:
     train_data: PairDataset
     eval_data: PairDataset | None
     identity: Identity
-    best_metrics: dict[str, float] | None = None
 
 
-def run_steps(
-    run: Run, state: TrainState, tracker: Tracker | None
-) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """The loop. Advances `state` to the last step; returns the first and the last held-out metrics, if measured."""
+def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
+    """The loop. Advances `state` to the last step."""
     settings = run.config.train
-    before = after = None
     if settings.eval_on_start and state.step == 0:
-        before = held_out_metrics(run, state, tracker)
+        held_out_metrics(run, state, tracker)
     epoch, order = -1, np.empty(0, dtype=np.int64)
     while state.step < run.total_steps:
         if run.schedule.epoch_of(state.step) != epoch:
@@ -143,14 +142,13 @@ def run_steps(
             tracker.train(state.step, metrics)
 
         is_last = state.step == run.total_steps
+        improved = False
         if run.eval_data and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
-            after = held_out_metrics(run, state, tracker)
-        improved = after is not None and note_best(run, state, after)
+            improved = note_best(run.config, state, held_out_metrics(run, state, tracker))
         keep = run.config.checkpoint
         due = keep.save_steps is not None and state.step % keep.save_steps == 0
         if due or improved or (is_last and keep.save_at_end):
             save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=keep.save_total_limit)
-    return before, after
 
 
 def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, float]:
@@ -215,20 +213,30 @@ def held_out_metrics(run: Run, state: TrainState, tracker: Tracker | None) -> di
     return metrics
 
 
-def note_best(run: Run, state: TrainState, metrics: dict[str, float]) -> bool:
-    """Whether these held-out metrics are the best so far; remembers them if so."""
-    settings = run.config.checkpoint
-    name = settings.metric_for_best_model
-    if name is None or state.best_step == state.step:
+def note_best(config: Config, state: TrainState, metrics: dict[str, float]) -> bool:
+    """Whether these held-out metrics are the best so far; remembers them if so. What is not finite is never best."""
+    settings = config.checkpoint
+    if settings.metric_for_best_model is None:
         return False
-    if name not in metrics:
-        raise ConfigError(f"checkpoint.metric_for_best_model = {name!r}: expected one of {', '.join(sorted(metrics))}")
-    value, best = metrics[name], state.best_metric
+    value, best = metrics[settings.metric_for_best_model], state.best_metric
+    if not math.isfinite(value):
+        return False
     if best is not None and (value <= best if settings.greater_is_better else value >= best):
         return False
     state.best_metric, state.best_step = value, state.step
-    run.best_metrics = metrics
     return True
+
+
+def results_of(run_dir: Path, exported: TrainState) -> dict[str, Any]:
+    """For the model card: the held-out metrics at the start and at the exported step, where they were measured.
+
+    They are read from the run's record, which also knows what was measured before the run was resumed.
+    """
+    results: dict[str, Any] = {"steps": exported.step, "pairs": exported.pairs}
+    if engine.is_main():
+        evaluations = {r["step"]: r for r in read_metrics(run_dir / METRICS_FILE) if r["phase"] == "eval"}
+        results |= {"before": evaluations.get(0), "after": evaluations.get(exported.step)}
+    return results
 
 
 def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> TrainingError:
@@ -240,14 +248,17 @@ def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.T
     return TrainingError(f"step {step}: the loss is not finite for {named}{more}; the weights were not updated")
 
 
-def agree_on_run_dir(config: Config, resume: str | None) -> Path:
-    """The run folder, made by rank 0; a run resumed from elsewhere continues there unless `output_dir` says not to."""
+def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | None]:
+    """The run folder, made by rank 0, and the checkpoint to start from."""
     # ranks that start in different seconds would name different folders
     config.output_dir = engine.gather_objects(config.output_dir)[0]
     assert config.output_dir is not None
     run_dir = Path(config.output_dir)
+    started_from = find_checkpoint(resume, run_dir) if resume else None
+    in_run_dir = started_from is not None and started_from.resolve().parents[1] == run_dir.resolve()
+    continues = in_run_dir or resume in ("latest", "auto")
     if engine.is_main():
-        if resume is None and (run_dir / CONFIG_FILE).exists():
+        if not continues and (run_dir / CONFIG_FILE).exists():
             raise ConfigError(
                 f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
             )
@@ -256,7 +267,7 @@ def agree_on_run_dir(config: Config, resume: str | None) -> Path:
         except OSError as error:
             raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be made: {error.strerror}") from None
     engine.barrier()
-    return run_dir
+    return run_dir, started_from
 
 
 def make_schedule(config: Config, data: PairDataset) -> Schedule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dpo_scale.cli import config_parser, run
+from dpo_scale.cli import config_parser, print_config, run
 from dpo_scale.config import load_config
 from dpo_scale.errors import ConfigError
 
@@ -32,6 +32,8 @@ def main() -> None:
     if arguments.data:
         overrides.append("data.eval_fraction=0")
     config = load_config(arguments.config, overrides, for_training=False)
+    if arguments.print_config:
+        return print_config(config)
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise ConfigError(f"--output {arguments.output}: its folder does not exist")
     if config.loss.needs_reference and config.reference.model is None:

@@ -5,13 +5,8 @@ Also runs under `torchrun` and plain `python` (one rank).
 
 from __future__ import annotations
 
-import sys
-
-import yaml
-
-from dpo_scale.cli import config_parser, run
+from dpo_scale.cli import config_parser, print_config, run
 from dpo_scale.config import load_config
-from dpo_scale.config_reader import to_mapping
 
 
 def main() -> None:
@@ -21,17 +16,16 @@ def main() -> None:
         metavar="WHAT",
         nargs="?",
         const="latest",
-        help="latest (the default): the newest checkpoint of output_dir; auto: the same, or a fresh start if there "
-        "is none; or a checkpoint or run folder",
+        help="latest (the default): the newest checkpoint of output_dir, or of the newest runs/<config name>-<time>; "
+        "auto: the same, or a fresh start if there is none; or a checkpoint or run folder",
     )
     arguments = parser.parse_args()
     if arguments.resume is not None and "=" in arguments.resume:  # `--resume section.key=value`
         arguments.overrides.insert(0, arguments.resume)
         arguments.resume = "latest"
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, resume=arguments.resume)
     if arguments.print_config:
-        yaml.safe_dump(to_mapping(config), sys.stdout, sort_keys=False)
-        return
+        return print_config(config)
     from dpo_scale.trainer import train
 
     train(config, resume=arguments.resume)

@@ -164,7 +164,10 @@ def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
     """Refuse a tokenizer whose ids the model has no embeddings for."""
     size = model_config.get_text_config().vocab_size
     if len(tokenizer) > size:
-        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {size}: they do not fit")
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer has {len(tokenizer)} tokens, but the model "
+            f"{model_config.name_or_path} embeddings for {size}: they do not fit"
+        )
 
 
 def check_same_tokenizer(policy: Any, reference: Any, policy_path: str, reference_path: str) -> None:

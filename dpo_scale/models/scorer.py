@@ -118,6 +118,8 @@ def check_head(model: nn.Module) -> None:
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model.get_output_embeddings()(hidden).double()
     model.train(training)
+    if not expected.isfinite().all():
+        raise ModelError(f"{model.config.name_or_path}: its logits are not finite: its weights are damaged")
     transform = head_transform(model.config)
     logits = logits * transform.logit_scale
     if transform.softcap is not None:
