@@ -124,7 +124,7 @@ def policy_deepspeed_config(config: Config, micro_steps: int) -> dict[str, Any]:
     optimizer_name, optimizer_params = _optimizer(config)
     binding[("optimizer", "type")] = (optimizer_name, "train.optim")
     for name, value in optimizer_params.items():
-        binding[("optimizer", "params", name)] = (value, _OPTIMIZER_KEYS.get(name, "train.optim_args"))
+        binding[("optimizer", "params", name)] = (value, _OPTIMIZER_KEYS.get(name, "train.optim and train.optim_args"))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(settings, name)
         if device != "none":
@@ -188,7 +188,7 @@ def _optimizer(config: Config) -> tuple[str, dict[str, Any]]:
         params |= {"betas": [train.adam_beta1, train.adam_beta2], "eps": train.adam_epsilon}
     if name == "adamw_torch":
         name = "AdamW"
-        params["torch_adam"] = True
+        params |= {"torch_adam": True, "fused": True}  # one pass over memory instead of a dozen
     elif name in ("Adam", "AdamW"):
         params["adam_w_mode"] = name == "AdamW"
     return name, params | train.optim_args

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ class Tracker:
         self._total_steps = total_steps
         self._file = _open_metrics(run_dir / METRICS_FILE, start_step)
         self._trackers = _start_trackers(config, run_dir)
-        self._started = time.monotonic()
+        self._seconds = 0.0  # of the steps of this process, without evaluations and saves
         self._start_step = start_step
         self._bar = None
         if self._config.progress_bar and sys.stderr.isatty():
@@ -57,6 +56,7 @@ class Tracker:
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of optimizer step `step` (counted from 1)."""
         self._write("train", step, metrics)
+        self._seconds += metrics["step_seconds"]
         if self._bar is not None:
             self._bar.update()
         if step % self._config.logging_steps == 0 or step == self._total_steps:
@@ -90,7 +90,7 @@ class Tracker:
             print(text, flush=True)
 
     def _time_left(self, step: int) -> str:
-        seconds = (time.monotonic() - self._started) / (step - self._start_step) * (self._total_steps - step)
+        seconds = self._seconds / (step - self._start_step) * (self._total_steps - step)
         minutes, seconds = divmod(int(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
