@@ -116,13 +116,46 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def run_overrides(folder: Path, *, architecture: str = "llama") -> list[str]:
+    """Overrides of a run in fp32, 8 pairs a step, of a tiny model on 22 pairs with 5 held out, all made in `folder`."""
+    save_model(folder / "start", architecture)
+    write_rows(folder / "train.jsonl", preference_rows(22))
+    write_rows(folder / "heldout.jsonl", preference_rows(5, seed=1))
+    return [
+        f"model.path={folder / 'start'}", "model.dtype=float32", f"data.train={folder / 'train.jsonl'}",
+        f"data.eval={folder / 'heldout.jsonl'}", f"data.cache_dir={folder / 'cache'}", "train.global_batch_size=8",
+        "train.micro_batch_size=2", "train.learning_rate=1e-3", "train.lr_scheduler_type=constant",
+    ]  # fmt: skip
+
+
+def run_jobs(folder: Path, jobs: list[dict], *, ranks: int = 2) -> list[str | None]:
+    """Train all jobs of `distributed/run_many.py` in one launch; the messages of those that must be refused."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = launch("tests/distributed/run_many.py", folder / "jobs.json", ranks=ranks)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "jobs.json.messages").read_text())
+
+
+def without_timings(records: list[dict]) -> list[dict]:
+    """Metrics without those that differ between two runs of the same numbers."""
+    timings = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes"}
+    return [{name: value for name, value in record.items() if name not in timings} for record in records]
+
+
 def launch(
-    script: str, *arguments: str, ranks: int = 2, launcher: str = "deepspeed", cwd: Path = ROOT, timeout: int = 300
+    script: str,
+    *arguments: object,
+    ranks: int = 2,
+    launcher: str = "deepspeed",
+    cwd: Path = ROOT,
+    timeout: int = 300,
+    first_on_path: Path = ROOT,
 ) -> subprocess.CompletedProcess:
     """Run a script under a real launcher in its own process group, which is ended with it.
 
     Args:
         launcher: deepspeed, torchrun, or python (one rank).
+        first_on_path: a folder of modules that go before installed ones.
     """
     binaries = Path(sys.executable).parent
     script = str(ROOT / script)
@@ -141,7 +174,7 @@ def launch(
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{first_on_path}:{ROOT}",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
     process = subprocess.Popen(
