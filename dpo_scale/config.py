@@ -76,10 +76,17 @@ class ModelSettings:
 class ReferenceSettings:
     """The frozen model that log-ratios are taken against; independent of the policy's ZeRO stage."""
 
+    mode: Literal["live", "store", "adapter"] = "live"  # a second model; stored values; the policy, adapter off
     model: str | None = None  # null: the policy's initial weights
     revision: str | None = None
     stage: Literal[0, 3] = 0  # 0: a copy on each rank; 3: sharded over the ranks
     offload_param: Literal["none", "cpu"] = "none"
+    store: str | None = None  # folder of the reference store; null: one in the cache folder, for all runs
+    on_missing: Literal["compute", "error"] = "compute"  # mode store: rows that the store does not have
+    verify: int = 8  # mode store: rows that are computed again at the start and compared; 0: none
+    max_tokens_per_micro_batch: int = 16384  # token slots of a forward pass that fills the store
+    sync_steps: int | None = None  # mode live: every so many steps the reference moves to the policy (TR-DPO)
+    sync_mixup: float = 1.0  # share of the policy in the moved reference; 1 replaces it
 
     def validate(self) -> None:
         _check(
@@ -88,6 +95,48 @@ class ReferenceSettings:
             self.offload_param,
             "'none' unless reference.stage is 3",
         )
+        _check(self.verify >= 0, "reference.verify", self.verify, "a number of rows, 0 or more")
+        _check(
+            self.max_tokens_per_micro_batch >= 1,
+            "reference.max_tokens_per_micro_batch",
+            self.max_tokens_per_micro_batch,
+            "at least 1",
+        )
+        _check(
+            self.sync_steps is None or self.sync_steps >= 1,
+            "reference.sync_steps",
+            self.sync_steps,
+            "null or at least 1",
+        )
+        _check(
+            self.sync_steps is None or self.mode == "live",
+            "reference.sync_steps",
+            self.sync_steps,
+            f"null with reference.mode {self.mode}: only a live reference can move",
+        )
+        _check(0 < self.sync_mixup <= 1, "reference.sync_mixup", self.sync_mixup, "above 0, at most 1")
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters on a frozen policy (arXiv 2106.09685), through peft."""
+
+    r: int | None = None  # rank of the adapters; null: train all weights
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"  # peft's names
+    adapter: str | None = None  # an existing adapter to start from
+    merge: bool = True  # write model/ with the adapter merged into the weights; otherwise the adapter alone
+
+    @property
+    def enabled(self) -> bool:
+        return self.r is not None or self.adapter is not None
+
+    def validate(self) -> None:
+        _check(self.r is None or self.r >= 1, "lora.r", self.r, "null or at least 1")
+        _check(self.r is None or self.adapter is None, "lora.r", self.r, "null with lora.adapter, which has its rank")
+        _check(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
+        _check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to below 1")
 
 
 @dataclass
@@ -241,6 +290,7 @@ class Config:
     """A whole run. `output_dir` null means `runs/<config name>-<time>`."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     data: DataSettings = field(default_factory=DataSettings)
     loss: LossSettings = field(default_factory=LossSettings)
@@ -260,7 +310,7 @@ class Config:
         Raises:
             ConfigError: naming the key, its value and what is allowed.
         """
-        for name in ("model", "reference", "data", "loss", "train", "deepspeed", "checkpoint", "logging"):
+        for name in ("model", "lora", "reference", "data", "loss", "train", "deepspeed", "checkpoint", "logging"):
             getattr(self, name).validate()
         if for_training:
             _check(bool(self.data.train), "data.train", self.data.train, "at least one data file, folder or hub name")
@@ -287,6 +337,12 @@ class Config:
         for name in self.logging.console_metrics:
             known = [*metrics, *STEP_METRICS]
             _check(name in known, "logging.console_metrics", name, f"names out of {', '.join(known)}")
+        _check(
+            self.reference.mode != "adapter" or (self.lora.enabled and self.reference.model is None),
+            "reference.mode",
+            self.reference.mode,
+            "lora.r or lora.adapter to be set and reference.model to be null: the reference is the policy itself",
+        )
         if not self.loss.needs_reference:
             _check(
                 self.reference.model is None,
