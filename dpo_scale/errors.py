@@ -28,3 +28,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training that cannot go on: a loss or gradient that is not finite."""
+
+
+class StoreError(UserError):
+    """A reference store that is damaged, foreign, of a newer version, or cannot be read or written."""

@@ -89,3 +89,34 @@ def split_among_ranks(
     filler = MicroBatch(ordered[-1:], np.zeros(1, dtype=np.float32))
     batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) if len(run) else filler for run in runs]
     return [batches[step * world_size : (step + 1) * world_size] for step in range(micro_steps)]
+
+
+def forward_batches(pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int) -> list[list[MicroBatch]]:
+    """Lay pairs out for forward passes alone: by length, as many a micro-batch as fit a budget of token slots.
+
+    Without a gradient the order does not matter, so rows of one length go together and nearly nothing is padding;
+    neighbours in length go to different ranks of the same micro-step, so the ranks finish together.
+
+    Args:
+        pairs: [n] indices into the dataset.
+        lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
+        max_tokens: most token slots (rows times width) of a micro-batch; a longer pair gets one of its own.
+        world_size: number of ranks.
+
+    Returns:
+        `result[micro_step][rank]`, longest first.
+    """
+    of_pairs = lengths[pairs]
+    longest_row = (of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).astype(np.int64)
+    order = np.lexsort((pairs, -longest_row))
+    runs = []
+    start = 0
+    while start < len(order):
+        # sorted longest first, so the first pair's row is the width of the whole run
+        count = max(1, int(max_tokens // (2 * longest_row[order[start]])))
+        runs.append(pairs[order[start : start + count]])
+        start += count
+    batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs]
+    while len(batches) % world_size:
+        batches.append(MicroBatch(runs[-1][-1:], np.zeros(1, dtype=np.float32)))
+    return [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
