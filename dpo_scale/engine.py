@@ -315,3 +315,12 @@ def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
         state = engine._zero3_consolidated_16bit_state_dict()
         return dict(state) if is_main() else None
     return engine.module.state_dict() if is_main() else None
+
+
+def from_main(value: Result) -> Result:
+    """Rank 0's (picklable) value, on every rank."""
+    if world_size() == 1:
+        return value
+    holder = [value if is_main() else None]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]

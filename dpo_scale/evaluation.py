@@ -17,6 +17,7 @@ from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers
+from dpo_scale.reference.stored import StoredReference
 
 
 def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -38,8 +39,8 @@ def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tup
 
 def reference_logps(reference: Any, batch: PairBatch, settings: LossSettings) -> torch.Tensor | None:
     """The reference's summed log-probs [P, 2], or None where the loss needs no reference."""
-    if reference is None:
-        return None
+    if reference is None or batch.reference_logps is not None:
+        return batch.reference_logps
     # WPO's weights are the policy's alone
     settings = replace(settings, use_weighting=False)
     with torch.no_grad():
@@ -120,10 +121,15 @@ def mean_chosen_tokens(pairs: np.ndarray, lengths: np.ndarray) -> float:
     return float(lengths[pairs, 1].mean())
 
 
-def load_batch(dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int) -> PairBatch:
-    """One rank's micro-batch on the device."""
+def load_batch(
+    dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int, reference: Any, settings: LossSettings
+) -> PairBatch:
+    """One rank's micro-batch on the device; a stored reference's values come with it."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
-    return padded_batch(pairs, micro_batch.weights, pad_token_id).to(engine.device())
+    batch = padded_batch(pairs, micro_batch.weights, pad_token_id)
+    if isinstance(reference, StoredReference):
+        batch = replace(batch, reference_logps=reference.logps(dataset, micro_batch.indices, settings))
+    return batch.to(engine.device())
 
 
 @torch.no_grad()
@@ -141,7 +147,7 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
         world_size=engine.world_size(),
     )
     for ranks in batches:
-        batch = load_batch(dataset, ranks[engine.rank()], pad_token_id)
+        batch = load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss)
         most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
         chosen_tokens = mean_chosen_tokens(pairs, lengths)
         _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)

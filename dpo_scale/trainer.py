@@ -163,7 +163,9 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
     sums = MetricSums()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for k, ranks in enumerate(layout):
-        batch = load_batch(run.train_data, ranks[engine.rank()], run.tokenizer.pad_token_id)
+        batch = load_batch(
+            run.train_data, ranks[engine.rank()], run.tokenizer.pad_token_id, run.reference, run.config.loss
+        )
         most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
         total, losses, metrics = pair_losses(
             run.policy, run.reference, batch, run.config.loss, chosen_tokens, most_pairs

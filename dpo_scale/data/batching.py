@@ -91,7 +91,9 @@ def split_among_ranks(
     return [batches[step * world_size : (step + 1) * world_size] for step in range(micro_steps)]
 
 
-def forward_batches(pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int) -> list[list[MicroBatch]]:
+def forward_batches(
+    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int
+) -> list[list[MicroBatch]]:
     """Lay pairs out for forward passes alone: by length, as many a micro-batch as fit a budget of token slots.
 
     Without a gradient the order does not matter, so rows of one length go together and nearly nothing is padding;

@@ -28,6 +28,7 @@ class PairBatch:
         lengths: [P, 2] completion tokens of chosen and rejected.
         row_ids: [P] indices into the dataset.
         weights: [P] fp32 weight of each pair in the global batch's sum; 0 for a filler.
+        reference_logps: [P, 2] fp32 summed reference log-probs, where they are known beforehand.
     """
 
     input_ids: torch.Tensor
@@ -37,13 +38,15 @@ class PairBatch:
     lengths: torch.Tensor
     row_ids: torch.Tensor
     weights: torch.Tensor
+    reference_logps: torch.Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
         return self.lengths.shape[0]
 
     def to(self, device: torch.device) -> PairBatch:
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
         return replace(self, **moved)
 
 

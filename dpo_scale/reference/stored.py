@@ -1,0 +1,189 @@
+"""Reference log-probs out of the store: served to batches, filled where rows are missing, checked on use.
+
+Filling is the forward half of training with the reference's weights: pairs are sorted by length, laid out by a token
+budget, spread over the ranks, and each rank adds its own rows to the store as it goes. Nothing here depends on which
+run asks: a row's key is what the model saw, a book's key is the model and the numerics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_scale import engine
+from dpo_scale.data.batching import MicroBatch, forward_batches
+from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.layout import padded_batch
+from dpo_scale.errors import StoreError
+from dpo_scale.loss_settings import LossSettings
+from dpo_scale.losses import sum_token_logps
+from dpo_scale.reference.store import Book
+
+# Mean difference per token that batch composition alone may cause: the order of sums in fp32, the rounding of
+# activations in half precision. Other weights differ by far more.
+TOLERANCE_PER_TOKEN = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """The reference of a run as values of a book."""
+
+    book: Book
+
+    def logps(self, dataset: PairDataset, indices: np.ndarray, settings: LossSettings) -> torch.Tensor:
+        """Summed reference log-probs of pairs, fp32 [P, 2], LD-DPO's weights applied where the loss has them.
+
+        Raises:
+            StoreError: if a row is not in the store; the run filled it, so someone has taken it away since.
+        """
+        keys = dataset.pair_keys[indices]
+        if settings.ld_alpha is None:
+            found, sums, _ = self.book.lookup(keys)
+            self._all_found(found, dataset, indices)
+            return torch.from_numpy(sums)
+        found, values, offsets = self.book.lookup_tokens(keys)
+        self._all_found(found, dataset, indices)
+        lengths = np.diff(offsets)
+        segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+        counts = torch.from_numpy(lengths.reshape(-1, 2))
+        return sum_token_logps(torch.from_numpy(values), segments, len(indices), counts, ld_alpha=settings.ld_alpha)
+
+    def _all_found(self, found: np.ndarray, dataset: PairDataset, indices: np.ndarray) -> None:
+        if not found.all():
+            row = int(np.asarray(indices)[~found][0])
+            raise StoreError(f"{self.book.folder}: {dataset.describe(row)} is not in the reference store (any more)")
+
+
+def missing_rows(book: Book, datasets: Sequence[PairDataset], *, tokens: bool) -> list[np.ndarray]:
+    """Per data set the indices of pairs that the book lacks, each key once, the same on every rank.
+
+    Rank 0 looks; another job may be filling the same book, and ranks that look a moment apart would not agree.
+    """
+    missing: list[np.ndarray] = []
+    if engine.is_main():
+        seen: set[bytes] = set()
+        for dataset in datasets:
+            keys = dataset.pair_keys
+            found = (book.lookup_tokens(keys) if tokens else book.lookup(keys)).found
+            wanted = []
+            for index in np.flatnonzero(~found).tolist():
+                key = keys[index].tobytes()
+                if key not in seen:
+                    seen.add(key)
+                    wanted.append(index)
+            missing.append(np.array(wanted, dtype=np.int64))
+    return engine.from_main(missing)
+
+
+def fill(
+    book: Book,
+    datasets: Sequence[PairDataset],
+    load_reference: Callable[[], Any],
+    *,
+    pad_token_id: int,
+    max_tokens: int,
+    tokens: bool,
+    missing: Sequence[np.ndarray] | None = None,
+) -> int:
+    """Compute and store what the book lacks of some data sets. Every rank must call it.
+
+    Args:
+        load_reference: gives the reference's engine; called only if something is missing.
+        max_tokens: most token slots of a forward pass.
+        tokens: store per-token values too.
+        missing: as `missing_rows` says; looked up if not given.
+
+    Returns:
+        The number of rows computed, over all ranks.
+    """
+    if missing is None:
+        missing = missing_rows(book, datasets, tokens=tokens)
+    total = sum(map(len, missing))
+    if total == 0:
+        return 0
+    reference = load_reference()
+    started, done, last_said = time.monotonic(), 0, time.monotonic()
+    with book.writer(tokens=tokens) as writer:
+        for dataset, rows in zip(datasets, missing, strict=True):
+            if len(rows) == 0:
+                continue
+            for ranks in forward_batches(rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size()):
+                own = ranks[engine.rank()]
+                values = score(reference, dataset, own, pad_token_id)
+                if own.weights.any():
+                    counts = dataset.lengths[own.indices, 1:]
+                    sums = _sums(values, counts)
+                    writer.add(dataset.pair_keys[own.indices], sums.numpy(), counts, values.numpy() if tokens else None)
+                done += sum(int(micro.weights.sum()) for micro in ranks)
+                if time.monotonic() - last_said > 10:
+                    last_said = time.monotonic()
+                    left = (last_said - started) / done * (total - done)
+                    engine.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
+    engine.barrier()  # every rank's shards are on the disk
+    book.refresh()
+    if engine.is_main():
+        book.write_manifest()
+    engine.barrier()
+    seconds = time.monotonic() - started
+    data_tokens = sum(int(dataset.lengths[rows].sum()) for dataset, rows in zip(datasets, missing, strict=True))
+    engine.log(f"reference log-probs: computed {total} pairs in {seconds:.1f} s, {data_tokens / seconds:.0f} tokens/s")
+    return total
+
+
+@torch.no_grad()
+def score(reference: Any, dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int) -> torch.Tensor:
+    """Per-token log-probs of a micro-batch's completions on the host, fp32, row by row, chosen before rejected."""
+    pairs = [dataset[int(i)] for i in micro_batch.indices]
+    batch = padded_batch(pairs, micro_batch.weights, pad_token_id).to(engine.device())
+    return reference(batch.input_ids, batch.score_index, batch.score_targets).cpu()
+
+
+def _sums(values: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+    lengths = torch.from_numpy(counts.astype(np.int64))
+    segments = torch.from_numpy(np.repeat(np.arange(counts.size), counts.ravel()))
+    return sum_token_logps(values, segments, len(counts), lengths)
+
+
+def verify(
+    stored: StoredReference, model: Any, dataset: PairDataset, rows: int, *, dtype: str, seed: int, pad_token_id: int
+) -> None:
+    """Compute some stored rows again with a model that should be the reference. Every rank must call it.
+
+    Args:
+        model: an engine around a `PairScorer` in evaluation mode.
+        rows: how many, drawn by `seed`.
+        dtype: the precision of the models, which decides the tolerance (`TOLERANCE_PER_TOKEN`).
+
+    Raises:
+        StoreError: showing the stored and the computed values of the worst row.
+    """
+    if rows == 0:
+        return
+    drawn = np.random.default_rng(seed).choice(len(dataset), size=min(rows, len(dataset)), replace=False)
+    plain = LossSettings()
+    worst = (0.0, "")
+    for ranks in forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=engine.world_size()):
+        own = ranks[engine.rank()]
+        index = int(own.indices[0])
+        counts = dataset.lengths[own.indices, 1:]
+        computed = _sums(score(model, dataset, own, pad_token_id), counts)[0]
+        kept = stored.logps(dataset, own.indices, plain)[0]
+        per_token = float(((computed - kept).abs() / torch.from_numpy(counts[0].astype(np.float32))).max())
+        shown = (
+            f"{dataset.describe(index)}: stored chosen {kept[0]:.4f}, rejected {kept[1]:.4f}; "
+            f"computed {computed[0]:.4f}, {computed[1]:.4f}"
+        )
+        worst = max(worst, (per_token, shown))
+    difference, shown = max(engine.gather_objects(worst))
+    allowed = TOLERANCE_PER_TOKEN[dtype]
+    if not difference <= allowed:
+        raise StoreError(
+            f"{stored.book.folder}: stored reference log-probs are not those of the model that training starts from "
+            f"({difference:.3g} a token apart, {allowed:.3g} allowed in {dtype}). {shown}"
+        )
+    engine.log(f"reference store: {len(drawn)} rows computed again, at most {difference:.2g} a token apart")
