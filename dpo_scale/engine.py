@@ -270,6 +270,22 @@ def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, An
     return engine
 
 
+def release(engine: Any) -> None:
+    """Give back the memory of an engine that is not needed any more."""
+    import gc
+
+    from deepspeed.accelerator import get_accelerator
+
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        # emptied rather than left to the garbage collector: DeepSpeed's hooks hold references to the module
+        parameter.data = parameter.data.new_empty(0)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+    gc.collect()
+    get_accelerator().empty_cache()
+
+
 def loss_scale_for_mean(global_batch_pairs: int) -> float:
     """Factor from a rank's *sum* of pair losses to what the engine must see.
 
