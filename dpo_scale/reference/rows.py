@@ -112,9 +112,7 @@ def merge(parts: Sequence[Rows], *, tokens: bool) -> tuple[Rows, int, int, float
     copies = np.flatnonzero(~first)
     kept = winners[np.cumsum(first)[copies] - 1]
     left_out = order[copies]
-    apart = np.abs(everything.sums[left_out].astype(np.float64) - everything.sums[kept]).max(
-        axis=1, initial=0
-    )
+    apart = np.abs(everything.sums[left_out].astype(np.float64) - everything.sums[kept]).max(axis=1, initial=0)
     differ = (apart > 0) | (everything.counts[left_out] != everything.counts[kept]).any(axis=1)
     return everything.take(winners), len(copies), int(differ.sum()), float(apart.max(initial=0.0))
 
@@ -124,9 +122,7 @@ def sum_bits(sums: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(sums, dtype="<f4").view("<u8")[:, 0]
 
 
-def first_not_below(
-    table: np.ndarray, keys: np.ndarray, low: np.ndarray | int, high: np.ndarray | int
-) -> np.ndarray:
+def first_not_below(table: np.ndarray, keys: np.ndarray, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
     """For each key, the first row of low .. high of a sorted table whose key is not smaller; high if there is none.
 
     All keys are searched for together, halving their ranges in step; only those ranges of the table are read.

@@ -37,11 +37,11 @@ import numpy as np
 
 from dpo_scale.errors import StoreError
 from dpo_scale.reference.files import write_atomically
-from dpo_scale.reference.rows import Rows, first_not_below
+from dpo_scale.reference.rows import Rows
 
 FORMAT = "dpo_scale reference store"
 FORMAT_VERSION = 1  # in the names of shards and in manifests: raise it when older code must not read them
-ROWS_PER_GROUP = 4096  # 128 KiB
+ROWS_PER_GROUP = 1024  # 32 KiB; a power of two
 ROWS_PER_GROUP_WITH_TOKENS = 256  # tokens take about 2 KB a row
 # A first touch of a memory map brings in the 16 pages around it.
 _PAGES_PER_FAULT = 16 * mmap.PAGESIZE
@@ -253,18 +253,34 @@ class Shard:
         return rows
 
     def lower_bound(self, keys: np.ndarray) -> np.ndarray:
-        """The number of rows whose key is smaller than each of `keys` (uint64 [M, 2]), int64 [M]."""
-        groups = first_not_below(self._group_keys, keys, 0, len(self._group_keys))
-        # The first group that begins at or behind the key; unless it begins with the key, look in the one before.
-        begins = self._group_keys[np.minimum(groups, len(self._group_keys) - 1)]
-        groups = np.maximum(np.where((begins == keys).all(axis=1), groups, groups - 1), 0)
-        groups = np.minimum(groups, len(self._group_keys) - 1)
-        self._verify(groups)
-        low = groups * self.rows_per_group
+        """The number of rows whose key is smaller than each of `keys` (uint64 [M, 2]), int64 [M].
+
+        The group comes from the index. Within it the first half of the key is searched for, all keys in step, each
+        step half as wide as the last; what little is left to go is where first halves are equal.
+        """
+        first, second = keys[:, 0], keys[:, 1]
+        heads = self._group_keys
+        group = np.searchsorted(heads[:, 0], first, side="right") - 1
+        while (behind := (heads[group, 0] == first) & (heads[group, 1] > second) & (group >= 0)).any():
+            group -= behind
+        group = np.maximum(group, 0)
+        self._verify(group)
         self._note_touched(len(keys))
-        return first_not_below(
-            self._array("keys"), keys, low, np.minimum(low + self.rows_per_group, len(self))
-        )
+        table = self._array("keys")
+        column, last = table[:, 0], len(self) - 1
+        place = group * self.rows_per_group
+        step = self.rows_per_group
+        while step > 1:
+            step //= 2
+            place += step * (column[np.minimum(place + (step - 1), last)] < first)
+        place = np.minimum(place, len(self))
+        while True:
+            row = table[np.minimum(place, last)]
+            below = (row[:, 0] < first) | ((row[:, 0] == first) & (row[:, 1] < second))
+            below &= place <= last
+            if not below.any():
+                return place
+            place += below
 
     def values(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sums fp32 [M, 2], counts int32 [M, 2]) of `rows`, copied out of the file."""

@@ -40,11 +40,12 @@ from dpo_scale.reference.shard import (
 
 DAMAGED_DIR = "damaged"  # in a store: what `compact --drop-damaged` took out of its books
 _BOOK_NAME = re.compile("[0-9a-f]{32}")
-# A process maps at most this much of a book at a time: mapped pages count as its own, though all share them.
-_RESIDENT_BYTES = 128 << 20
+# Mapped pages count as a process's own memory, though all share them. Beyond this much, shards are let go of right
+# after use; the first ones stay, since mapping pages again is what costs most in a look-up.
+_RESIDENT_BYTES = 144 << 20
 # Every map holds a file descriptor, of which a process may have but 1024; beyond, shards are mapped as they are used.
 _MAX_MAPPED_SHARDS = 256
-_LOOKUP_BATCH = 1 << 16
+_LOOKUP_BATCH = 1 << 15
 _LISTING_TRIES = 10
 _T = TypeVar("_T")
 
@@ -179,9 +180,7 @@ class Book:
             if self._list() == names:
                 self._shards = opened
                 return
-        raise StoreError(
-            f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?"
-        )
+        raise StoreError(f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?")
 
     def lookup(self, pair_keys: np.ndarray) -> Lookup:
         """The values of pairs.
@@ -256,9 +255,7 @@ class Book:
                 return action()
             except FileNotFoundError:  # compacted away by another process since the listing was read
                 self.refresh()
-        raise StoreError(
-            f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?"
-        )
+        raise StoreError(f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?")
 
     def _each_shard(self) -> Iterator[Shard]:
         """The shards one by one, each let go of when the next is asked for, as far as memory asks for it."""
@@ -268,8 +265,7 @@ class Book:
             if len(shards) > _MAX_MAPPED_SHARDS:
                 shard.close()
             elif sum(one.touched_bytes for one in shards) > _RESIDENT_BYTES:
-                for one in shards:
-                    one.release()
+                shard.release()
 
     def _lookup(self, keys: np.ndarray) -> Lookup:
         found, with_tokens = np.zeros(len(keys), bool), np.zeros(len(keys), bool)
@@ -351,9 +347,7 @@ class BookWriter:
         Raises:
             StoreError: if a value is not finite, or a shard cannot be written.
         """
-        assert (tokens is not None) == self._tokens, (
-            "per-token values go with all rows of a writer, or with none"
-        )
+        assert (tokens is not None) == self._tokens, "per-token values go with all rows of a writer, or with none"
         sums = np.asarray(sums, dtype=np.float32)
         for values in (sums, tokens):
             if values is not None and not np.isfinite(values).all():

@@ -34,8 +34,8 @@ from dpo_scale.reference.shard import (
 )
 from dpo_scale.reference.store import DAMAGED_DIR, Book
 
-TARGET_SHARD_BYTES = 128 << 20
-_PART_BYTES = 64 << 20  # of the key space that is merged at a time
+TARGET_SHARD_BYTES = 64 << 20  # small against the memory of a process that maps one
+_PART_BYTES = 32 << 20  # of the key space that is merged at a time
 _RETIRED = ".retired-"
 _TRIES = 10
 
