@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_scale.cache_folder import cache_folder
 from dpo_scale.errors import ModelError, StoreError
-from dpo_scale.models.builtin import cache_folder, resolve_model_path
+from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.reference.files import write_atomically
 
 FINGERPRINT_VERSION = 1  # raise it when the same model would get another fingerprint
@@ -94,15 +95,15 @@ class ModelFingerprint:
         return _digest([FINGERPRINT_VERSION, self.weights, self.config, self.code, self.adapter])
 
 
-def model_fingerprint(
+def fingerprint_model(
     path: str,
     *,
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
-) -> ModelFingerprint:
-    """The fingerprint of a model as `load_causal_lm` would load it from the same path.
+) -> str:
+    """The fingerprint of a model as `load_causal_lm` would load it from the same path, 64 hex digits.
 
     Args:
         path: folder, hub id (its files are fetched as for loading) or `builtin:` name.
@@ -114,6 +115,20 @@ def model_fingerprint(
     Raises:
         ModelError: if there are no safetensors weights, a file is damaged, or one changes while it is read.
     """
+    return fingerprint_parts(
+        path, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code, cache_dir=cache_dir
+    ).digest
+
+
+def fingerprint_parts(
+    path: str,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
+) -> ModelFingerprint:
+    """As `fingerprint_model`, part by part."""
     cache = _FileCache(cache_dir or cache_folder() / "fingerprints")
     folder = resolve_model_path(path)
     config = _config(folder, revision, trust_remote_code)

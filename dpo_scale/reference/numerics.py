@@ -1,4 +1,4 @@
-"""How reference values were computed, as far as it decides the numbers: part of what a stored value is looked up by.
+"""How reference values are computed, as far as it decides the numbers: part of what a stored value is looked up by.
 
 Batch composition, layout, device and number of ranks are left out: they move a value by rounding only, within the
 tolerance that stored values are verified with.
@@ -9,26 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 
+from dpo_scale.config import Config
+
 # Implementations of a class agree to rounding in fp32; see `dpo_scale.logprobs`.
 PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits"}
 # Those whose code computes the numbers. A patch release repairs; a minor one may change a kernel or a model.
-_LIBRARIES = ("torch", "transformers")
+LIBRARIES = ("torch", "transformers")
 
 
-def reference_numerics(*, dtype: str, attention: str, logprobs: str) -> dict[str, str]:
-    """The numerics of a computation, readable, for `BookKey`.
+def numerics_of(config: Config) -> dict[str, str]:
+    """The numerics of a run's reference, readable, for `BookKey`."""
+    from dpo_scale.logprobs import choose_implementation
 
-    Args:
-        dtype: of weights and activations: float32, bfloat16 or float16.
-        attention: the implementation in use, as a loaded model's config names it (never None or "auto").
-        logprobs: a name in `dpo_scale.logprobs.IMPLEMENTATIONS`.
-    """
-    numerics = {"dtype": dtype, "attention": attention, "logprobs": PRECISION_CLASSES[logprobs]}
-    return numerics | {library: _minor_version(version(library)) for library in _LIBRARIES}
+    implementation, _ = choose_implementation(config.logprobs.implementation)
+    return {
+        "dtype": config.model.dtype,
+        # which one is transformers' default follows from its version and the model
+        "attention": config.model.attn_implementation or "default",
+        "logprobs": PRECISION_CLASSES[implementation],
+        **{library: _minor_version(version(library)) for library in LIBRARIES},
+    }
 
 
 def imported_numerics(described: Mapping[str, str]) -> dict[str, str]:
-    """The numerics of values computed elsewhere: whatever is known of them, as text."""
+    """The numerics of values that were computed elsewhere: what is known of them, as text."""
     return {"computed": "elsewhere", **described}
 
 
