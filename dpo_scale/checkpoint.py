@@ -14,7 +14,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from dpo_scale import engine
 from dpo_scale.config import CHECKPOINTS_DIR, STATE_FILE
 from dpo_scale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dpo_scale.reference.moving import MovingReference
 
 FORMAT_VERSION = 1
 _STEP_DIR = re.compile(r"step-(\d+)")
@@ -141,11 +144,20 @@ def read_state(path: Path, identity: Identity) -> TrainState:
     return state
 
 
-def save_checkpoint(policy: Any, state: TrainState, identity: Identity, run_dir: Path, *, keep: int | None) -> Path:
+def save_checkpoint(
+    policy: Any,
+    state: TrainState,
+    identity: Identity,
+    run_dir: Path,
+    *,
+    keep: int | None,
+    moving: MovingReference | None = None,
+) -> Path:
     """Save the run's state as `checkpoints/step-N/`, then drop the oldest beyond `keep` (the best one stays).
 
-    Every rank must call it. The folder has its final name only once every rank's files are complete. Checkpoints of
-    later steps, which a run resumed from an earlier one leaves behind, are dropped too: they are of another course.
+    Frozen weights (under an adapter) are not in it: they are those of `model.path`. Every rank must call it. The
+    folder has its final name only once every rank's files are complete. Checkpoints of later steps, which a run resumed
+    from an earlier one leaves behind, are dropped too: they are of another course.
     """
     final = checkpoint_path(run_dir, state.step)
     temporary = final.with_name(final.name + ".incomplete")
@@ -153,7 +165,9 @@ def save_checkpoint(policy: Any, state: TrainState, identity: Identity, run_dir:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
     engine.barrier()
-    policy.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
+    policy.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True)
+    if moving is not None:
+        save_file(moving.state(), temporary / _reference_file())
     save_file(_random_state(), temporary / f"random-rank-{engine.rank()}.safetensors")
     engine.barrier()
     if engine.is_main():
@@ -166,14 +180,19 @@ def save_checkpoint(policy: Any, state: TrainState, identity: Identity, run_dir:
     return final
 
 
-def load_checkpoint(policy: Any, path: Path) -> None:
+def load_checkpoint(policy: Any, path: Path, moving: MovingReference | None = None) -> None:
     """Load weights, optimizer and random state of a checkpoint into the policy's engine. Every rank must call it.
+
+    Args:
+        moving: takes its place again too, if the run has one.
 
     Raises:
         CheckpointError: if DeepSpeed's files are missing or can't be read.
     """
     try:
-        loaded, _ = policy.load_checkpoint(str(path.parent), tag=path.name)
+        loaded = load_weights(policy, path)
+        if moving is not None:
+            moving.restore(load_file(path / _reference_file()))
         _restore_random_state(load_file(path / f"random-rank-{engine.rank()}.safetensors"))
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.PickleError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -181,10 +200,23 @@ def load_checkpoint(policy: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: DeepSpeed found no state in it")
 
 
-def load_weights(policy: Any, path: Path) -> None:
-    """Load only the weights of a checkpoint into the policy's engine (for the best model at the end)."""
-    loaded, _ = policy.load_checkpoint(str(path.parent), tag=path.name, load_optimizer_states=True)
-    assert loaded is not None
+def load_weights(policy: Any, path: Path) -> str | None:
+    """Load the weights and optimizer of a checkpoint into the policy's engine; None if there are none."""
+    loaded, _ = policy.load_checkpoint(str(path.parent), tag=path.name, custom_load_fn=_load_module)
+    return loaded
+
+
+def _load_module(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Load a module's saved weights, of which only frozen ones may be missing."""
+    result = dst.load_state_dict(src, strict=False)
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    wrong = [name for name in result.missing_keys if name in trained] + result.unexpected_keys
+    if wrong:
+        raise ValueError(f"weights that are missing or too many: {', '.join(wrong[:5])}")
+
+
+def _reference_file() -> str:
+    return f"reference-rank-{engine.rank()}.safetensors"
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -77,8 +77,9 @@ class ReferenceSettings:
     """The frozen model that log-ratios are taken against; independent of the policy's ZeRO stage."""
 
     mode: Literal["live", "store", "adapter"] = "live"  # a second model; stored values; the policy, adapter off
-    model: str | None = None  # null: the policy's initial weights
+    model: str | None = None  # null: the policy's initial weights, lora.adapter among them
     revision: str | None = None
+    adapter: str | None = None  # a LoRA adapter that the reference wears; none: without lora.adapter
     stage: Literal[0, 3] = 0  # 0: a copy on each rank; 3: sharded over the ranks
     offload_param: Literal["none", "cpu"] = "none"
     store: str | None = None  # folder of the reference store; null: one in the cache folder, for all runs
@@ -121,11 +122,11 @@ class ReferenceSettings:
 class LoraSettings:
     """Low-rank adapters on a frozen policy (arXiv 2106.09685), through peft."""
 
-    r: int | None = None  # rank of the adapters; null: train all weights
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"  # peft's names
-    adapter: str | None = None  # an existing adapter to start from
+    r: int | None = None  # rank of a new adapter; null: train all weights
+    alpha: float = 16.0  # a new adapter's updates are scaled by alpha / r
+    target_modules: str | list[str] = "all-linear"  # of a new adapter, by peft's names; never the output head
+    adapter: str | None = None  # instead of a new one: an existing adapter (folder or hub id) to train further
+    dropout: float = 0.0  # on what goes into the adapter, while training
     merge: bool = True  # write model/ with the adapter merged into the weights; otherwise the adapter alone
 
     @property
@@ -134,7 +135,12 @@ class LoraSettings:
 
     def validate(self) -> None:
         _check(self.r is None or self.r >= 1, "lora.r", self.r, "null or at least 1")
-        _check(self.r is None or self.adapter is None, "lora.r", self.r, "null with lora.adapter, which has its rank")
+        for name in ("r", "alpha", "target_modules"):
+            value, default = getattr(self, name), LoraSettings.__dataclass_fields__[name].default
+            expected = (
+                "lora.r to be set with it" if self.adapter is None else "no value with lora.adapter, which has its own"
+            )
+            _check(self.r is not None and self.adapter is None or value == default, f"lora.{name}", value, expected)
         _check(self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
         _check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to below 1")
 
@@ -341,15 +347,33 @@ class Config:
             self.reference.mode != "adapter" or (self.lora.enabled and self.reference.model is None),
             "reference.mode",
             self.reference.mode,
-            "lora.r or lora.adapter to be set and reference.model to be null: the reference is the policy itself",
+            "lora.r or lora.adapter to be set and reference.model to be null: the reference is in the policy's layers",
+        )
+        for key, value in (
+            ("lora.r", self.lora.r),
+            ("lora.adapter", self.lora.adapter),
+            ("reference.adapter", self.reference.adapter),
+        ):
+            installed = value is None or find_spec("peft") is not None
+            _check(installed, key, value, "the package peft to be installed with it (pip install 'dpo-scale[lora]')")
+        _check(
+            self.reference.sync_steps is None or not (self.lora.enabled or self.reference.adapter),
+            "reference.sync_steps",
+            self.reference.sync_steps,
+            "null with LoRA: a reference moves only towards a policy whose weights are all trained",
+        )
+        zero = (self.deepspeed.config or {}).get("zero_optimization", {})
+        _check(
+            self.reference.sync_steps is None or zero.get("mics_shard_size", -1) <= 0,
+            "reference.sync_steps",
+            self.reference.sync_steps,
+            "null with deepspeed.config's mics_shard_size: slices are cut for all ranks",
         )
         if not self.loss.needs_reference:
-            _check(
-                self.reference.model is None,
-                "reference.model",
-                self.reference.model,
-                f"null: loss.loss_type {self.loss.loss_type!r} uses no reference model",
-            )
+            for name in ("model", "adapter", "sync_steps"):
+                value = getattr(self.reference, name)
+                expected = f"null: loss.loss_type {self.loss.loss_type!r} uses no reference model"
+                _check(value is None, f"reference.{name}", value, expected)
 
     def save(self, path: Path) -> None:
         """Write the resolved tree as YAML; `load_config(path)` gives an equal tree."""

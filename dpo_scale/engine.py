@@ -15,7 +15,7 @@ import os
 import random
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
@@ -322,15 +322,66 @@ def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> t
     return norm, skipped
 
 
-def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+def consolidated_state_dict(engine: Any, *, trained_only: bool = False) -> dict[str, torch.Tensor] | None:
     """The whole model's weights in the engine's precision, by the names of the engine's module; None off rank 0.
 
     Every rank must call it: at stage 3 the weights are gathered layer by layer onto rank 0's host memory.
+
+    Args:
+        trained_only: leave out frozen parameters and buffers.
     """
     if engine.zero_optimization_stage() == 3:
-        state = engine._zero3_consolidated_16bit_state_dict()
-        return dict(state) if is_main() else None
-    return engine.module.state_dict() if is_main() else None
+        state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
+    else:
+        state = engine.module.state_dict() if is_main() else None
+    if state is None or not trained_only:
+        return state if state is None else dict(state)
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in trained}
+
+
+def own_slice(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's share of a parameter's values, flat and by rank: what ZeRO-3 keeps here, were it sharded or is it.
+
+    A view of the shard, or of the whole parameter where it is replicated, so no stage needs communication for it.
+    """
+    numel = getattr(parameter, "ds_numel", parameter.numel())
+    size = -(-numel // world_size())
+    start = min(rank() * size, numel)
+    length = min(size, numel - start)
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach().flatten()[start : start + length]
+    # MiCS and other groups smaller than the world are refused with a moving reference, the only user of slices
+    assert parameter.ds_tensor.numel() == size
+    return parameter.ds_tensor.detach()[:length]
+
+
+def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace parameters of a forward-only engine's module by the ranks' slices of new values.
+
+    Every rank must call it. At stage 3 each rank writes its own shards and nothing is sent; a replicated parameter is
+    put together from all ranks' slices, one parameter at a time.
+
+    Args:
+        slices: (name, this rank's slice as `own_slice` cuts it, of any dtype and device), one at a time.
+    """
+    # parameters that are whole at the moment (small ones stay so between passes) would not see a change of their shard
+    engine.empty_partition_cache()
+    parameters = dict(engine.module.named_parameters())
+    with torch.no_grad():
+        for name, values in slices:
+            parameter = parameters[name]
+            if hasattr(parameter, "ds_tensor"):
+                own_slice(parameter).copy_(values)
+                continue
+            size = -(-parameter.numel() // world_size())
+            padded = parameter.new_zeros(size)
+            padded[: len(values)] = values
+            parts = [padded]
+            if world_size() > 1:
+                parts = [torch.empty_like(padded) for _ in range(world_size())]
+                dist.all_gather(parts, padded)
+            parameter.copy_(torch.cat(parts)[: parameter.numel()].view_as(parameter))
 
 
 def from_main(value: Result) -> Result:

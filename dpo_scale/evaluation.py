@@ -16,7 +16,7 @@ from dpo_scale.data.layout import PairBatch, padded_batch
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers
+from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers, policy_source
 from dpo_scale.reference.stored import StoredReference
 
 
@@ -170,6 +170,6 @@ def evaluate_model(config: Config) -> dict[str, float]:
     check_vocabulary(tokenizer, model_config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
     data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
-    policy = load_scoring_model(config, config.model.path, config.model.revision)
+    policy = load_scoring_model(config, policy_source(config))
     reference = load_reference(config) if config.loss.needs_reference else None
     return evaluate(policy, reference, data, config, tokenizer.pad_token_id)

@@ -9,6 +9,8 @@ from typing import Any
 
 from dpo_scale import __version__, engine
 from dpo_scale.config import Config
+from dpo_scale.models.lora import merged_weights, save_adapter
+from dpo_scale.models.scorer import causal_lm
 
 MODEL_DIR = "model"
 _WRAPPER_PREFIX = "model."  # the name under which PairScorer holds the Hugging Face model
@@ -18,11 +20,15 @@ MAX_SHARD_SIZE = "5GB"
 def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, results: dict[str, Any]) -> Path:
     """Write `model/`, which `AutoModelForCausalLM.from_pretrained` loads. Every rank must call it.
 
+    With LoRA it is the whole model with the adapter merged in or, if not `lora.merge`, the adapter alone, in peft's
+    format.
+
     Args:
         policy: the DeepSpeed engine around a `PairScorer`.
         results: for the model card: `before` and `after` (held-out metrics or None), `steps`, `pairs`.
     """
-    state = engine.consolidated_state_dict(policy)
+    adapter_alone = config.lora.enabled and not config.lora.merge
+    state = engine.consolidated_state_dict(policy, trained_only=adapter_alone)
     folder = run_dir / MODEL_DIR
     if engine.is_main():
         assert state is not None
@@ -30,8 +36,13 @@ def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, res
         weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in state.items()}
         temporary = folder.with_name(folder.name + ".incomplete")
         shutil.rmtree(temporary, ignore_errors=True)
-        _restore_config(model)
-        model.save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
+        if adapter_alone:
+            save_adapter(model, weights, config.model.path, temporary)
+        else:
+            if config.lora.enabled:
+                weights = merged_weights(model, weights)
+            _restore_config(causal_lm(model))
+            causal_lm(model).save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(config, results), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,9 +76,13 @@ def model_card(config: Config, results: dict[str, Any]) -> str:
             rows.append(f"| {name} | {start} | {after[name]:.4f} |")
     held_out = "\n".join(rows) if after else "No held-out data was given."
     train = config.train
+    adapter_alone = config.lora.enabled and not config.lora.merge
+    method = "Direct Preference Optimization, arXiv 2305.18290"
+    if config.lora.enabled:
+        method += f"; a LoRA adapter, {'to be loaded onto that model' if adapter_alone else 'merged into the weights'}"
     return f"""---
 base_model: {base}
-library_name: transformers
+library_name: {"peft" if adapter_alone else "transformers"}
 tags:
 - dpo
 - preference-tuning
@@ -75,7 +90,7 @@ tags:
 ---
 # {base}, preference-tuned
 
-Trained from `{base}` with dpo_scale {__version__} (Direct Preference Optimization, arXiv 2305.18290).
+Trained from `{base}` with dpo_scale {__version__} ({method}).
 
 ## Data
 {results["pairs"]} preference pairs seen, from:

@@ -38,6 +38,8 @@ from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import check_vocabulary, load_policy, load_reference, load_tokenizers
+from dpo_scale.reference.adapter import AdapterReference
+from dpo_scale.reference.moving import MovingReference
 from dpo_scale.schedule import learning_rate
 from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
 
@@ -87,9 +89,10 @@ def train(config: Config, resume: str | None = None) -> Path:
         f"{config.train.global_batch_size} pairs: {micro_steps} micro-steps x {engine.world_size()} ranks"
     )
     policy = load_policy(config, micro_steps)
-    reference = load_reference(config) if config.loss.needs_reference else None
+    reference = make_reference(config, policy)
+    moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
-        load_checkpoint(policy, started_from)
+        load_checkpoint(policy, started_from, moving)
         engine.log(f"resumed from {started_from} at step {state.step}")
 
     run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
@@ -138,6 +141,9 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
             epoch = run.schedule.epoch_of(state.step)
             order = run.schedule.epoch_order(epoch)
         metrics = train_step(run, state, run.schedule.global_batch(state.step, order))
+        moving = run.reference if isinstance(run.reference, MovingReference) else None
+        if moving is not None and state.step % run.config.reference.sync_steps == 0:
+            moving.move()
         if tracker is not None:
             tracker.train(state.step, metrics)
 
@@ -148,7 +154,8 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
         keep = run.config.checkpoint
         due = keep.save_steps is not None and state.step % keep.save_steps == 0
         if due or improved or (is_last and keep.save_at_end):
-            save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=keep.save_total_limit)
+            limit = keep.save_total_limit
+            save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving)
 
 
 def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, float]:
@@ -250,6 +257,18 @@ def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.T
     return TrainingError(f"step {step}: the loss is not finite for {named}{more}; the weights were not updated")
 
 
+def make_reference(config: Config, policy: Any) -> Any:
+    """What the policy's log-ratios are taken against, by `reference.mode`; None if the loss needs none."""
+    if not config.loss.needs_reference:
+        return None
+    if config.reference.mode == "adapter":
+        return AdapterReference(policy)
+    reference = load_reference(config)
+    if config.reference.sync_steps is not None:
+        return MovingReference(reference, policy, config.reference.sync_mixup)
+    return reference
+
+
 def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | None]:
     """The run folder, made by rank 0, and the checkpoint to start from."""
     # ranks that start in different seconds would name different folders
@@ -287,10 +306,15 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
     """What a checkpoint of this run will say it is of."""
     tree = to_mapping(config)
     train = {name: tree["train"][name] for name in ("global_batch_size", "seed", "shuffle", "drop_last", "optim")}
+    moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
+    adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
     settings = {
         "model.path": config.model.path,
         "model.dtype": config.model.dtype,
         "reference.model": config.reference.model,
+        "reference.adapter": config.reference.adapter,
+        **{f"reference.{name}": value for name, value in moving.items() if config.reference.sync_steps},
+        **{f"lora.{name}": value for name, value in adapters.items() if config.lora.enabled},
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
         **{f"train.{name}": value for name, value in train.items()},
     }

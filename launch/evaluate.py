@@ -25,6 +25,7 @@ def main() -> None:
     for key, value in (
         ("model.path", arguments.model),
         ("reference.model", arguments.reference),
+        ("reference.mode", "live" if arguments.reference else None),
         ("data.eval", arguments.data),
     ):
         if value is not None:

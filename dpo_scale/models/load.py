@@ -7,6 +7,7 @@ when the trained model is saved.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,35 @@ from dpo_scale.config import Config
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.errors import ModelError
+from dpo_scale.models import lora
 from dpo_scale.models.builtin import resolve_model_path
-from dpo_scale.models.scorer import PairScorer, check_head
+from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which weights a model is made of: a folder, hub id or `builtin:` name, and the adapter it wears."""
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+
+
+def policy_source(config: Config) -> ModelSource:
+    """What the policy is before the first step."""
+    return ModelSource(config.model.path, config.model.revision, config.lora.adapter)
+
+
+def reference_source(config: Config) -> ModelSource:
+    """What the reference is, in every mode: the model that the config names, otherwise what the policy starts from.
+
+    Never a checkpoint: a resumed run has the reference it began with.
+    """
+    named, settings = config.reference.model, config.reference
+    source = policy_source(config) if named is None else ModelSource(named, settings.revision)
+    if settings.adapter is not None:
+        source = replace(source, adapter=None if settings.adapter == "none" else settings.adapter)
+    return source
 
 
 def load_model_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -32,6 +60,8 @@ def load_model_config(path: str, *, revision: str | None = None, trust_remote_co
     path = resolve_model_path(path)
     looks_like_folder = path.startswith((".", "/", "~")) or Path(path).exists()
     if looks_like_folder and not (Path(path) / "config.json").is_file():
+        if (Path(path) / lora.ADAPTER_CONFIG).is_file():
+            raise ModelError(f"{path}: an adapter; name it as lora.adapter, and the model it belongs on as model.path")
         raise ModelError(f"{path}: no config.json there; expected a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -96,12 +126,22 @@ def switch_off_dropout(config: Any) -> dict[str, float]:
 
 
 def load_policy(config: Config, micro_steps: int) -> Any:
-    """The policy's DeepSpeed engine around a `PairScorer`, in training mode."""
+    """The policy's DeepSpeed engine around a `PairScorer`, in training mode; with LoRA its adapter is on it."""
     deepspeed_config = policy_deepspeed_config(config, micro_steps)
-    model = _load_for(config, config.model.path, config.model.revision, deepspeed_config)
+    source, adapters = policy_source(config), config.lora
+    reference_adapter = reference_source(config).adapter if config.reference.mode == "adapter" else None
+    for path in (source.adapter, reference_adapter):
+        if path is not None:
+            lora.read_adapter_config(path)  # before the base's weights are read
+    model = _load_for(config, source, deepspeed_config)
+    if adapters.enabled:
+        model = lora.add_adapter(model, adapters, config.train.seed)
+        if reference_adapter is not None:
+            lora.add_reference_adapter(model, reference_adapter)
+        engine.log(lora.describe(model))
     if config.model.gradient_checkpointing:
         # non-reentrant: ZeRO-3's hooks and frozen inputs work with it, and dropout is replayed
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scorer = PairScorer(model, config.logprobs.implementation)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
@@ -109,29 +149,27 @@ def load_policy(config: Config, micro_steps: int) -> Any:
 
 
 def load_reference(config: Config) -> Any:
-    """The reference's DeepSpeed engine around a `PairScorer`, forward only.
-
-    Always from the named reference or from the run's recorded start (`model.path`), never from a checkpoint: a resumed
-    run has the reference it began with.
-    """
-    if config.reference.model is not None:
-        return load_scoring_model(config, config.reference.model, config.reference.revision)
-    return load_scoring_model(config, config.model.path, config.model.revision)
+    """The reference's DeepSpeed engine around a `PairScorer`, forward only."""
+    return load_scoring_model(config, reference_source(config))
 
 
-def load_scoring_model(config: Config, path: str, revision: str | None) -> Any:
+def load_scoring_model(config: Config, source: ModelSource) -> Any:
     """A forward-only DeepSpeed engine around a `PairScorer`, sharded as `reference.*` says."""
     deepspeed_config = reference_deepspeed_config(config)
-    model = _load_for(config, path, revision, deepspeed_config)
+    if source.adapter is not None:
+        lora.read_adapter_config(source.adapter)
+    model = _load_for(config, source, deepspeed_config)
+    if source.adapter is not None:
+        model = lora.wear_adapter(model, source.adapter)
     return engine.initialize_reference(PairScorer(model, config.logprobs.implementation), deepspeed_config)
 
 
-def _load_for(config: Config, path: str, revision: str | None, deepspeed_config: dict[str, Any]) -> torch.nn.Module:
+def _load_for(config: Config, source: ModelSource, deepspeed_config: dict[str, Any]) -> torch.nn.Module:
     with engine.partitioned_loading(deepspeed_config):
         model = load_causal_lm(
-            path,
+            source.path,
             dtype=config.model.dtype,
-            revision=revision,
+            revision=source.revision,
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=config.model.trust_remote_code,
             disable_dropout=config.model.disable_dropout,

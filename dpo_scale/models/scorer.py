@@ -44,11 +44,32 @@ def head_transform(config: Any) -> HeadTransform:
     return HeadTransform(scale, float(cap) if cap else None)
 
 
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model itself, out of a peft model too; adapters are inside its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """The two parts of a causal LM, with or without an adapter.
+
+    Raises:
+        ModelError: if the model has no separable backbone and linear head.
+    """
+    whole = causal_lm(model)
+    backbone, head = whole.base_model, whole.get_output_embeddings()
+    if backbone is whole or not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"{type(whole).__name__}: expected a causal language model made of a backbone and a linear head"
+        )
+    return backbone, head
+
+
 class PairScorer(nn.Module):
     """A causal LM as a function from token ids to the log-probs of chosen positions.
 
     Args:
-        model: a transformers causal LM; its head is rebound, so `model(...)` no longer returns logits.
+        model: a transformers causal LM, or a peft model around one; its head is rebound, so `model(...)` no longer
+            returns logits.
         implementation: how log-probs are computed (`dpo_scale.logprobs`).
 
     Raises:
@@ -57,13 +78,9 @@ class PairScorer(nn.Module):
 
     def __init__(self, model: nn.Module, implementation: str = "auto") -> None:
         super().__init__()
-        backbone, head = model.base_model, model.get_output_embeddings()
-        if backbone is model or not isinstance(head, nn.Linear):
-            raise ModelError(
-                f"{type(model).__name__}: expected a causal language model made of a backbone and a linear head"
-            )
+        _, head = backbone_and_head(model)
         self.model = model
-        transform = head_transform(model.config)
+        transform = head_transform(causal_lm(model).config)
 
         def score(linear: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, by_products: tuple[str, ...]):
             return token_logps(
@@ -95,9 +112,10 @@ class PairScorer(nn.Module):
             score_targets: [S] int64, those tokens.
             by_products: extra per-token values, see `dpo_scale.logprobs.token_logps`.
         """
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        backbone, head = backbone_and_head(self.model)
+        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         scored = hidden.flatten(0, 1).index_select(0, score_index)
-        return self.model.get_output_embeddings()(scored, score_targets, by_products)
+        return head(scored, score_targets, by_products)
 
 
 @torch.no_grad()
@@ -115,8 +133,8 @@ def check_head(model: nn.Module) -> None:
     training = model.training
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits.double()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden).double()
+    backbone, head = backbone_and_head(model)
+    logits = head(backbone(input_ids=ids, use_cache=False).last_hidden_state).double()
     model.train(training)
     if not expected.isfinite().all():
         raise ModelError(f"{model.config.name_or_path}: its logits are not finite: its weights are damaged")

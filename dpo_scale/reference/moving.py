@@ -1,0 +1,92 @@
+"""A live reference that moves towards the policy as training goes on (TR-DPO, arXiv 2404.09656).
+
+Every so many steps  reference <- a * policy + (1 - a) * reference,  a = 1 replacing it. Each rank mixes one slice of
+each parameter: at stage 3 the shard it holds anyway, otherwise its share of the whole. So no stage of either model
+needs more than the parameter in hand to be sent, and both at stage 3 need nothing to be sent.
+
+A mixed reference is kept in fp32, one slice a rank, and the model's own weights are roundings of it: in bf16 a small
+step of a weight would be lost in the rounding, every time, and the reference would stand still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dpo_scale import engine
+from dpo_scale.errors import ModelError
+
+
+class MovingReference:
+    """A reference engine and what moves it; called like the engine, returns its log-probs."""
+
+    def __init__(self, reference: Any, policy: Any, mixup: float) -> None:
+        """Check that the models fit each other. Takes memory only where a mix has to be kept in fp32.
+
+        Args:
+            reference, policy: engines around `PairScorer`s, at any stage each, before training or resuming.
+            mixup: a, the policy's share, above 0 and at most 1.
+
+        Raises:
+            ModelError: if the reference is of another architecture than the policy.
+        """
+        self.reference, self.policy, self.mixup = reference, policy, mixup
+        ours, theirs = (_shapes(model) for model in (policy, reference))
+        if ours != theirs:
+            name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+            raise ModelError(
+                f"reference.sync_steps: the reference can move only towards a policy of its own architecture; {name} "
+                f"is {theirs.get(name, 'missing')} in it and {ours.get(name, 'missing')} in the policy"
+            )
+        # a copy is exact, and so is a mix where the weights are fp32 themselves
+        keep_fp32 = mixup < 1 and any(p.dtype != torch.float32 for p in reference.module.parameters())
+        self._kept = {
+            name: engine.own_slice(parameter).float() if keep_fp32 else None
+            for name, parameter in reference.module.named_parameters()
+        }
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.reference(*inputs)
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """One update of the reference. Every rank must call it, after the policy's optimizer step."""
+        engine.write_slices(self.reference, self._moved_slices())
+
+    def _moved_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        policy = dict(self.policy.module.named_parameters())
+        for name, parameter in self.reference.module.named_parameters():
+            towards = engine.own_slice(policy[name])
+            if self.mixup == 1:
+                yield name, towards
+                continue
+            kept = self._kept[name]
+            if kept is None:
+                kept = engine.own_slice(parameter).clone()
+            yield name, kept.lerp_(towards.to(kept.device, torch.float32), self.mixup)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """This rank's slices of the reference, on the host, for a checkpoint."""
+        slices = {}
+        for name, parameter in self.reference.module.named_parameters():
+            kept = self._kept[name]
+            slices[name] = (engine.own_slice(parameter) if kept is None else kept).cpu().clone()
+        return slices
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Take what `state` gave on this rank, with as many ranks, at any stage. Every rank must call it.
+
+        Raises:
+            KeyError, RuntimeError: if it is of another model.
+        """
+        for name, kept in self._kept.items():
+            if kept is not None:
+                kept.copy_(state[name])
+        engine.write_slices(self.reference, ((name, state[name]) for name in self._kept))
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.module.named_parameters()}
