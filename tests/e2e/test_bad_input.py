@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import launch, preference_rows, run_jobs, run_overrides, save_model, save_tokenizer, write_rows
+from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -75,13 +76,9 @@ def refusals(folder, common):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, model("missing-weights") / "model.safetensors", metadata={"format": "pt"})
     model("infinite", **{"model.norm.weight": torch.full((32,), float("inf"))})
-    larger = json.loads((model("large-vocabulary") / "tokenizer.json").read_text())
-    larger["added_tokens"] += [
-        {"id": 400 + i, "content": f"<extra{i}>", "special": True, "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False}
-        for i in range(5)
-    ]  # fmt: skip
-    (folder / "large-vocabulary" / "tokenizer.json").write_text(json.dumps(larger))
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(384 - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(model("large-vocabulary"))
     run = [f"output_dir={folder / 'a-run'}"]
     jobs = {
         "missing file": [f"data.train={folder / 'tran.jsonl'}"],
@@ -116,7 +113,7 @@ def refusals(folder, common):
         ("no weights", ["no-weights: its weights cannot be loaded"]),
         ("missing weights", ["missing-weights: no weights for 1 of", "model.layers.1.mlp.up_proj.weight"]),
         ("infinite weights", ["infinite: its logits are not finite"]),
-        ("large vocabulary", ["large-vocabulary", "ids up to 404", "384 tokens"]),
+        ("large vocabulary", ["large-vocabulary", "ids up to 384", "384 tokens"]),
         ("unknown tracker", ["logging.report_to = 'tensorbored'", "tensorboard", "wandb"]),
         ("tracker not installed", ["logging.report_to = 'clearml'", "pip install clearml"]),
         ("optimizer argument", ["train.optim_args", "momentun"]),
@@ -163,8 +160,6 @@ def test_a_checkpoint_of_another_model_under_deepspeed(folder, common, refusals)
 
 
 def test_a_loss_that_is_not_finite_names_its_row_and_saves_nothing(folder, common):
-    from transformers import AutoTokenizer
-
     start = folder / "start"
     rows = preference_rows(20)
     rows[16]["chosen"] = "the Z sat"  # a token of this row alone
