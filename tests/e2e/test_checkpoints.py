@@ -19,6 +19,7 @@ VARIANTS = {
     "stage2": ["deepspeed.stage=2"],
     "stage3": ["deepspeed.config={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 0}}"],
     "bf16": ["deepspeed.stage=2", "model.dtype=bfloat16"],
+    "dropout": ["deepspeed.stage=1", "model.path={folder}/gpt2-start", "model.disable_dropout=false"],
 }
 # margins grow in training, so with the smallest as the best the first measured step is that
 BEST = [
@@ -46,6 +47,8 @@ def crash_after_step_5(whole, copy):
 def done(tmp_path_factory):
     """(folder of all runs, {name: message} of those that were refused)."""
     folder = tmp_path_factory.mktemp("checkpoints")
+    save_model(folder / "gpt2-start", "gpt2")
+    variants = {name: [text.replace("{folder}", str(folder)) for text in extra] for name, extra in VARIANTS.items()}
     common = run_overrides(folder)
     six = [*common, "train.max_steps=6", "train.eval_steps=3", "checkpoint.save_steps=2"]
     six.append("checkpoint.save_total_limit=null")
@@ -56,7 +59,7 @@ def done(tmp_path_factory):
     run_jobs(
         folder,
         [
-            *(job(f"{name}-whole", *six, *extra) for name, extra in VARIANTS.items()),
+            *(job(f"{name}-whole", *six, *extra) for name, extra in variants.items()),
             job("best-whole", *common, "train.max_steps=6", *BEST),
             job("best-two-steps", *common, "train.max_steps=2", "deepspeed.stage=3"),
         ],
@@ -75,18 +78,17 @@ def done(tmp_path_factory):
 
     stage2 = [*six, "deepspeed.stage=2"]
     of_stage2 = str(folder / "stage2-whole")
-    save_model(folder / "other-start", "gpt2")
     rows = (folder / "train.jsonl").read_text().splitlines()
     (folder / "other.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     refused = {
-        "another model": [*stage2, f"model.path={folder / 'other-start'}"],
+        "another model": [*stage2, f"model.path={folder / 'gpt2-start'}"],
         "other data": [*stage2, f"data.train={folder / 'other.jsonl'}"],
         "another setting": [*stage2, "loss.beta=0.5"],
         "another stage": [*six, "deepspeed.stage=1"],
         "beyond the end": [*stage2, "train.max_steps=5"],
     }
     jobs = {
-        **{f"{name}-resumed": job(f"{name}-resumed", *six, *e, resume="latest") for name, e in VARIANTS.items()},
+        **{f"{name}-resumed": job(f"{name}-resumed", *six, *e, resume="latest") for name, e in variants.items()},
         "named": {"overrides": stage2, "resume": str(folder / "named")},  # no output_dir
         "finished": job("finished", *stage2, resume="latest"),
         "earlier": job(
