@@ -60,7 +60,7 @@ class Tracker:
         if self._bar is not None:
             self._bar.update()
         if step % self._config.logging_steps == 0 or step == self._total_steps:
-            shown = "  ".join(_format(name, metrics[name]) for name in self._config.console_metrics if name in metrics)
+            shown = "  ".join(_format(name, metrics[name]) for name in self._config.console_metrics)
             if self._bar is not None:
                 self._bar.set_postfix_str(shown)
             else:

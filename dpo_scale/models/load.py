@@ -201,10 +201,11 @@ def load_tokenizers(config: Config) -> tuple[Any, Any]:
 def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
     """Refuse a tokenizer whose ids the model has no embeddings for."""
     size = model_config.get_text_config().vocab_size
-    if len(tokenizer) > size:
+    largest = max(tokenizer.get_vocab().values())  # not the number of tokens: ids may have gaps
+    if largest >= size:
         raise ModelError(
-            f"{tokenizer.name_or_path}: its tokenizer has {len(tokenizer)} tokens, but the model "
-            f"{model_config.name_or_path} embeddings for {size}: they do not fit"
+            f"{tokenizer.name_or_path}: its tokenizer has ids up to {largest}, but the model "
+            f"{model_config.name_or_path} has embeddings for {size} tokens: they do not fit"
         )
 
 

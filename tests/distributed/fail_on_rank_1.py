@@ -1,0 +1,18 @@
+"""A user's mistake that rank 1 alone meets, while rank 0 waits for it in a collective."""
+
+import torch
+
+from dpo_scale import engine
+from dpo_scale.cli import run
+from dpo_scale.errors import DataError
+
+
+def main() -> None:
+    engine.init_distributed(timeout_minutes=2)
+    if engine.rank() == 1:
+        raise DataError("pairs.jsonl row 3: seen by rank 1 alone")
+    engine.sum_over_ranks(torch.ones(1))
+
+
+if __name__ == "__main__":
+    run(main)
