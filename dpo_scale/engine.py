@@ -366,7 +366,8 @@ def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> Non
         slices: (name, this rank's slice as `own_slice` cuts it, of any dtype and device), one at a time.
     """
     # parameters that are whole at the moment (small ones stay so between passes) would not see a change of their shard
-    engine.empty_partition_cache()
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.empty_partition_cache()
     parameters = dict(engine.module.named_parameters())
     with torch.no_grad():
         for name, values in slices:
