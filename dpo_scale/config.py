@@ -85,6 +85,7 @@ class ReferenceSettings:
     store: str | None = None  # folder of the reference store; null: one in the cache folder, for all runs
     on_missing: Literal["compute", "error"] = "compute"  # mode store: rows that the store does not have
     verify: int = 8  # mode store: rows that are computed again at the start and compared; 0: none
+    verify_with_model: bool = False  # load the reference for that where the policy starts from elsewhere
     max_tokens_per_micro_batch: int = 16384  # token slots of a forward pass that fills the store
     sync_steps: int | None = None  # mode live: every so many steps the reference moves to the policy (TR-DPO)
     sync_mixup: float = 1.0  # share of the policy in the moved reference; 1 replaces it
@@ -115,6 +116,9 @@ class ReferenceSettings:
             self.sync_steps,
             f"null with reference.mode {self.mode}: only a live reference can move",
         )
+        for name, default in (("on_missing", "compute"), ("verify_with_model", False)):
+            value = getattr(self, name)
+            _check(self.mode == "store" or value == default, f"reference.{name}", value, "reference.mode=store with it")
         _check(0 < self.sync_mixup <= 1, "reference.sync_mixup", self.sync_mixup, "above 0, at most 1")
 
 

@@ -37,8 +37,8 @@ from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_policy, load_reference, load_tokenizers
-from dpo_scale.reference.adapter import AdapterReference
+from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers
+from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.schedule import learning_rate
 from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
@@ -88,12 +88,19 @@ def train(config: Config, resume: str | None = None) -> Path:
         f"{len(data.train)} pairs to train on, {len(data.eval) if data.eval else 0} held out; {total_steps} steps of "
         f"{config.train.global_batch_size} pairs: {micro_steps} micro-steps x {engine.world_size()} ranks"
     )
+    # before the policy is in memory: filling the store may take the reference's model
+    stored = None
+    if config.loss.needs_reference and config.reference.mode == "store":
+        datasets = [data.train] if data.eval is None else [data.train, data.eval]
+        stored = stored_reference(config, datasets, tokenizer.pad_token_id)
     policy = load_policy(config, micro_steps)
-    reference = make_reference(config, policy)
+    reference = make_reference(config, policy, stored)
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
         engine.log(f"resumed from {started_from} at step {state.step}")
+    elif stored is not None:
+        verify_start(config, stored, policy, data.train, tokenizer.pad_token_id)
 
     run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
@@ -255,18 +262,6 @@ def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.T
     named = "; ".join(f"{run.train_data.describe(row)}: loss {value}" for row, value in bad[:10])
     more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
     return TrainingError(f"step {step}: the loss is not finite for {named}{more}; the weights were not updated")
-
-
-def make_reference(config: Config, policy: Any) -> Any:
-    """What the policy's log-ratios are taken against, by `reference.mode`; None if the loss needs none."""
-    if not config.loss.needs_reference:
-        return None
-    if config.reference.mode == "adapter":
-        return AdapterReference(policy)
-    reference = load_reference(config)
-    if config.reference.sync_steps is not None:
-        return MovingReference(reference, policy, config.reference.sync_mixup)
-    return reference
 
 
 def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | None]:

@@ -111,11 +111,12 @@ def forward_batches(
     of_pairs = lengths[pairs]
     longest_row = (of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).astype(np.int64)
     order = np.lexsort((pairs, -longest_row))
+    share = -(-len(pairs) // world_size)  # few pairs are spread over the ranks all the same
     runs = []
     start = 0
     while start < len(order):
         # sorted longest first, so the first pair's row is the width of the whole run
-        count = max(1, int(max_tokens // (2 * longest_row[order[start]])))
+        count = min(share, max(1, int(max_tokens // (2 * longest_row[order[start]]))))
         runs.append(pairs[order[start : start + count]])
         start += count
     batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs]

@@ -7,6 +7,7 @@ checkpoint never becomes a reference, so a resumed run and the store agree with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from dpo_scale import engine
@@ -14,20 +15,14 @@ from dpo_scale.cache_folder import cache_folder
 from dpo_scale.config import Config
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.errors import StoreError
-from dpo_scale.models.builtin import resolve_model_path
-from dpo_scale.models.load import load_reference
+from dpo_scale.models.load import load_reference, policy_source, reference_source
+from dpo_scale.reference.adapter import AdapterReference
 from dpo_scale.reference.fingerprint import fingerprint_model
 from dpo_scale.reference.manifest import BookKey
+from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.numerics import numerics_of
 from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.stored import StoredReference, fill, missing_rows, verify
-
-
-def reference_path(config: Config) -> tuple[str, str | None]:
-    """Path and revision of the reference's weights."""
-    if config.reference.model is not None:
-        return config.reference.model, config.reference.revision
-    return config.model.path, config.model.revision
 
 
 def open_book(config: Config) -> Book:
@@ -37,13 +32,21 @@ def open_book(config: Config) -> Book:
         StoreError: if the store can't be used.
         ModelError: if the reference's weights can't be fingerprinted.
     """
-    path, revision = reference_path(config)
+    source = reference_source(config)
     fingerprint = engine.from_main(
-        fingerprint_model(resolve_model_path(path), revision=revision) if engine.is_main() else None
+        fingerprint_model(
+            source.path,
+            revision=source.revision,
+            adapter=source.adapter,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if engine.is_main()
+        else None
     )
+    assert fingerprint is not None
     folder = config.reference.store or str(cache_folder() / "reference_store")
-    key = BookKey(fingerprint, numerics_of(config))
-    return ReferenceStore(folder).book(key, model={"path": path, "revision": revision or ""})
+    described = {name: value for name, value in asdict(source).items() if value is not None}
+    return ReferenceStore(folder).book(BookKey(fingerprint, numerics_of(config)), model=described)
 
 
 def fill_for(config: Config, book: Book, datasets: Sequence[PairDataset], pad_token_id: int) -> int:
@@ -96,17 +99,46 @@ def stored_reference(config: Config, datasets: Sequence[PairDataset], pad_token_
     return StoredReference(book)
 
 
+def make_reference(config: Config, policy: Any, stored: StoredReference | None) -> Any:
+    """What the policy's log-ratios are taken against, by `reference.mode`; None if the loss needs none.
+
+    Args:
+        policy: the policy's engine.
+        stored: the filled store, in mode `store`.
+    """
+    if not config.loss.needs_reference:
+        return None
+    if config.reference.mode == "store":
+        assert stored is not None
+        return stored
+    if config.reference.mode == "adapter":
+        return AdapterReference(policy)
+    reference = load_reference(config)
+    if config.reference.sync_steps is not None:
+        return MovingReference(reference, policy, config.reference.sync_mixup)
+    return reference
+
+
 def verify_start(config: Config, stored: StoredReference, policy: Any, dataset: PairDataset, pad_token_id: int) -> None:
-    """Let the policy, which is the reference before the first step, compute some stored rows again."""
+    """Let the policy, which is the reference before the first step, compute some stored rows again.
+
+    Where the policy starts from elsewhere the reference itself is loaded for it, if `reference.verify_with_model`.
+    """
     rows = config.reference.verify
     if rows == 0:
         return
-    if config.reference.model not in (None, config.model.path):
+    settings = {"dtype": config.model.dtype, "seed": config.train.seed, "pad_token_id": pad_token_id}
+    if policy_source(config) == reference_source(config):
+        was_training = policy.module.training
+        policy.eval()
+        verify(stored, policy, dataset, rows, **settings)
+        policy.train(was_training)
+    elif config.reference.verify_with_model:
+        reference = load_reference(config)
+        verify(stored, reference, dataset, rows, **settings)
+        engine.release(reference)
+    else:
         engine.log(
-            "reference.verify: the policy starts from another model than the reference; stored rows not verified"
+            "reference.verify: the policy does not start as the reference, so it cannot check stored rows; "
+            "reference.verify_with_model=true loads the reference for it"
         )
-        return
-    was_training = policy.module.training
-    policy.eval()
-    verify(stored, policy, dataset, rows, dtype=config.model.dtype, seed=config.train.seed, pad_token_id=pad_token_id)
-    policy.train(was_training)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
+from dpo_scale.data.batching import Schedule, forward_batches, micro_steps_of, split_among_ranks
 from dpo_scale.data.layout import padded_slots, padded_tokens
 
 
@@ -84,3 +84,17 @@ def test_longest_rows_come_first(world):
     layout = split_among_ranks(np.arange(32), lengths, micro_batch_size=2, world_size=world)
     widest = [max(int((lengths[m.indices, 0] + lengths[m.indices, 1:].max(1)).max()) for m in r) for r in layout]
     assert widest == sorted(widest, reverse=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 50), budget=st.integers(1, 2000), world=st.integers(1, 4))
+def test_forward_batches_hold_every_pair_once_within_the_budget(count, budget, world):
+    lengths = random_lengths(50)
+    pairs = np.random.default_rng(2).permutation(50)[:count]
+    layout = forward_batches(pairs, lengths, max_tokens=budget, world_size=world)
+    assert all(len(ranks) == world for ranks in layout)
+    real = [m.indices for ranks in layout for m in ranks if m.weights.any()]
+    assert sorted(np.concatenate(real)) == sorted(pairs)
+    assert all(padded_slots(m, lengths) <= budget or len(m) == 1 for m in real)
+    if count >= world:
+        assert all(any(ranks[r].weights.any() for ranks in layout) for r in range(world)), "a rank without work"
