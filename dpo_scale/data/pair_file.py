@@ -113,6 +113,10 @@ class PairFile:
         batch, row = self._locate(i)
         return f"{self.labels[self._files[i]]} row {self._rows[batch][row]}"
 
+    def origins(self) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 [M], int64 [M]): which of the source's files each pair came from, and its row there, from 1."""
+        return self._files, _join(self._rows, np.int64)
+
     def _locate(self, i: int) -> tuple[int, int]:
         assert 0 <= i < len(self)
         batch = int(np.searchsorted(self._starts, i, side="right")) - 1

@@ -1,0 +1,181 @@
+"""Reference values out of a store and into it: parquet for anyone to read, columns that others have computed.
+
+What comes in keeps to a book of its own, marked as imported: nobody here knows how it was computed, so it never
+answers for values of this package's numerics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_scale.data.cache import TokenizedSource, tokenize_source
+from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.settings import DataSettings, SourceSettings
+from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
+from dpo_scale.data.tokenize import PairTokenizer
+from dpo_scale.errors import DataError, StoreError
+from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below
+from dpo_scale.reference.store import Book
+from dpo_scale.reference.upkeep import merged_parts
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names
+_ROWS_PER_WRITE = 1 << 16
+
+
+def export_parquet(
+    book: Book, path: Path, *, pairs: Sequence[PairDataset] = (), decode: Callable[[np.ndarray], str] | None = None
+) -> int:
+    """Write a book's rows to a parquet file, in the order of their keys, each once.
+
+    Columns: `pair_key` (hex), `ref_chosen_logps`, `ref_rejected_logps`, `chosen_tokens`, `rejected_tokens`, and the
+    per-token values as `ref_chosen_token_logps`, `ref_rejected_token_logps` where a row has them, else null. With
+    `pairs`, only rows of these, with their texts as `prompt`, `chosen`, `rejected`.
+
+    Args:
+        pairs: data sets to take rows and texts from.
+        decode: int32 ids to text; needed with `pairs`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DamagedError: if a shard is not what was written.
+        StoreError: if the file cannot be written.
+    """
+    schema = pa.schema(
+        [("pair_key", pa.string())]
+        + ([(name, pa.string()) for name in ("prompt", "chosen", "rejected")] if pairs else [])
+        + [(name, pa.float32()) for name in COLUMNS]
+        + [(name, pa.int32()) for name in ("chosen_tokens", "rejected_tokens")]
+        + [(name, pa.list_(pa.float32())) for name in ("ref_chosen_token_logps", "ref_rejected_token_logps")]
+    )
+    texts = _TextsByKey(pairs, decode) if pairs and decode is not None else None
+    written = 0
+    try:
+        with pq.ParquetWriter(path, schema) as writer:
+            for rows in _in_order(book):
+                if texts is not None:
+                    rows = rows.take(contains(texts.keys, rows.keys))
+                for begin in range(0, len(rows), _ROWS_PER_WRITE):
+                    part = rows.take(slice(begin, begin + _ROWS_PER_WRITE))
+                    writer.write_table(pa.table(_columns(part, texts), schema=schema))
+                    written += len(part)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return written
+
+
+def _in_order(book: Book) -> Iterator[Rows]:
+    for part in merged_parts(book.shards):
+        yield part.with_tokens
+        yield part.without_tokens
+
+
+def _columns(rows: Rows, texts: _TextsByKey | None) -> dict[str, Any]:
+    columns: dict[str, Any] = {"pair_key": [key.tobytes().hex() for key in rows.keys.astype("<u8")]}
+    if texts is not None:
+        columns |= texts.of(rows.keys)
+    for side, name in enumerate(("chosen", "rejected")):
+        columns[f"ref_{name}_logps"] = rows.sums[:, side]
+        columns[f"{name}_tokens"] = rows.counts[:, side]
+        values: list[Any] = [None] * len(rows)
+        if rows.tokens is not None:
+            ends = np.cumsum(rows.counts.ravel(), dtype=np.int64)
+            values = [split for split in np.split(rows.tokens, ends[:-1])[side::2]]
+        columns[f"ref_{name}_token_logps"] = values
+    return columns
+
+
+class _TextsByKey:
+    """The texts of pairs, by key. `keys` is uint64 [M, 2], sorted."""
+
+    def __init__(self, datasets: Sequence[PairDataset], decode: Callable[[np.ndarray], str]):
+        keys = np.concatenate([as_keys(data.pair_keys) for data in datasets])
+        numbers = [(which, i) for which, data in enumerate(datasets) for i in range(len(data))]
+        order = np.lexsort((keys[:, 1], keys[:, 0]))
+        self.keys, self._places = keys[order], np.array(numbers, dtype=np.int64)[order]
+        self._datasets, self._decode = datasets, decode
+
+    def of(self, keys: np.ndarray) -> dict[str, list[str]]:
+        places = self._places[first_not_below(self.keys, keys, 0, len(self.keys))].tolist()
+        found = [self._datasets[which][i] for which, i in places]
+        return {
+            name: [self._decode(getattr(pair, f"{name}_ids")) for pair in found]
+            for name in ("prompt", "chosen", "rejected")
+        }
+
+
+def import_columns(
+    book: Book,
+    sources: Sequence[SourceSettings],
+    settings: DataSettings,
+    encoder: PairTokenizer,
+    log: Callable[[str], None],
+) -> int:
+    """Take the values of the columns `ref_chosen_logps` and `ref_rejected_logps` of data files into a book.
+
+    Args:
+        book: of source "imported".
+        sources: files with these columns, tokenized as the whole `data:` section says.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        DataError: naming file and row where a value is missing or not a finite number, and whatever reading and
+            tokenizing may raise.
+    """
+    assert book.manifest.key.source == "imported"
+    total = 0
+    with book.writer() as writer:
+        for source in sources:
+            tokenized = tokenize_source(source, settings, encoder, log)
+            sums = column_values(settings.for_source(source), tokenized)
+            writer.add(tokenized.pairs.pair_keys(), sums, tokenized.pairs.lengths[:, 1:])
+            total += len(sums)
+    return total
+
+
+def column_values(source: SourceSettings, tokenized: TokenizedSource) -> np.ndarray:
+    """fp32 [M, 2]: the values that a source's files state for its M tokenized pairs, in their order.
+
+    Raises:
+        DataError: naming file and row where a value is missing or not a finite number.
+    """
+    files, rows = tokenized.pairs.origins()
+    sums = np.empty((len(rows), 2), dtype=np.float32)
+    for number, file in enumerate(find_files(source)):
+        mine = np.flatnonzero(files == number)
+        wanted = dict(zip(rows[mine].tolist(), mine.tolist(), strict=True))
+        for row, values in _read_values(file, wanted):
+            sums[wanted[row]] = values
+    return sums
+
+
+def _read_values(file: DataFile, wanted: dict[int, int]) -> Iterator[tuple[int, list[float]]]:
+    for row, content in file.records():
+        if row not in wanted:  # a row that was left out, as bad or too long
+            continue
+        try:
+            record = parse_record(content)
+        except RowProblem as problem:
+            raise DataError(f"{file.label} row {row}: {problem}") from None
+        values = []
+        for name in COLUMNS:
+            value = record.get(name)
+            try:
+                number = float("nan") if value is None or isinstance(value, bool) else float(value)
+            except (TypeError, ValueError):
+                number = float("nan")
+            if not np.isfinite(np.float32(number)):
+                raise DataError(
+                    f"{file.label} row {row}: {name} = {str(value)[:40]!r}, expected the completion's summed log-prob"
+                )
+            values.append(number)
+        yield row, values
