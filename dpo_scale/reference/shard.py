@@ -43,8 +43,6 @@ FORMAT = "dpo_scale reference store"
 FORMAT_VERSION = 1  # in the names of shards and in manifests: raise it when older code must not read them
 ROWS_PER_GROUP = 1024  # 32 KiB; a power of two
 ROWS_PER_GROUP_WITH_TOKENS = 256  # tokens take about 2 KB a row
-# A first touch of a memory map brings in the 16 pages around it.
-_PAGES_PER_FAULT = 16 * mmap.PAGESIZE
 _MAX_HEADER = 1 << 24
 
 _NAME = re.compile(r"v(\d+)-(\d+)-([0-9a-f]{32})\.safetensors")
@@ -188,7 +186,7 @@ class Shard:
         self._map: mmap.mmap | None = None
         self._verified = np.zeros(len(self._group_keys), dtype=bool)
         self._tokens_verified = np.zeros(len(self._group_keys), dtype=bool)
-        self.touched_bytes = 0  # at most this much of the map is resident
+        self.in_use = False  # whether pages of the map may be resident in this process
 
     def _read_front(self, rows: int, digest: str) -> None:
         """Read header and index and hold them against the name; only then is anything in them believed."""
@@ -265,7 +263,6 @@ class Shard:
             group -= behind
         group = np.maximum(group, 0)
         self._verify(group)
-        self._note_touched(len(keys))
         table = self._array("keys")
         column, last = table[:, 0], len(self) - 1
         place = group * self.rows_per_group
@@ -285,7 +282,6 @@ class Shard:
     def values(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sums fp32 [M, 2], counts int32 [M, 2]) of `rows`, copied out of the file."""
         self._verify(rows // self.rows_per_group)
-        self._note_touched(2 * len(rows))
         return self._array("sums")[rows], self._array("counts")[rows]
 
     def token_ranges(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -331,23 +327,19 @@ class Shard:
                     self._verify_tokens(np.array([group]))
             except DamagedError:
                 bad.append(group)
-            self.release(above=1 << 26)
+        self.release()
         return bad
 
-    def release(self, *, above: int = 0) -> None:
-        """Give the mapped pages back to the page cache, where every process of the host finds them, if this process
-        may hold more than `above` bytes."""
-        if self._map is not None and self.touched_bytes > above:
+    def release(self) -> None:
+        """Give the mapped pages back to the page cache, where every process of the host finds them."""
+        if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
-            self.touched_bytes = 0
+        self.in_use = False
 
     def close(self) -> None:
         """Drop the map; the next use maps the file again."""
         self._map = None
-        self.touched_bytes = 0
-
-    def _note_touched(self, places: int) -> None:
-        self.touched_bytes = min(self.touched_bytes + places * _PAGES_PER_FAULT, self._bytes)
+        self.in_use = False
 
     def _verify(self, groups: np.ndarray) -> None:
         for group in np.unique(groups[~self._verified[groups]]):
@@ -364,7 +356,6 @@ class Shard:
             self._tokens_verified[group] = True
 
     def _check(self, data: list[np.ndarray], digest: np.ndarray, row: int) -> None:
-        self.touched_bytes = min(self.touched_bytes + sum(part.nbytes for part in data), self._bytes)
         if _sha256(data) != digest.tobytes():
             raise DamagedError(self.path, f"checksum of rows {row} to {row + self.rows_per_group - 1}")
 
@@ -374,6 +365,7 @@ class Shard:
                 if os.fstat(file.fileno()).st_size != self._bytes:
                     raise DamagedError(self.path, f"it no longer has {self._bytes} bytes")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.in_use = True
         return self._view(name, self._map)
 
     def _view(self, name: str, buffer: Any) -> np.ndarray:

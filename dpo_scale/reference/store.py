@@ -40,8 +40,8 @@ from dpo_scale.reference.shard import (
 
 DAMAGED_DIR = "damaged"  # in a store: what `compact --drop-damaged` took out of its books
 _BOOK_NAME = re.compile("[0-9a-f]{32}")
-# Mapped pages count as a process's own memory, though all share them. Beyond this much, shards are let go of right
-# after use; the first ones stay, since mapping pages again is what costs most in a look-up.
+# Mapped pages count as a process's own memory, though all share them, and one touch may bring in megabytes around it.
+# Beyond this much, shards are let go of right after use; the first ones stay, since mapping pages again takes time.
 _RESIDENT_BYTES = 144 << 20
 # Every map holds a file descriptor, of which a process may have but 1024; beyond, shards are mapped as they are used.
 _MAX_MAPPED_SHARDS = 256
@@ -257,21 +257,20 @@ class Book:
                 self.refresh()
         raise StoreError(f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?")
 
-    def _each_shard(self) -> Iterator[Shard]:
+    def _each(self, shards: list[Shard]) -> Iterator[Shard]:
         """The shards one by one, each let go of when the next is asked for, as far as memory asks for it."""
-        shards = self.shards
         for shard in shards:
             yield shard
             if len(shards) > _MAX_MAPPED_SHARDS:
                 shard.close()
-            elif sum(one.touched_bytes for one in shards) > _RESIDENT_BYTES:
+            elif shard.in_use and sum(one.nbytes for one in shards if one.in_use) > _RESIDENT_BYTES:
                 shard.release()
 
     def _lookup(self, keys: np.ndarray) -> Lookup:
         found, with_tokens = np.zeros(len(keys), bool), np.zeros(len(keys), bool)
         sums = np.full((len(keys), 2), np.nan, np.float32)
         counts = np.zeros((len(keys), 2), np.int32)
-        for shard in self._each_shard():
+        for shard in self._each(self.shards):
             # all shards are asked for every key, so that of copies that differ always the same one is served
             asked = np.flatnonzero(~with_tokens) if not shard.has_tokens else np.arange(len(keys))
             rows = shard.find(keys[asked])
@@ -290,7 +289,7 @@ class Book:
         sums, counts = np.zeros((len(keys), 2), np.float32), np.zeros((len(keys), 2), np.int32)
         source, starts = np.full(len(keys), -1), np.zeros(len(keys), np.int64)
         shards = [shard for shard in self.shards if shard.has_tokens]
-        for number, shard in enumerate(shards):
+        for number, shard in enumerate(self._each(shards)):
             rows = shard.find(keys)
             asked = np.flatnonzero(rows >= 0)
             rows = rows[asked]
@@ -304,15 +303,13 @@ class Book:
             source[asked], found[asked] = number, True
         offsets = np.concatenate([[0], np.cumsum(counts.reshape(-1), dtype=np.int64)])
         values = np.zeros(offsets[-1], np.float32)
-        for number, shard in enumerate(shards):
+        for number, shard in enumerate(self._each(shards)):
             mine = np.flatnonzero(source == number)
+            if len(mine) == 0:
+                continue
             lengths = counts[mine].sum(axis=1, dtype=np.int64)
             places = ragged_index(starts[mine], lengths)
             values[ragged_index(offsets[2 * mine], lengths)] = shard.tokens(places)
-            if len(shards) > _MAX_MAPPED_SHARDS:
-                shard.close()
-            else:
-                shard.release(above=_RESIDENT_BYTES)
         return TokenLookup(found, values, offsets)
 
 

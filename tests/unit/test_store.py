@@ -305,15 +305,29 @@ def test_more_shards_than_a_process_may_have_open_files(tmp_path):
     subprocess.run(command, check=True, timeout=60)
 
 
-def test_pages_are_given_back_when_more_than_the_limit_is_resident(book, monkeypatch):
-    rows = random_rows(20000)
-    add(book, rows)
-    (shard,) = book.shards
-    book.lookup(rows.keys)
-    assert shard.touched_bytes == shard.nbytes
-    monkeypatch.setattr(store_module, "_RESIDENT_BYTES", 1 << 16)
-    np.testing.assert_array_equal(book.lookup(rows.keys).sums, rows.sums)
-    assert shard.touched_bytes == 0
+def mapped_megabytes() -> int:
+    """What this process has resident of files."""
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith("RssFile:"))
+    return int(line.split()[1]) // 1024
+
+
+def test_what_is_resident_of_a_large_book_is_bounded(book, monkeypatch):
+    monkeypatch.setattr(upkeep, "TARGET_SHARD_BYTES", 8 << 20)
+    rows = random_rows(1_000_000)  # 32 MB
+    add(book, rows, rows_per_shard=10**9)
+    compact_book(book.folder)
+    peaks = {}
+    for limit in (64 << 20, 8 << 20):
+        monkeypatch.setattr(store_module, "_RESIDENT_BYTES", limit)
+        opened, before, peak = Book(book.folder), mapped_megabytes(), 0
+        assert len(opened.shards) == 4
+        for first in range(0, len(rows), 100_000):
+            part = slice(first, first + 100_000)
+            np.testing.assert_array_equal(opened.lookup(rows.keys[part]).sums, rows.sums[part])
+            peak = max(peak, mapped_megabytes() - before)
+        peaks[limit] = peak
+    assert peaks[64 << 20] >= 28 and peaks[8 << 20] <= 12
 
 
 def test_a_folder_that_cannot_be_written_or_is_a_file_is_named(tmp_path):
