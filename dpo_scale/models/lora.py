@@ -10,6 +10,7 @@ for granted (the head is frozen) hold for nothing else. Adapters have the model'
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,11 @@ def read_adapter_config(path: str) -> Any:
         raise ModelError(f"{path}: not an adapter that peft can load: {_first_line(error)}") from None
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{path}: an adapter of type {config.peft_type}; expected LORA")
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise ModelError(
+            f"{path}: an adapter on changed weights of its base (init_lora_weights = {config.init_lora_weights!r}); "
+            "expected one on the base as it is; peft's save_pretrained can convert it"
+        )
     return config
 
 
@@ -75,9 +81,9 @@ def add_adapter(model: nn.Module, settings: LoraSettings, seed: int) -> Any:
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
     )
-    # drawn apart from the run's random state, of which loading uses more or less, as the stage may be
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # drawn on the host, apart from the run's random state, of which loading uses more or less, as the stage may be
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         return _wrapped(model, config, "lora.target_modules")
 
 
@@ -150,7 +156,6 @@ def merged_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, to
         if owner != name and POLICY_ADAPTER in layers[owner].lora_A:
             a, b = (weights[f"{owner}.lora_{side}.{POLICY_ADAPTER}.weight"].float() for side in "AB")
             delta = layers[owner].scaling[POLICY_ADAPTER] * (b @ a)
-            # GPT-2's layers hold their weights transposed
             delta = delta.T if layers[owner].fan_in_fan_out else delta
             tensor = (tensor.float() + delta).to(tensor.dtype).cpu()
         merged[name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")] = tensor
@@ -183,6 +188,8 @@ def describe(model: Any) -> str:
 def _wrapped(model: nn.Module, config: Any, named: str) -> Any:
     from peft import get_peft_model
 
+    # GPT-2's layers hold their weights transposed; peft sees that by itself, and says so
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
     try:
         wrapped = get_peft_model(model, config, adapter_name=POLICY_ADAPTER, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError) as error:
@@ -201,7 +208,7 @@ def _check_layers(model: Any, adapter: str, named: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ModelError(f"{named}: the adapter also replaces {name}; expected one of low-rank updates alone")
-        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+        if not isinstance(module, LoraLayer) or adapter not in module.r:
             continue
         if module is head:
             raise ModelError(f"{named}: the output head {name} must be left out: it stays frozen")
@@ -215,10 +222,11 @@ def _check_layers(model: Any, adapter: str, named: str) -> None:
 def _load_weights(model: Any, path: str, adapter: str) -> None:
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
 
     try:
         found = set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"), adapter_name=adapter)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path}: its weights cannot be loaded: {_first_line(error)}") from None
     missing = [name for name in found.missing_keys if f".{adapter}." in name]
     wrong = missing or found.unexpected_keys
