@@ -87,6 +87,7 @@ class ReferenceSettings:
     verify: int = 8  # mode store: rows that are computed again at the start and compared; 0: none
     verify_with_model: bool = False  # load the reference for that where the policy starts from elsewhere
     max_tokens_per_micro_batch: int = 16384  # token slots of a forward pass that fills the store
+    seconds_per_shard: float = 60.0  # a rank puts what it computed on the disk so often: what a kill can cost
     sync_steps: int | None = None  # mode live: every so many steps the reference moves to the policy (TR-DPO)
     sync_mixup: float = 1.0  # share of the policy in the moved reference; 1 replaces it
 
@@ -103,6 +104,12 @@ class ReferenceSettings:
             "reference.max_tokens_per_micro_batch",
             self.max_tokens_per_micro_batch,
             "at least 1",
+        )
+        _check(
+            0 <= self.seconds_per_shard < float("inf"),
+            "reference.seconds_per_shard",
+            self.seconds_per_shard,
+            "a number of seconds, 0 (after every micro-batch) or more",
         )
         _check(
             self.sync_steps is None or self.sync_steps >= 1,

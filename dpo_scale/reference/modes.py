@@ -68,6 +68,7 @@ def fill_for(config: Config, book: Book, datasets: Sequence[PairDataset], pad_to
         pad_token_id=pad_token_id,
         max_tokens=config.reference.max_tokens_per_micro_batch,
         tokens=config.loss.ld_alpha is not None,
+        seconds_per_shard=config.reference.seconds_per_shard,
     )
     while held:
         engine.release(held.pop())

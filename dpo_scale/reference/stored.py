@@ -88,6 +88,7 @@ def fill(
     pad_token_id: int,
     max_tokens: int,
     tokens: bool,
+    seconds_per_shard: float = 60.0,
     missing: Sequence[np.ndarray] | None = None,
 ) -> int:
     """Compute and store what the book lacks of some data sets. Every rank must call it.
@@ -96,6 +97,7 @@ def fill(
         load_reference: gives the reference's engine; called only if something is missing.
         max_tokens: most token slots of a forward pass.
         tokens: store per-token values too.
+        seconds_per_shard: how often a rank puts its rows on the disk; 0: after every micro-batch.
         missing: as `missing_rows` says; looked up if not given.
 
     Returns:
@@ -108,7 +110,7 @@ def fill(
         return 0
     reference = load_reference()
     started, done, last_said = time.monotonic(), 0, time.monotonic()
-    with book.writer(tokens=tokens) as writer:
+    with book.writer(tokens=tokens, seconds_per_shard=seconds_per_shard) as writer:
         for dataset, rows in zip(datasets, missing, strict=True):
             if len(rows) == 0:
                 continue
