@@ -5,9 +5,8 @@ its own, because the memory of the process that made it would be counted otherwi
 `benchmarks/results/<device>/store.{md,json}`.
 
 `open` is the time until a book answers; `first look-ups` verifies checksums on the way; `look-ups` are batches of
-random pairs, nine in ten of them in the store. The file is in the page cache, as it is for all ranks of a host but
-the first. Resident memory is the process's own peak above one that has only imported the same libraries, and with
-these.
+random pairs, nine in ten of them in the store. The files are in the page cache, as they are for all ranks of a host
+but the first. Resident memory is the reading process's peak, with all that it has imported, and without.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -35,7 +35,7 @@ QUICK_PAIRS = 200_000
 FILL_BATCH = 1_000_000
 READ_BATCH = 50_000
 BATCHES = (64, 1024, 16384)
-SECONDS_PER_BATCH_SIZE = 3.0
+SECONDS_PER_BATCH_SIZE, QUICK_SECONDS = 3.0, 0.2
 SEED = 0
 
 
@@ -49,18 +49,22 @@ def main() -> None:
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)  # the reading process
     arguments = parser.parse_args()
     pairs = QUICK_PAIRS if arguments.quick else arguments.pairs
+    seconds = QUICK_SECONDS if arguments.quick else SECONDS_PER_BATCH_SIZE
     if arguments.read is not None:
-        print(json.dumps(read(arguments.read, pairs)))
+        print(json.dumps(read(arguments.read, pairs, seconds)))
         return
+    load = os.getloadavg()[0]  # what else the machine was doing
     with tempfile.TemporaryDirectory() as folder:
         results = fill(Path(folder), pairs)
-        command = [sys.executable, __file__, "--pairs", str(pairs), "--read"]
-        command.append(str(ReferenceStore(folder).book_folders()[0]))
+        size = ["--quick"] if arguments.quick else ["--pairs", str(pairs)]
+        command = [sys.executable, __file__, *size, "--read", str(ReferenceStore(folder).book_folders()[0])]
         results |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     report = {
         "pairs": pairs,
         **results,
         "device": device(),
+        "cores": os.cpu_count(),
+        "load_before": load,
         "date": datetime.date.today().isoformat(),
         "versions": {"dpo_scale": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
@@ -110,7 +114,7 @@ def fill(folder: Path, pairs: int) -> dict[str, Any]:
     }
 
 
-def read(folder: Path, pairs: int) -> dict[str, Any]:
+def read(folder: Path, pairs: int, seconds: float) -> dict[str, Any]:
     """What one process that reads the book measures."""
     imported = peak_memory()
     began = time.perf_counter()
@@ -127,7 +131,7 @@ def read(folder: Path, pairs: int) -> dict[str, Any]:
     results["lookups_per_second"] = {}
     for batch in BATCHES:
         spent, done = 0.0, 0
-        while spent < SECONDS_PER_BATCH_SIZE:
+        while spent < seconds:
             spent += look_up(book, rng, pairs, batch)
             done += batch
         results["lookups_per_second"][str(batch)] = done / spent
@@ -188,7 +192,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"# Reference store, {report['pairs']:,} pairs",
         "",
-        f"{report['device']}, {report['date']}; {versions}. Made by `python benchmarks/store.py`.",
+        f"{report['device']}, {report['cores']} cores (load {report['load_before']:.1f} before), {report['date']}; "
+        f"{versions}. Made by `python benchmarks/store.py`.",
         "",
         "| what | measured |",
         "|---|---|",

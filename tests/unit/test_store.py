@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from store_rows import KEY, add, random_rows, shard_names
+from tiny import ROOT
 
 from dpo_scale.errors import StoreError
 from dpo_scale.reference import shard as shard_module
@@ -343,3 +344,12 @@ def test_a_folder_that_cannot_be_written_or_is_a_file_is_named(tmp_path):
     rows = random_rows(1)
     with pytest.raises(StoreError, match="store/.*: cannot be"), book.writer() as writer:
         writer.add(rows.keys, rows.sums, rows.counts)
+
+
+def test_the_benchmark_meets_the_targets_at_a_fiftieth_of_its_size(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "store.py"), "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    report = json.loads((tmp_path / "store.json").read_text())
+    assert report["pairs"] == 200_000 and report["bytes_per_pair"] < 33
+    assert report["open_seconds"] < 1 and report["resident_mb"] < 300
+    assert "200,000 pairs" in (tmp_path / "store.md").read_text()
