@@ -209,7 +209,9 @@ class Book:
         """
         return self._with_all_shards(lambda: self._lookup_tokens(as_keys(pair_keys)))
 
-    def writer(self, *, tokens: bool = False, rows_per_shard: int = 65536, seconds_per_shard: float = 60.0):
+    def writer(
+        self, *, tokens: bool = False, rows_per_shard: int = 65536, seconds_per_shard: float = 60.0
+    ) -> BookWriter:
         """A `BookWriter`; `tokens` says that per-token values will be given with every row."""
         return BookWriter(self, tokens, rows_per_shard, seconds_per_shard)
 
