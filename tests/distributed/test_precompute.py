@@ -6,7 +6,8 @@ completed store must equal the uninterrupted one bit for bit. (Where pairs share
 rounding, within `TOLERANCE_PER_TOKEN`.)
 
 The uninterrupted store comes from DeepSpeed's launcher; the ranks that are killed are forks that run the same code, so
-that a kill costs seconds. The long form, by hand: `DPO_SCALE_KILL_ROUNDS=20 DPO_SCALE_KILL_PAIRS=400 pytest tests/distributed/test_precompute.py`.
+that a kill costs seconds. The long form, by hand:
+`DPO_SCALE_KILL_ROUNDS=20 DPO_SCALE_KILL_PAIRS=400 pytest tests/distributed/test_precompute.py`.
 """
 
 import multiprocessing
