@@ -59,7 +59,9 @@ def made(tmp_path_factory):
         }
         for name, extra in (jobs | refused).items()
     ]
-    messages = run_jobs(folder, run_list)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_SCALE_CACHE", str(folder / "cache"))
+        messages = run_jobs(folder, run_list)
     return folder, dict(zip(refused, messages[len(jobs) :], strict=True))
 
 
