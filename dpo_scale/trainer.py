@@ -37,8 +37,8 @@ from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers
-from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
+from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
+from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.schedule import learning_rate
 from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
@@ -313,6 +313,8 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
         **{f"train.{name}": value for name, value in train.items()},
     }
+    if config.lora.enabled:  # a checkpoint has only the adapter, so the weights under it must be the same ones
+        settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
         model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage

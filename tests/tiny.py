@@ -142,15 +142,16 @@ def without_timings(records: list[dict]) -> list[dict]:
     return [{name: value for name, value in record.items() if name not in timings} for record in records]
 
 
-def start(
+def launch(
     script: str,
     *arguments: object,
     ranks: int = 2,
     launcher: str = "deepspeed",
     cwd: Path = ROOT,
+    timeout: int = 300,
     first_on_path: Path = ROOT,
-) -> subprocess.Popen:
-    """Start a script under a real launcher in its own process group.
+) -> subprocess.CompletedProcess:
+    """Run a script under a real launcher in its own process group, which is ended with it.
 
     Args:
         launcher: deepspeed, torchrun, or python (one rank).
@@ -176,28 +177,18 @@ def start(
         "PYTHONPATH": f"{first_on_path}:{ROOT}",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, script, *map(str, arguments)],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-
-
-def launch(script: str, *arguments: object, timeout: int = 300, **how: object) -> subprocess.CompletedProcess:
-    """Run a script as `start` does, to its end; its process group is ended with it."""
-    process = start(script, *arguments, **how)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
-        end_group(process)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """Kill whatever is left of the process group of a process that `start` started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def read_metrics(run_dir: Path, phase: str = "train") -> list[dict]:

@@ -192,7 +192,7 @@ def _model_names(config: Any) -> tuple[str, dict[str, str]]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:  # a model that brings its own code
         return "", {}
     prefix = model_class.base_model_prefix
@@ -334,14 +334,10 @@ def hash_tensors(path: Path) -> dict[str, str]:
                 raise ValueError
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            layout = {
-                name: (
-                    str(e["dtype"]),
-                    [int(n) for n in e["shape"]],
-                    *(8 + length + int(o) for o in e["data_offsets"]),
-                )
-                for name, e in header.items()
-            }
+            layout: dict[str, tuple[str, list[int], int, int]] = {}
+            for name, entry in header.items():
+                begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+                layout[name] = str(entry["dtype"]), [int(n) for n in entry["shape"]], begin, end
             if max((end for *_, end in layout.values()), default=8 + length) != size:
                 raise ValueError
             if any((end - begin > 0) != (math.prod(shape) > 0) for _, shape, begin, end in layout.values()):

@@ -14,8 +14,8 @@ from dpo_scale import engine
 from dpo_scale.cache_folder import cache_folder
 from dpo_scale.config import Config
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.errors import StoreError
-from dpo_scale.models.load import load_reference, policy_source, reference_source
+from dpo_scale.errors import ModelError, StoreError
+from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.reference.adapter import AdapterReference
 from dpo_scale.reference.fingerprint import fingerprint_model
 from dpo_scale.reference.manifest import BookKey
@@ -23,6 +23,28 @@ from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.numerics import numerics_of
 from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.stored import StoredReference, fill, missing_rows, verify
+
+
+def source_fingerprint(config: Config, source: ModelSource) -> str:
+    """The fingerprint of the weights that a model is made of, found by rank 0. Every rank calls it.
+
+    Raises:
+        ModelError: on every rank, if they can't be fingerprinted.
+    """
+
+    def find() -> tuple[str, ModelError | None]:
+        try:
+            code = config.model.trust_remote_code
+            return fingerprint_model(
+                source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=code
+            ), None
+        except ModelError as error:
+            return "", error
+
+    fingerprint, error = engine.from_main(find() if engine.is_main() else ("", None))
+    if error is not None:
+        raise error
+    return fingerprint
 
 
 def open_book(config: Config) -> Book:
@@ -33,17 +55,7 @@ def open_book(config: Config) -> Book:
         ModelError: if the reference's weights can't be fingerprinted.
     """
     source = reference_source(config)
-    fingerprint = engine.from_main(
-        fingerprint_model(
-            source.path,
-            revision=source.revision,
-            adapter=source.adapter,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        if engine.is_main()
-        else None
-    )
-    assert fingerprint is not None
+    fingerprint = source_fingerprint(config, source)
     folder = config.reference.store or str(cache_folder() / "reference_store")
     described = {name: value for name, value in asdict(source).items() if value is not None}
     return ReferenceStore(folder).book(BookKey(fingerprint, numerics_of(config)), model=described)

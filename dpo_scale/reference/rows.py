@@ -57,7 +57,7 @@ class Rows:
         """int64 [N + 1], where each row's tokens begin, and the end of the last."""
         return np.concatenate([[0], np.cumsum(self.counts.sum(axis=1, dtype=np.int64))])
 
-    def take(self, index: np.ndarray) -> Rows:
+    def take(self, index: np.ndarray | slice) -> Rows:
         """The rows at `index` (integers, a mask, or a slice), in that order."""
         tokens = None
         if self.tokens is not None:

@@ -193,7 +193,7 @@ class Book:
         """
         keys = as_keys(pair_keys)
         parts = [
-            self._with_all_shards(lambda part=keys[i : i + _LOOKUP_BATCH]: self._lookup(part))
+            self._with_all_shards(self._lookup, keys[i : i + _LOOKUP_BATCH])
             for i in range(0, max(len(keys), 1), _LOOKUP_BATCH)
         ]
         return Lookup(*map(np.concatenate, zip(*parts, strict=True)))
@@ -207,7 +207,7 @@ class Book:
         Raises:
             DamagedError: if a file that is needed for the answer is not what was written.
         """
-        return self._with_all_shards(lambda: self._lookup_tokens(as_keys(pair_keys)))
+        return self._with_all_shards(self._lookup_tokens, as_keys(pair_keys))
 
     def writer(
         self, *, tokens: bool = False, rows_per_shard: int = 65536, seconds_per_shard: float = 60.0
@@ -251,10 +251,10 @@ class Book:
             raise DamagedError(path, f"it is a shard of book {shard.metadata['book']}, not of this one")
         return shard
 
-    def _with_all_shards(self, action: Callable[[], _T]) -> _T:
+    def _with_all_shards(self, look_up: Callable[[np.ndarray], _T], keys: np.ndarray) -> _T:
         for _ in range(_LISTING_TRIES):
             try:
-                return action()
+                return look_up(keys)
             except FileNotFoundError:  # compacted away by another process since the listing was read
                 self.refresh()
         raise StoreError(f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?")

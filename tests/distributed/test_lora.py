@@ -37,8 +37,11 @@ def made(tmp_path_factory):
     jobs["persistent"] = [*new, *adapter, "deepspeed.stage=3"]
     jobs["dropout"] = [*new, *adapter, SHARDS, *saving, "lora.dropout=0.2"]
     jobs["resumed_dropout"] = [*new, *adapter, SHARDS, "lora.dropout=0.2"]
+    stored = ["reference.mode=store", f"reference.store={folder / 'store'}"]
+    jobs["stored"] = [*new, *stored, "deepspeed.stage=1"]
     start = [f"lora.adapter={folder / 'resumed2' / 'model'}"]
     jobs["second_live"] = [*start, "deepspeed.stage=1"]
+    jobs["second_stored"] = [*start, *stored, "deepspeed.stage=1"]
     jobs["second_adapter"] = [*start, *adapter, SHARDS]
     jobs["second_against_base"] = [*start, *adapter, "reference.adapter=none", "deepspeed.stage=2"]
     jobs["second_against_live_base"] = [*start, f"reference.model={folder / 'start'}", "deepspeed.stage=2"]
@@ -56,7 +59,9 @@ def made(tmp_path_factory):
         }
         for name, extra in (jobs | refused).items()
     ]
-    messages = run_jobs(folder, run_list)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_SCALE_CACHE", str(folder / "cache"))
+        messages = run_jobs(folder, run_list)
     return folder, dict(zip(refused, messages[len(jobs) :], strict=True))
 
 
@@ -86,6 +91,13 @@ def test_the_adapter_off_is_the_live_reference(made):
         assert ours.keys() == theirs.keys()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-6, msg=f"{stage}: {name}")
+
+
+def test_stored_values_are_the_live_reference(made):
+    folder, _ = made
+    assert losses(folder, "stored") == pytest.approx(losses(folder, "live1"), abs=1e-6)
+    # the start's adapter is part of what the values belong to
+    assert losses(folder, "second_stored") == pytest.approx(losses(folder, "second_live"), abs=1e-6)
 
 
 def test_stages_and_gradient_checkpointing_agree(made):

@@ -261,3 +261,20 @@ def test_the_reference_is_what_the_policy_starts_from_unless_named(overrides, ex
     source = reference_source(config)
     assert (source.path, source.adapter) == expected
     assert (source == policy_source(config)) == (not any("reference." in override for override in overrides))
+
+
+def test_a_checkpoint_belongs_to_the_weights_under_its_adapter(folders, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from dpo_scale.trainer import identity_of
+
+    def identity():
+        overrides = [f"model.path={tmp_path / 'm'}", "data.train=x.jsonl", "lora.r=4"]
+        model_config = load_causal_lm(str(tmp_path / "m"), dtype="float32").config
+        return identity_of(load_config(None, overrides), model_config, SimpleNamespace(fingerprint="data"))
+
+    monkeypatch.setenv("DPO_SCALE_CACHE", str(tmp_path / "cache"))
+    save_model(tmp_path / "m", "llama")
+    first, again = identity(), identity()
+    save_model(tmp_path / "m", "llama", seed=1)  # other weights in the same place
+    assert first == again != identity()
