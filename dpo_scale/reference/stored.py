@@ -43,7 +43,9 @@ class StoredReference:
         """
         keys = dataset.pair_keys[indices]
         if settings.ld_alpha is None:
-            found, sums, _ = self.book.lookup(keys)
+            found, sums, counts = self.book.lookup(keys)
+            # a row with other token counts is another row, whatever its key says
+            found &= (counts == dataset.lengths[indices, 1:]).all(axis=1)
             self._all_found(found, dataset, indices)
             return torch.from_numpy(sums)
         found, values, offsets = self.book.lookup_tokens(keys)
