@@ -91,8 +91,8 @@ def train(config: Config, resume: str | None = None) -> Path:
     # before the policy is in memory: filling the store may take the reference's model
     stored = None
     if config.loss.needs_reference and config.reference.mode == "store":
-        datasets = [data.train] if data.eval is None else [data.train, data.eval]
-        stored = stored_reference(config, datasets, tokenizer.pad_token_id)
+        seen = data.train.select(schedule.pairs_of_run(total_steps))
+        stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
     policy = load_policy(config, micro_steps)
     reference = make_reference(config, policy, stored)
     moving = reference if isinstance(reference, MovingReference) else None
@@ -100,7 +100,7 @@ def train(config: Config, resume: str | None = None) -> Path:
         load_checkpoint(policy, started_from, moving)
         engine.log(f"resumed from {started_from} at step {state.step}")
     elif stored is not None:
-        verify_start(config, stored, policy, data.train, tokenizer.pad_token_id)
+        verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
     run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None

@@ -52,6 +52,14 @@ class Schedule:
             return np.arange(self.num_pairs)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
 
+    def pairs_of_run(self, total_steps: int) -> np.ndarray:
+        """The pairs that a run of `total_steps` sees at all, ascending."""
+        if total_steps >= self.steps_per_epoch and not self.drop_last:
+            return np.arange(self.num_pairs)
+        epochs = range(-(-total_steps // self.steps_per_epoch))
+        orders = {epoch: self.epoch_order(epoch) for epoch in epochs}
+        return np.unique(np.concatenate([self.global_batch(i, orders[self.epoch_of(i)]) for i in range(total_steps)]))
+
     def global_batch(self, step: int, order: np.ndarray) -> np.ndarray:
         """The pairs of optimizer step `step`, given `epoch_order(epoch_of(step))`; the last may be incomplete."""
         start = (step % self.steps_per_epoch) * self.global_batch_size

@@ -101,6 +101,11 @@ def test_only_new_rows_are_computed_and_missing_ones_can_be_refused(folder):
     assert "computed 10 pairs" in said
 
 
+def test_a_short_run_computes_only_the_pairs_that_it_sees(folder):
+    store = ["reference.mode=store", f"reference.store={folder / 'short_store'}", "train.max_steps=1"]
+    assert "computed 13 pairs" in train(folder, [("short", store, False)], ranks=1), "8 to train on, 5 held out"
+
+
 def test_weights_overwritten_in_place_are_another_model(folder):
     model = shutil.copytree(folder / "start", folder / "model")
     store = ["reference.mode=store", f"reference.store={folder / 'store'}", f"model.path={model}"]

@@ -98,3 +98,13 @@ def test_forward_batches_hold_every_pair_once_within_the_budget(count, budget, w
     assert all(padded_slots(m, lengths) <= budget or len(m) == 1 for m in real)
     if count >= world:
         assert all(any(ranks[r].weights.any() for ranks in layout) for r in range(world)), "a rank without work"
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_pairs_of_a_run_are_those_its_steps_see(drop_last):
+    schedule = Schedule(22, 8, seed=1, drop_last=drop_last)
+    for total in (1, 2, 3, 4, 7):
+        seen = set()
+        for step in range(total):
+            seen |= set(schedule.global_batch(step, schedule.epoch_order(schedule.epoch_of(step))).tolist())
+        assert schedule.pairs_of_run(total).tolist() == sorted(seen)
