@@ -29,9 +29,9 @@ TABLE_ROWS = (
 )
 EXPLANATION = (
     "Reward accuracy: pairs for which training raised the chosen answer against the rejected one. Reward "
-    "margin: by how much, times beta. At the start the model is its own reference, so every margin is "
-    "exactly 0 and, as only margins above 0 count, the accuracy is 0 by definition. Policy accuracy: "
-    "pairs whose chosen answer, as a whole, the model finds likelier than the rejected one."
+    "margin: by how much, times beta. At the start the model is its own reference, so every margin is 0, or "
+    "rounding where the reference was computed in other batches, and the accuracy says nothing yet. Policy "
+    "accuracy: pairs whose chosen answer, as a whole, the model finds likelier than the rejected one."
 )
 
 
