@@ -46,7 +46,8 @@ _RESIDENT_BYTES = 144 << 20
 # Every map holds a file descriptor, of which a process may have but 1024; beyond, shards are mapped as they are used.
 _MAX_MAPPED_SHARDS = 256
 _LOOKUP_BATCH = 1 << 15
-_LISTING_TRIES = 10
+# While another process removes what it compacted, the listing changes file by file: about eight seconds of patience.
+_LISTING_TRIES = 20
 _T = TypeVar("_T")
 
 
@@ -170,7 +171,9 @@ class Book:
 
     def refresh(self) -> None:
         """See the shards that were added, by this process or others, and not those that were compacted away."""
-        for _ in range(_LISTING_TRIES):
+        for attempt in range(_LISTING_TRIES):
+            if attempt:
+                time.sleep(min(0.5, 0.005 * 2**attempt))
             names = self._list()
             try:
                 opened = {name: self._shards.get(name) or self._open(self.folder / name) for name in names}
