@@ -127,15 +127,6 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def max_over_ranks(value: float) -> float:
-    """The largest of the ranks' values, exact for whole numbers below 2**53."""
-    if world_size() == 1:
-        return value
-    holder = torch.tensor([value], dtype=torch.float64, device=device())
-    dist.all_reduce(holder, op=dist.ReduceOp.MAX)
-    return holder.item()
-
-
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's (small, picklable) value, in rank order, on every rank."""
     if world_size() == 1:
