@@ -11,12 +11,15 @@ from collections.abc import Callable
 
 import yaml
 
+from dpo_scale import preemption
 from dpo_scale.config import Config
 from dpo_scale.config_reader import list_keys, to_mapping
 from dpo_scale.errors import UserError
+from dpo_scale.watchdog import Position, Watchdog
 
 EXIT_USER_ERROR = 2
 SECONDS_TO_SPEAK_FIRST = 5.0
+POLL_SECONDS = 0.2
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -43,23 +46,57 @@ def print_config(config: Config) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit; a `UserError` is one line and exit code 2, on whichever ranks it arose.
 
-    A launcher ends all ranks as soon as one exits. So the rank that knows best speaks at once and the others wait,
-    to be ended before they add to it: a rank other than 0 mostly fails for rank 0's reason, and what is no
-    `UserError` is mostly the broken connection to a rank that is gone.
+    From the start on the process listens for notices that it should end (`dpo_scale.preemption`); a run that stopped
+    for one exits with `EXIT_PREEMPTED`.
     """
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    preemption.watch()
+    rank = int(os.environ.get("RANK", "0"))
     try:
         code = main() or 0
+    except preemption.Preempted as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        code = preemption.EXIT_PREEMPTED
     except Exception as error:
-        if world_size > 1:
-            time.sleep(SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not isinstance(error, UserError))))
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = EXIT_USER_ERROR
-        else:
-            traceback.print_exc()
-            code = 1
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else 1
+        _say(error, rank)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: after a failure on one rank, the process group's destructor may wait for peers that are gone.
     os._exit(code) if code else sys.exit(0)
+
+
+def _say(error: Exception, rank: int) -> None:
+    """Print what went wrong, once for all ranks.
+
+    A launcher ends all ranks as soon as one exits. So the rank that knows best speaks at once and the others wait,
+    to be ended before they add to it: a rank other than 0 mostly fails for rank 0's reason, and what is no
+    `UserError` is mostly the broken connection to a rank that is gone. If that one was killed and could say nothing
+    itself, the first of those that are left says where it was.
+    """
+    is_users = isinstance(error, UserError)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        told_before = preemption.was_noticed()
+        until = time.monotonic() + SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not is_users))
+        while time.monotonic() < until:
+            lost = Watchdog.current.lost_peers() if Watchdog.current and not is_users else []
+            if lost:
+                return _say_who_was_killed(lost)
+            if told_before:  # the launcher's notice came first, the broken connection after it
+                time.sleep(POLL_SECONDS)
+            elif preemption.wait_for_notice(POLL_SECONDS):
+                return
+    if is_users:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"rank {rank}:", file=sys.stderr)
+        traceback.print_exception(error)
+
+
+def _say_who_was_killed(lost: list[Position]) -> None:
+    assert Watchdog.current is not None
+    killed = [position for position in lost if position.last_word is None]
+    if killed and Watchdog.current.speaks_for(lost):
+        for position in killed:
+            lines = Watchdog.current.last_lines(position.rank)
+            print(f"{position} was killed or crashed; the end of its log:{lines}", file=sys.stderr, flush=True)

@@ -194,6 +194,10 @@ class TrainSettings:
     seed: int = 42
     eval_steps: int | None = None  # null: at the end only, if there is held-out data
     eval_on_start: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does to the run
+    max_nonfinite: int = 10  # such steps that `skip` leaves out in the whole run; one more stops it
+    max_hours: float | None = None  # stop, save and exit for a resume when the process is so old; null: no limit
+    hang_timeout_minutes: float | None = 20.0  # a rank without progress for so long ends the run; null: never
 
     def validate(self) -> None:
         for name in ("global_batch_size", "micro_batch_size"):
@@ -224,6 +228,10 @@ class TrainSettings:
         _check(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "more than 0")
         _check(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 (no clipping) or more")
         _check(0 <= self.seed < 2**63, "train.seed", self.seed, "from 0 to below 2**63")
+        _check(self.max_nonfinite >= 1, "train.max_nonfinite", self.max_nonfinite, "at least 1")
+        for name in ("max_hours", "hang_timeout_minutes"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"train.{name}", value, "null or more than 0")
 
 
 @dataclass
@@ -278,11 +286,14 @@ class CheckpointSettings:
     metric_for_best_model: str | None = None  # a metric of the held-out data, e.g. rewards/accuracies
     greater_is_better: bool = True
     load_best_model_at_end: bool = False  # write model/ from the best checkpoint, not from the last step
+    preempt_grace_seconds: float = 100.0  # from SIGTERM or SIGUSR1 to the end, whatever is unsaved then
 
     def validate(self) -> None:
         for name in ("save_steps", "save_total_limit"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"checkpoint.{name}", value, "null or at least 1")
+        grace = self.preempt_grace_seconds
+        _check(grace > 0, "checkpoint.preempt_grace_seconds", grace, "more than 0")
         _check(
             not self.load_best_model_at_end or self.metric_for_best_model is not None,
             "checkpoint.load_best_model_at_end",

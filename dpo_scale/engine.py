@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import io
 import logging
+import math
 import os
 import random
 import socket
@@ -287,16 +288,20 @@ def loss_scale_for_mean(global_batch_pairs: int) -> float:
 
 
 def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
-    """One micro-step's backward pass; gradients are reduced where the stage does so, at the latest at the last."""
+    """One micro-step's backward pass; gradients are reduced where the stage does so, at the latest at the last.
+
+    A loss that is not finite makes the whole gradient NaN, which `optimizer_step` never applies; its own gradient may
+    be finite, even zero. A finite loss is multiplied by 1.
+    """
     engine.set_gradient_accumulation_boundary(last_micro_step)
-    engine.backward(loss, scale_wrt_gas=False)
+    engine.backward(loss * (1.0 + 0.0 * loss.detach()), scale_wrt_gas=False)
 
 
 def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[float, bool]:
-    """Clip, update the weights, clear the gradients.
+    """Clip, update the weights, clear the gradients. A gradient that is not finite on any rank changes nothing.
 
     Returns:
-        The gradient's global 2-norm before clipping, and whether the step was skipped (fp16 overflow).
+        The gradient's global 2-norm before clipping, and whether fp16's loss scale was too large for the gradient.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -305,12 +310,15 @@ def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> t
         # DeepSpeed tells no norm for a plain optimizer; the gradients are whole and reduced here
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):  # as its ZeRO and fp16 optimizers do by themselves
+            engine.optimizer.zero_grad()
+            return norm, False
     engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else float("nan")
-    skipped = bool(getattr(engine.optimizer, "overflow", False))
-    return norm, skipped
+    overflowed = engine.fp16_enabled() and bool(getattr(engine.optimizer, "overflow", False))
+    return norm, overflowed
 
 
 def consolidated_state_dict(engine: Any, *, trained_only: bool = False) -> dict[str, torch.Tensor] | None:

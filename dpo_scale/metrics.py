@@ -29,16 +29,17 @@ class MetricSums:
         sums = torch.stack([*columns, weights.sum()])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def reduce(self, per_rank: float = 0.0) -> tuple[dict[str, float], float]:
-        """Means over all ranks, and the largest of the ranks' `per_rank` values.
+    def reduce(self, *per_rank: float) -> tuple[dict[str, float], list[float]]:
+        """Means over all ranks, and the largest of the ranks' values of each of `per_rank`.
 
-        The largest value travels in the same all-reduce (each rank fills a slot of its own), which keeps this the
+        The largest values travel in the same all-reduce (each rank fills slots of its own), which keeps this the
         step's one synchronisation.
         """
         assert self._sums is not None
-        slots = torch.zeros(engine.world_size(), dtype=torch.float64, device=self._sums.device)
-        slots[engine.rank()] = per_rank
-        packed = engine.sum_over_ranks(torch.cat([self._sums, slots])).tolist()
+        slots = torch.zeros(engine.world_size(), len(per_rank), dtype=torch.float64, device=self._sums.device)
+        slots[engine.rank()] = torch.tensor(per_rank, dtype=torch.float64)
+        packed = engine.sum_over_ranks(torch.cat([self._sums, slots.flatten()])).tolist()
         count = packed[len(self._names)]
         means = {name: packed[i] / count for i, name in enumerate(self._names)}
-        return means, max(packed[len(self._names) + 1 :])
+        own = packed[len(self._names) + 1 :]
+        return means, [max(own[i :: len(per_rank)]) for i in range(len(per_rank))]

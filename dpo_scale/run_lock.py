@@ -1,0 +1,62 @@
+"""One run at a time in a run folder.
+
+A queue may start a job again while the ranks of the last try are still saving, and a person may start it twice. So
+rank 0 holds a lock on `logs/lock` for as long as its process lives; the kernel gives it back whatever happens to the
+process. Across nodes it works where the file system has `flock` (NFS does, Lustre if it is mounted with it).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from dpo_scale.errors import ConfigError
+from dpo_scale.watchdog import LOGS_DIR
+
+LOCK_FILE = "lock"
+POLL_SECONDS = 0.2
+
+_held: IO[str] | None = None
+
+
+def hold_run_dir(run_dir: Path, wait_seconds: float) -> None:
+    """Lock a run folder, made if it is not there, until this process ends or locks another one.
+
+    Args:
+        wait_seconds: how long a run that is ending there may take.
+
+    Raises:
+        ConfigError: if another process keeps its lock for longer, naming it; or if the folder can't be made.
+    """
+    global _held
+    if _held is not None:
+        _held.close()
+        _held = None
+    try:
+        (run_dir / LOGS_DIR).mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / LOGS_DIR / LOCK_FILE, "a+")  # noqa: SIM115 (open while the run lasts)
+    except OSError as error:
+        raise ConfigError(f"output_dir = {str(run_dir)!r}: cannot be made: {error.strerror}") from None
+    until = time.monotonic() + wait_seconds
+    while not _try(file):
+        if time.monotonic() >= until:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"output_dir = {str(run_dir)!r}: a run is going on in it ({holder})")
+        time.sleep(POLL_SECONDS)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held = file
+
+
+def _try(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
