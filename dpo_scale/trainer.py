@@ -18,14 +18,16 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.checkpoint import (
-    Identity,
+    Checkpoint,
     TrainState,
     checkpoint_path,
-    find_checkpoint,
+    choose_checkpoint,
+    find_checkpoints,
     load_checkpoint,
     load_weights,
-    model_fingerprint,
-    read_state,
+    names_a_checkpoint,
+    open_checkpoint,
+    remove_leftovers,
     save_checkpoint,
 )
 from dpo_scale.config import CONFIG_FILE, Config
@@ -36,12 +38,15 @@ from dpo_scale.data.layout import padded_slots, padded_tokens
 from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
+from dpo_scale.finished import finished_step, mark_finished, unmark_finished
+from dpo_scale.identity import Identity, check_identity, model_fingerprint, package_versions
 from dpo_scale.metrics import MetricSums
+from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.schedule import learning_rate
-from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
+from dpo_scale.tracking import Tracker, check_trackers
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -49,7 +54,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     Args:
         config: a validated config.
-        resume: what `--resume` says, see `checkpoint.find_checkpoint`; None starts afresh.
+        resume: what `--resume` says, see `checkpoint.find_checkpoints`; None starts afresh.
 
     Raises:
         UserError: for anything that the config, the data, a model folder or a checkpoint gets wrong, before any
@@ -61,7 +66,11 @@ def train(config: Config, resume: str | None = None) -> Path:
     engine.check_dtype(config.model.dtype)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
-    run_dir, started_from = agree_on_run_dir(config, resume)
+    run_dir, found = agree_on_run_dir(config, resume)
+    finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
+    if finished is not None and not found:
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
@@ -71,14 +80,21 @@ def train(config: Config, resume: str | None = None) -> Path:
     schedule = make_schedule(config, data.train)
     total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
     identity = identity_of(config, model_config, data.train)
-    state = read_state(started_from, identity) if started_from else TrainState()
-    if state.step > total_steps:
-        raise CheckpointError(f"{started_from}: is at step {state.step}, but this run ends at step {total_steps}")
+    if finished is not None and finished == total_steps:
+        check_identity(found[0].path, found[0].identity, identity, config.checkpoint.allow_changes)
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
+    started_from = choose_checkpoint(found, identity, config.checkpoint.allow_changes)
+    state = started_from.state if started_from else TrainState()
+    if started_from and state.step > total_steps:
+        raise CheckpointError(f"{started_from.path}: is at step {state.step}, but this run ends at step {total_steps}")
     if state.best_step is not None and not checkpoint_path(run_dir, state.best_step).exists():
         engine.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
         state.best_step = state.best_metric = None
 
     if engine.is_main():
+        unmark_finished(run_dir)
+        remove_leftovers(run_dir)
         config.save(run_dir / CONFIG_FILE)
     micro_steps = micro_steps_of(
         min(config.train.global_batch_size, len(data.train)), config.train.micro_batch_size, engine.world_size()
@@ -98,14 +114,14 @@ def train(config: Config, resume: str | None = None) -> Path:
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
-        engine.log(f"resumed from {started_from} at step {state.step}")
+        engine.log(f"resumed from {started_from.path} at step {state.step}")
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
     run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     try:
-        run_steps(run, state, tracker)
+        last_is_saved = run_steps(run, state, tracker)
     finally:
         if tracker is not None:
             tracker.close()
@@ -113,11 +129,18 @@ def train(config: Config, resume: str | None = None) -> Path:
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
         engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
-        best = checkpoint_path(run_dir, state.best_step)
-        exported = read_state(best, identity)
+        best = open_checkpoint(checkpoint_path(run_dir, state.best_step))
+        choose_checkpoint([best], identity, config.checkpoint.allow_changes)
+        exported = best.state
         load_weights(policy, best)
     folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))
     engine.log(f"model saved in {folder}")
+    if not last_is_saved:
+        raise CheckpointError(
+            f"{run_dir}: the model is saved, but the checkpoint of the last step could not be, so the run is not "
+            "marked as finished; --resume takes it to its end again from the checkpoint before"
+        )
+    mark_finished(run_dir, state.step, folder)
     return run_dir
 
 
@@ -137,9 +160,10 @@ class Run:
     identity: Identity
 
 
-def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
-    """The loop. Advances `state` to the last step."""
+def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> bool:
+    """The loop. Advances `state` to the last step; whether the last checkpoint that was due could be saved."""
     settings = run.config.train
+    saved = True
     if settings.eval_on_start and state.step == 0:
         held_out_metrics(run, state, tracker)
     epoch, order = -1, np.empty(0, dtype=np.int64)
@@ -155,14 +179,19 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
             tracker.train(state.step, metrics)
 
         is_last = state.step == run.total_steps
-        improved = False
+        improved, best_before = False, (state.best_metric, state.best_step)
         if run.eval_data and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
             improved = note_best(run.config, state, held_out_metrics(run, state, tracker))
         keep = run.config.checkpoint
         due = keep.save_steps is not None and state.step % keep.save_steps == 0
         if due or improved or (is_last and keep.save_at_end):
+            if tracker is not None:
+                tracker.sync()
             limit = keep.save_total_limit
-            save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving)
+            saved = bool(save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving))
+            if improved and not saved:  # the best is what can be loaded again
+                state.best_metric, state.best_step = best_before
+    return saved
 
 
 def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, float]:
@@ -264,14 +293,14 @@ def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.T
     return TrainingError(f"step {step}: the loss is not finite for {named}{more}; the weights were not updated")
 
 
-def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | None]:
-    """The run folder, made by rank 0, and the checkpoint to start from."""
+def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
+    """The run folder, made by rank 0, and the checkpoints that the run may start from, the best first."""
     # ranks that start in different seconds would name different folders
-    config.output_dir = engine.gather_objects(config.output_dir)[0]
+    config.output_dir = engine.from_main(config.output_dir)
     assert config.output_dir is not None
     run_dir = Path(config.output_dir)
-    started_from = find_checkpoint(resume, run_dir) if resume else None
-    in_run_dir = started_from is not None and started_from.resolve().parents[1] == run_dir.resolve()
+    found = find_checkpoints(resume, run_dir) if resume else []
+    in_run_dir = bool(found) and found[0].path.resolve().parents[1] == run_dir.resolve()
     continues = in_run_dir or resume in ("latest", "auto")
     if engine.is_main():
         if not continues and (run_dir / CONFIG_FILE).exists():
@@ -283,7 +312,7 @@ def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | N
         except OSError as error:
             raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be made: {error.strerror}") from None
     engine.barrier()
-    return run_dir, started_from
+    return run_dir, found
 
 
 def make_schedule(config: Config, data: PairDataset) -> Schedule:
@@ -300,7 +329,9 @@ def make_schedule(config: Config, data: PairDataset) -> Schedule:
 def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
     """What a checkpoint of this run will say it is of."""
     tree = to_mapping(config)
-    train = {name: tree["train"][name] for name in ("global_batch_size", "seed", "shuffle", "drop_last", "optim")}
+    length = ("num_train_epochs", "max_steps")
+    no_numbers = ("micro_batch_size", "eval_micro_batch_size", "eval_steps", "eval_on_start")
+    train = {name: value for name, value in tree["train"].items() if name not in (*length, *no_numbers)}
     moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
     adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
     settings = {
@@ -317,5 +348,11 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
-        model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage
+        model_fingerprint(model_config),
+        data.fingerprint,
+        settings,
+        {f"train.{name}": tree["train"][name] for name in length},
+        engine.world_size(),
+        config.deepspeed.stage,
+        package_versions(),
     )
