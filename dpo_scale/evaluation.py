@@ -19,6 +19,7 @@ from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers, policy_source
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
+from dpo_scale.watchdog import beat
 
 
 def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -147,7 +148,8 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
         micro_batch_size=config.train.eval_micro_batch_size or config.train.micro_batch_size,
         world_size=engine.world_size(),
     )
-    for ranks in batches:
+    for k, ranks in enumerate(batches):
+        beat(f"evaluation, micro-batch {k + 1} of {len(batches)}")
         batch = load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss)
         most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
         chosen_tokens = mean_chosen_tokens(pairs, lengths)

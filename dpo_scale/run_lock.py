@@ -20,7 +20,7 @@ from dpo_scale.watchdog import LOGS_DIR
 LOCK_FILE = "lock"
 POLL_SECONDS = 0.2
 
-_held: IO[str] | None = None
+_held: tuple[Path, IO[str]] | None = None
 
 
 def hold_run_dir(run_dir: Path, wait_seconds: float) -> None:
@@ -34,7 +34,9 @@ def hold_run_dir(run_dir: Path, wait_seconds: float) -> None:
     """
     global _held
     if _held is not None:
-        _held.close()
+        if _held[0] == run_dir:
+            return
+        _held[1].close()
         _held = None
     try:
         (run_dir / LOGS_DIR).mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def hold_run_dir(run_dir: Path, wait_seconds: float) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _held = file
+    _held = run_dir, file
 
 
 def _try(file: IO[str]) -> bool:

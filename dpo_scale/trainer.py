@@ -11,21 +11,23 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from dpo_scale import engine
+from dpo_scale import bad_numbers, engine, preemption
 from dpo_scale.checkpoint import (
-    Identity,
+    Checkpoint,
     TrainState,
     checkpoint_path,
-    find_checkpoint,
+    choose_checkpoint,
+    find_checkpoints,
     load_checkpoint,
     load_weights,
-    model_fingerprint,
-    read_state,
+    names_a_checkpoint,
+    open_checkpoint,
+    remove_leftovers,
     save_checkpoint,
 )
 from dpo_scale.config import CONFIG_FILE, Config
@@ -33,17 +35,22 @@ from dpo_scale.config_reader import to_mapping
 from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import padded_slots, padded_tokens
-from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
+from dpo_scale.errors import CheckpointError, ConfigError, DataError
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
+from dpo_scale.finished import finished_step, mark_finished, unmark_finished
+from dpo_scale.identity import Identity, check_identity, model_fingerprint, package_versions
 from dpo_scale.metrics import MetricSums
+from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
+from dpo_scale.run_lock import hold_run_dir
 from dpo_scale.schedule import learning_rate
-from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
+from dpo_scale.tracking import Tracker, check_trackers
+from dpo_scale.watchdog import Watchdog, beat
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -51,19 +58,24 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     Args:
         config: a validated config.
-        resume: what `--resume` says, see `checkpoint.find_checkpoint`; None starts afresh.
+        resume: what `--resume` says, see `checkpoint.find_checkpoints`; None starts afresh.
 
     Raises:
         UserError: for anything that the config, the data, a model folder or a checkpoint gets wrong, before any
             weights are loaded where that can be known.
         TrainingError: if the loss or the gradient is no longer finite.
+        Preempted: if the run was told to stop early, and has saved its state.
     """
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
-    run_dir, started_from = agree_on_run_dir(config, resume)
+    run_dir, found = agree_on_run_dir(config, resume)
+    finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
+    if finished is not None and not found:
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
@@ -73,14 +85,22 @@ def train(config: Config, resume: str | None = None) -> Path:
     schedule = make_schedule(config, data.train)
     total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
     identity = identity_of(config, model_config, data.train)
-    state = read_state(started_from, identity) if started_from else TrainState()
-    if state.step > total_steps:
-        raise CheckpointError(f"{started_from}: is at step {state.step}, but this run ends at step {total_steps}")
+    if finished is not None and finished == total_steps:
+        check_identity(found[0].path, found[0].identity, identity, config.checkpoint.allow_changes)
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
+    started_from = choose_checkpoint(found, identity, config.checkpoint.allow_changes)
+    state = started_from.state if started_from else TrainState()
+    if started_from and state.step > total_steps:
+        raise CheckpointError(f"{started_from.path}: is at step {state.step}, but this run ends at step {total_steps}")
     if state.best_step is not None and not checkpoint_path(run_dir, state.best_step).exists():
         engine.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
         state.best_step = state.best_metric = None
 
     if engine.is_main():
+        unmark_finished(run_dir)
+        preemption.unmark_preempted(run_dir)
+        remove_leftovers(run_dir)
         config.save(run_dir / CONFIG_FILE)
     micro_steps = micro_steps_of(
         min(config.train.global_batch_size, len(data.train)), config.train.micro_batch_size, engine.world_size()
@@ -102,14 +122,16 @@ def train(config: Config, resume: str | None = None) -> Path:
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
-        engine.log(f"resumed from {started_from} at step {state.step}")
+        engine.log(f"resumed from {started_from.path} at step {state.step}")
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
     run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
+    preemption.allow(config.checkpoint.preempt_grace_seconds, run_dir, looks_for_file=engine.is_main())
     try:
-        run_steps(run, state, tracker)
+        with Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), engine.world_size()):
+            last_is_saved = run_steps(run, state, tracker)
     finally:
         if tracker is not None:
             tracker.close()
@@ -117,11 +139,18 @@ def train(config: Config, resume: str | None = None) -> Path:
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
         engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
-        best = checkpoint_path(run_dir, state.best_step)
-        exported = read_state(best, identity)
+        best = open_checkpoint(checkpoint_path(run_dir, state.best_step))
+        choose_checkpoint([best], identity, config.checkpoint.allow_changes)
+        exported = best.state
         load_weights(policy, best)
     folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))
     engine.log(f"model saved in {folder}")
+    if not last_is_saved:
+        raise CheckpointError(
+            f"{run_dir}: the model is saved, but the checkpoint of the last step could not be, so the run is not "
+            "marked as finished; --resume takes it to its end again from the checkpoint before"
+        )
+    mark_finished(run_dir, state.step, folder)
     return run_dir
 
 
@@ -141,36 +170,78 @@ class Run:
     identity: Identity
 
 
-def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
-    """The loop. Advances `state` to the last step."""
+def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> bool:
+    """The loop. Advances `state` to the last step; whether the last checkpoint that was due could be saved."""
     settings = run.config.train
+    saved = True
     if settings.eval_on_start and state.step == 0:
         held_out_metrics(run, state, tracker)
     epoch, order = -1, np.empty(0, dtype=np.int64)
-    while state.step < run.total_steps:
-        if run.schedule.epoch_of(state.step) != epoch:
-            epoch = run.schedule.epoch_of(state.step)
-            order = run.schedule.epoch_order(epoch)
-        metrics = train_step(run, state, run.schedule.global_batch(state.step, order))
-        moving = run.reference if isinstance(run.reference, MovingReference) else None
-        if moving is not None and state.step % run.config.reference.sync_steps == 0:
-            moving.move()
-        if tracker is not None:
-            tracker.train(state.step, metrics)
+    moving = run.reference if isinstance(run.reference, MovingReference) else None
+    state.evaluation_due &= run.eval_data is not None
+    # a run that was told to stop does so before the evaluation of its last step, which the resumed run begins with
+    while state.step < run.total_steps or state.evaluation_due:
+        if not state.evaluation_due:
+            if run.schedule.epoch_of(state.step) != epoch:
+                epoch = run.schedule.epoch_of(state.step)
+                order = run.schedule.epoch_order(epoch)
+            metrics, told_to_stop = train_step(run, state, run.schedule.global_batch(state.step, order))
+            if moving is not None and state.step % run.config.reference.sync_steps == 0:
+                moving.move()
+            if tracker is not None:
+                tracker.train(state.step, metrics)
+            is_last = state.step == run.total_steps
+            at_interval = settings.eval_steps is not None and state.step % settings.eval_steps == 0
+            state.evaluation_due = run.eval_data is not None and (is_last or at_interval)
+            if told_to_stop and not is_last:
+                save_and_stop(run, state, tracker, moving)
 
-        is_last = state.step == run.total_steps
-        improved = False
-        if run.eval_data and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
+        improved, best_before = False, (state.best_metric, state.best_step)
+        if state.evaluation_due:
             improved = note_best(run.config, state, held_out_metrics(run, state, tracker))
+            state.evaluation_due = False
         keep = run.config.checkpoint
         due = keep.save_steps is not None and state.step % keep.save_steps == 0
-        if due or improved or (is_last and keep.save_at_end):
-            limit = keep.save_total_limit
-            save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving)
+        if due or improved or (state.step == run.total_steps and keep.save_at_end):
+            saved = save(run, state, tracker, moving)
+            if improved and not saved:  # the best is what can be loaded again
+                state.best_metric, state.best_step = best_before
+    return saved
 
 
-def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, float]:
-    """One optimizer step on the global batch `pairs` [G]; advances `state` and returns the step's metrics."""
+def save(run: Run, state: TrainState, tracker: Tracker | None, moving: MovingReference | None) -> bool:
+    """Save a checkpoint; whether it could be saved."""
+    beat(f"the checkpoint of step {state.step}")
+    if tracker is not None:
+        tracker.sync()
+    limit = run.config.checkpoint.save_total_limit
+    return save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving) is not None
+
+
+def save_and_stop(run: Run, state: TrainState, tracker: Tracker | None, moving: MovingReference | None) -> NoReturn:
+    """Save a checkpoint for `--resume auto` and leave the loop, all ranks after the same step.
+
+    Raises:
+        Preempted: always.
+    """
+    reasons = engine.gather_objects(preemption.reason_to_stop(run.config.train.max_hours))
+    reason = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason is not None)
+    saved = save(run, state, tracker, moving)
+    if engine.is_main():
+        preemption.mark_preempted(run.run_dir, state.step if saved else None, reason)
+    engine.barrier()
+    outcome = "saved" if saved else "which could not be saved"
+    raise preemption.Preempted(
+        f"stopped after step {state.step} of {run.total_steps}, {outcome} ({reason}); --resume auto goes on"
+    )
+
+
+def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> tuple[dict[str, float], bool]:
+    """One optimizer step on the global batch `pairs` [G]; advances `state`.
+
+    Returns:
+        The step's metrics, and whether any rank was told that the run should stop.
+    """
     started = time.perf_counter()
     settings, lengths = run.config.train, run.train_data.lengths
     layout = split_among_ranks(
@@ -181,6 +252,7 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
     sums = MetricSums()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for k, ranks in enumerate(layout):
+        beat(f"step {state.step + 1}, micro-step {k + 1} of {len(layout)}")
         batch = load_batch(
             run.train_data, ranks[engine.rank()], run.tokenizer.pad_token_id, run.reference, run.config.loss
         )
@@ -191,16 +263,16 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
         engine.backward(run.policy, total * scale, last_micro_step=k == len(layout) - 1)
         sums.add({"loss": losses, **metrics}, batch.weights)
         seen.append((batch.row_ids, losses.detach()))
-    means, peak_memory = sums.reduce(per_rank=engine.peak_memory_bytes())
-    if not math.isfinite(means["loss"]):
-        raise non_finite_error(run, state.step + 1, seen)
-
+    wants_to_stop = preemption.reason_to_stop(settings.max_hours) is not None
+    means, (peak_memory, stops) = sums.reduce(engine.peak_memory_bytes(), wants_to_stop)
+    beat(f"step {state.step + 1}, optimizer")
     rate = learning_rate(state.step, run.total_steps, settings)
-    grad_norm, skipped = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
-    if not math.isfinite(grad_norm) and not skipped:
-        raise TrainingError(
-            f"step {state.step + 1}: the gradient's norm is {grad_norm}; nothing was saved of this step"
+    grad_norm, overflowed = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
+    if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or overflowed):
+        bad_numbers.handle(
+            settings, run.run_dir, run.train_data, state.step + 1, seen, grad_norm, state.nonfinite_steps
         )
+        state.nonfinite_steps += 1
 
     tokens = int(lengths[pairs].sum())
     slots = sum(padded_slots(micro.indices, lengths) for ranks in layout for micro in ranks)
@@ -221,11 +293,12 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
         "pairs_per_second": len(pairs) / seconds,
         "padding_fraction": 1.0 - filled / slots,
         "peak_memory_bytes": peak_memory,
-    }
+    }, stops > 0
 
 
 def held_out_metrics(run: Run, state: TrainState, tracker: Tracker | None) -> dict[str, float]:
     """Evaluate the held-out pairs and record the result."""
+    beat(f"evaluation after step {state.step}")
     assert run.eval_data is not None
     metrics = evaluate(run.policy, run.reference, run.eval_data, run.config, run.tokenizer.pad_token_id)
     if tracker is not None:
@@ -259,35 +332,27 @@ def results_of(run_dir: Path, exported: TrainState) -> dict[str, Any]:
     return results
 
 
-def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> TrainingError:
-    """Name the rows, on whichever ranks, whose loss is not finite. Every rank must call it."""
-    own = [(row, value) for rows, losses in seen for row, value in zip(rows.tolist(), losses.tolist(), strict=True)]
-    bad = [pair for ranks in engine.gather_objects(own) for pair in ranks if not math.isfinite(pair[1])]
-    named = "; ".join(f"{run.train_data.describe(row)}: loss {value}" for row, value in bad[:10])
-    more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-    return TrainingError(f"step {step}: the loss is not finite for {named}{more}; the weights were not updated")
-
-
-def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | None]:
-    """The run folder, made by rank 0, and the checkpoint to start from."""
+def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
+    """The run folder, made by rank 0, and the checkpoints that the run may start from, the best first."""
     # ranks that start in different seconds would name different folders
-    config.output_dir = engine.gather_objects(config.output_dir)[0]
+    config.output_dir = engine.from_main(config.output_dir)
     assert config.output_dir is not None
     run_dir = Path(config.output_dir)
-    started_from = find_checkpoint(resume, run_dir) if resume else None
-    in_run_dir = started_from is not None and started_from.resolve().parents[1] == run_dir.resolve()
+    grace = config.checkpoint.preempt_grace_seconds
+    if resume and engine.is_main() and run_dir.is_dir():
+        hold_run_dir(run_dir, grace)  # until a run that is saving its last checkpoint is done
+    engine.barrier()
+    found = find_checkpoints(resume, run_dir) if resume else []
+    in_run_dir = bool(found) and found[0].path.resolve().parents[1] == run_dir.resolve()
     continues = in_run_dir or resume in ("latest", "auto")
     if engine.is_main():
         if not continues and (run_dir / CONFIG_FILE).exists():
             raise ConfigError(
                 f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
             )
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be made: {error.strerror}") from None
+        hold_run_dir(run_dir, grace if continues else 0.0)
     engine.barrier()
-    return run_dir, started_from
+    return run_dir, found
 
 
 def make_schedule(config: Config, data: PairDataset) -> Schedule:
@@ -304,7 +369,12 @@ def make_schedule(config: Config, data: PairDataset) -> Schedule:
 def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
     """What a checkpoint of this run will say it is of."""
     tree = to_mapping(config)
-    train = {name: tree["train"][name] for name in ("global_batch_size", "seed", "shuffle", "drop_last", "optim")}
+    length = ("num_train_epochs", "max_steps")
+    no_numbers = (
+        *("micro_batch_size", "eval_micro_batch_size", "eval_steps", "eval_on_start"),
+        *("on_nonfinite", "max_nonfinite", "max_hours", "hang_timeout_minutes"),
+    )
+    train = {name: value for name, value in tree["train"].items() if name not in (*length, *no_numbers)}
     moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
     adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
     settings = {
@@ -321,5 +391,11 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
-        model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage
+        model_fingerprint(model_config),
+        data.fingerprint,
+        settings,
+        {f"train.{name}": tree["train"][name] for name in length},
+        engine.world_size(),
+        config.deepspeed.stage,
+        package_versions(),
     )

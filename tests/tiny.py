@@ -129,9 +129,14 @@ def run_overrides(folder: Path, *, architecture: str = "llama") -> list[str]:
 
 
 def run_jobs(folder: Path, jobs: list[dict], *, ranks: int = 2) -> list[str | None]:
-    """Train all jobs of `distributed/run_many.py` in one launch; the messages of those that must be refused."""
+    """Train all jobs of `distributed/run_many.py` in one launch; the messages of those that must be refused.
+
+    What was printed is appended to `folder / "log.txt"`.
+    """
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = launch("tests/distributed/run_many.py", folder / "jobs.json", ranks=ranks)
+    with (folder / "log.txt").open("a") as log:
+        log.write(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "jobs.json.messages").read_text())
 

@@ -20,6 +20,7 @@ from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepsp
 from dpo_scale.errors import ModelError
 from dpo_scale.models import lora
 from dpo_scale.models.builtin import resolve_model_path
+from dpo_scale.models.files import check_models
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 
 
@@ -182,7 +183,8 @@ def _load_for(config: Config, source: ModelSource, deepspeed_config: dict[str, A
 
 def load_tokenizers(config: Config) -> tuple[Any, Any]:
     """The policy's tokenizer, checked against the reference's, and the policy's transformers config."""
-    model = config.model
+    model, adapters = config.model, (config.lora.adapter, config.reference.adapter)
+    check_models([model.path, model.tokenizer, config.reference.model, *(a for a in adapters if a != "none")])
     model_config = load_model_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     path = resolve_model_path(model.tokenizer or model.path)
     revision = None if model.tokenizer else model.revision
