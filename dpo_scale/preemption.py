@@ -156,18 +156,21 @@ def was_noticed() -> bool:
 def mark_preempted(run_dir: Path, step: int | None, reason: str) -> None:
     """Say for whoever starts runs that this one wants to be resumed; exit codes do not survive every launcher.
 
+    A request to stop that came as a file is fulfilled and removed. One that came while the run was starting is not, and
+    stops it after its first step.
+
     Args:
         step: the step that was saved; None if there was no time for it.
     """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     record = {"step": step, "reason": reason, "time": now}
     write_atomically(run_dir / PREEMPTED_FILE, [json.dumps(record, indent=1).encode() + b"\n"])
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 
 def unmark_preempted(run_dir: Path) -> None:
-    """Before the run goes on: neither an old mark nor an old request to stop counts any more."""
-    for name in (PREEMPTED_FILE, STOP_FILE):
-        (run_dir / name).unlink(missing_ok=True)
+    """Before the run goes on."""
+    (run_dir / PREEMPTED_FILE).unlink(missing_ok=True)
 
 
 def _launchers() -> list[tuple[int, int]]:

@@ -59,7 +59,7 @@ class Position:
     last_word: str | None = None
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.process} on {self.host}, at {self.where})"
+        return f"rank {self.rank} (process {self.process} on {self.host}, last seen at {self.where})"
 
     def is_gone(self) -> bool:
         """Whether the process is known to have ended; False where that can't be seen from this host."""
@@ -85,7 +85,7 @@ class Watchdog:
         self._folder = run_dir / LOGS_DIR
         self._rank, self._world_size = rank, world_size
         self._timeout = None if timeout_minutes is None else timeout_minutes * 60
-        self._period = 5.0 if self._timeout is None else min(30.0, self._timeout / 5)
+        self._period = 10.0 if self._timeout is None else min(10.0, self._timeout / 5)
         self._ended = threading.Event()
         self._last_word: str | None = None
 

@@ -15,6 +15,9 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 
 set -euo pipefail
 # Slurm runs a copy of this file, so its own place says nothing: the project is where sbatch was called.
@@ -22,7 +25,11 @@ cd "${SLURM_SUBMIT_DIR:?start this file with sbatch}"
 CONFIG=${1:?usage: sbatch launch/slurm.sh CONFIG [section.key=value ...]}
 shift
 # The default output_dir has the time of the start in its name; a resumed job must find the folder of the first.
-if ! grep -q '^output_dir:' "$CONFIG" && ! printf '%s\n' "$@" | grep -q '^output_dir='; then
+OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" | tr -d "\"'")
+for argument in "$@"; do
+    [[ $argument == output_dir=* ]] && OUTPUT_DIR=${argument#output_dir=}
+done
+if [[ -z $OUTPUT_DIR ]]; then
     echo "error: give output_dir=FOLDER, so that the job can be resumed after a requeue" >&2
     exit 2
 fi
@@ -37,9 +44,16 @@ export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / GPUS_PER_NODE))
 export TOKENIZERS_PARALLELISM=false
 # If NCCL picks the wrong network, name the right one here: NCCL_SOCKET_IFNAME, and NCCL_IB_HCA with InfiniBand.
 
+# Five minutes before the time limit Slurm sends SIGUSR1 to this script alone (--signal=B). The file tells the ranks, on
+# whichever node, to finish their step, save and exit. When the nodes are wanted for another job, Slurm sends SIGTERM to
+# all processes instead, and to this script; the ranks save then too, but torchrun ends them 30 s after its SIGTERM.
+trap 'mkdir -p "$OUTPUT_DIR" && touch "$OUTPUT_DIR/stop"' USR1 TERM
+mkdir -p "$OUTPUT_DIR"
+rm -f "$OUTPUT_DIR/stop" "$OUTPUT_DIR/preempted.json"
+
 # Any node that fails ends the job (--kill-on-bad-exit), rather than leaving the others to wait for it. A job that was
 # requeued, or submitted again, goes on from the newest complete checkpoint in output_dir (--resume auto); for there
-# to be one, the config sets checkpoint.save_steps.
+# to be one after a crash, the config sets checkpoint.save_steps.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
@@ -47,4 +61,21 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
-    launch/train.py --config "$CONFIG" --resume auto "$@"
+    launch/train.py --config "$CONFIG" --resume auto checkpoint.preempt_grace_seconds=270 "$@" &
+STEP=$!
+set +e
+while kill -0 "$STEP" 2>/dev/null; do
+    wait "$STEP" # also returns when a signal came
+done
+wait "$STEP"
+CODE=$?
+
+# The files tell what the exit code can't: torchrun makes 1 of every code, and a kill may come when all is done.
+if [[ -e $OUTPUT_DIR/finished.json ]]; then
+    exit 0
+fi
+if [[ -e $OUTPUT_DIR/preempted.json ]]; then
+    echo "stopped to be resumed; back into the queue"
+    exec scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $((CODE ? CODE : 1))

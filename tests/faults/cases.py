@@ -1,0 +1,353 @@
+"""The faults, each a function that tries it a number of times and says what was lost.
+
+A try survives if what comes after it is what the uninterrupted run gives: same metrics line by line, same weights bit
+by bit, nothing left running, and the time limits kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from faults.hooks import BadNumbers, DiskFull, DiskFullInExport, HangAtStep, KillInSave
+from faults.rig import (
+    LAUNCHERS,
+    RANKS,
+    SAVE_STEPS,
+    SECONDS_TO_END,
+    STEPS,
+    Forks,
+    Launched,
+    assert_same_run,
+    finish,
+    fresh,
+    overrides,
+    steps_done,
+    uninterrupted,
+    wait_for_step,
+)
+from tiny import ROOT
+
+GRACE_SECONDS = 20  # what `rig.overrides` sets
+
+
+@dataclass
+class Outcome:
+    """What became of the tries of one fault."""
+
+    fault: str
+    tries: int = 0
+    lost: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def attempt(self, what: str, action: Callable[[], None]) -> None:
+        self.tries += 1
+        try:
+            action()
+        except Exception as error:  # whatever it is, the table has to be told
+            self.lost.append(f"{what}: {type(error).__name__}: {error}")
+
+
+def kills(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """SIGKILL of one rank or all at random moments of a run that saves every 2 steps, a few times in each run."""
+    outcome = Outcome("SIGKILL of a rank or all while training")
+    whole = uninterrupted(folder)
+    while outcome.tries < count:
+        run_dir = fresh(folder, "killed", rng)
+        settings = overrides(folder, f"output_dir={run_dir}")
+        for _ in range(min(4, count - outcome.tries)):
+            outcome.attempt(run_dir.name, lambda: _kill_once(folder, run_dir, settings, rng))
+        try:
+            finish(folder, settings)
+            assert_same_run(run_dir, whole)
+        except AssertionError as error:
+            outcome.lost.append(f"{run_dir.name}: {error}")
+        shutil.rmtree(run_dir)
+    return outcome
+
+
+def _kill_once(folder: Path, run_dir: Path, settings: list[str], rng: random.Random) -> None:
+    done = steps_done(run_dir)
+    safe = done - done % SAVE_STEPS
+    forks = Forks(folder, settings)
+    # up to some steps further, seldom at all during the start
+    if rng.random() < 0.15:
+        time.sleep(rng.uniform(0.5, 4))
+    else:
+        wait_for_step(run_dir, min(done + rng.randint(1, 4), STEPS), forks.running)
+        time.sleep(rng.uniform(0, 0.15))
+    victims = [rng.randrange(RANKS)] if rng.random() < 0.6 else list(range(RANKS))
+    forks.kill(*victims)
+    codes = forks.wait()
+    assert all(code in (-signal.SIGKILL, 0, 1) for code in codes), f"exit codes {codes}\n{forks.output()[-2000:]}"
+    # the line of a step may be there before its checkpoint is, so the checkpoint before must be
+    newest = max(
+        (int(path.name[5:]) for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdigit()), default=0
+    )
+    assert newest >= safe - SAVE_STEPS, f"step {done} was done, but the newest checkpoint is of step {newest}"
+
+
+def preemptions(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """SIGTERM or SIGUSR1 at random moments to the runner, the launcher or a rank, under both launchers."""
+    outcome = Outcome("SIGTERM or SIGUSR1 to runner, launcher or rank")
+    whole = uninterrupted(folder)
+    cases = [
+        (launcher, target, number)
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+        for target in ("launcher", "rank1", "runner", "rank0")
+        for launcher in LAUNCHERS
+        if not (launcher == "torchrun" and target == "launcher")  # it is its own runner
+    ]
+    rng.shuffle(cases)
+    longest = 0.0
+    for k in range(count):
+        launcher, target, number = cases[k % len(cases)]
+        run_dir = fresh(folder, "preempted", rng)
+        settings = overrides(folder, f"output_dir={run_dir}", "train.max_steps=400", "checkpoint.save_steps=399")
+
+        def one() -> None:
+            nonlocal longest
+            launched = Launched(folder, settings, launcher)
+            process = (
+                {name: launched.find(name) for name in ("runner", "launcher", "rank0", "rank1")}
+                if (wait_for_step(run_dir, rng.randint(1, 12), launched.running))
+                else {}
+            )
+            assert process, launched.output()[-3000:]
+            time.sleep(rng.uniform(0, 0.1))
+            os.kill(process[target], number)
+            if rng.random() < 0.5:  # and again while it saves
+                time.sleep(rng.uniform(0, 0.2))
+                if launched.running():
+                    os.kill(process[target], number)
+            code, seconds = launched.wait()
+            longest = max(longest, seconds)
+            mark = json.loads((run_dir / "preempted.json").read_text())
+            assert (run_dir / f"checkpoints/step-{mark['step']}").is_dir(), mark
+            assert steps_done(run_dir) == mark["step"], f"step {steps_done(run_dir)} was done, {mark['step']} saved"
+            assert seconds < GRACE_SECONDS, f"{seconds:.1f} s"
+            assert code in (75, 1, 0, -number), f"exit code {code}"
+            assert code == 75 or not (launcher == "deepspeed" and target.startswith("rank")), f"exit code {code}"
+            _end_at(folder, run_dir, mark["step"], whole)
+
+        outcome.attempt(f"{number.name} to {launcher}'s {target}", one)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    outcome.note = f"longest way out {longest:.1f} s"
+    return outcome
+
+
+def _end_at(folder: Path, run_dir: Path, step: int, whole: Path) -> None:
+    """Resume a long run to the length of the whole one, if it has not got further, and compare."""
+    if step < STEPS:
+        finish(folder, overrides(folder, f"output_dir={run_dir}"))
+        assert_same_run(run_dir, whole)
+        return
+    longer = overrides(folder, f"output_dir={run_dir}", f"train.max_steps={step + 2}")
+    finish(folder, longer)
+    assert steps_done(run_dir) == step + 2
+
+
+def requeues(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """`launch/requeue.sh`: a rank is told to stop, then the script is, then it is started again and finishes."""
+    outcome = Outcome("launch/requeue.sh, preempted twice")
+    whole = uninterrupted(folder)
+    for k in range(count):
+        run_dir, launcher = fresh(folder, "requeued", rng), LAUNCHERS[(k + 1) % 2]
+        settings = overrides(folder, f"output_dir={run_dir}", "checkpoint.save_steps=15")
+
+        def one() -> None:
+            script = Launched(folder, settings, launcher, through=["bash", str(ROOT / "launch/requeue.sh"), "3"])
+            assert wait_for_step(run_dir, 2, script.running), script.output()[-3000:]
+            os.kill(script.find("rank1"), signal.SIGTERM)
+            mark = run_dir / "preempted.json"
+            _wait_for(mark.exists, script)
+            first = json.loads(mark.read_text())["step"]
+            assert wait_for_step(run_dir, first + 1, script.running), script.output()[-3000:]
+            os.kill(script.process.pid, rng.choice([signal.SIGTERM, signal.SIGUSR1]))
+            code, _ = script.wait()
+            assert code == 75, f"exit code {code}\n{script.output()[-3000:]}"
+            assert "stopped to be resumed" in script.output()
+            second = json.loads(mark.read_text())["step"]
+            assert first < second < STEPS and not (run_dir / "stop").exists(), (first, second)
+            script = Launched(folder, settings, launcher, through=["bash", str(ROOT / "launch/requeue.sh"), "1"])
+            code, _ = script.wait(120)
+            assert code == 0, f"exit code {code}\n{script.output()[-3000:]}"
+            assert_same_run(run_dir, whole)
+
+        outcome.attempt(launcher, one)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def _wait_for(condition: Callable[[], bool], launched: Launched) -> None:
+    until = time.monotonic() + SECONDS_TO_END
+    while not condition():
+        assert launched.running() and time.monotonic() < until, launched.output()[-3000:]
+        time.sleep(0.02)
+
+
+def kills_in_saves(folder: Path, rng: random.Random, count: int | None) -> Outcome:
+    """SIGKILL of a rank before each opening, sync, rename and removal of a file within a save.
+
+    Args:
+        count: boundaries to try, evenly over all; None for all.
+    """
+    outcome = Outcome("SIGKILL at a file boundary of a save")
+    whole = uninterrupted(folder)
+    counted, boundaries = folder / "boundaries.txt", []
+    for rank in range(RANKS):
+        run_dir = fresh(folder, "counting", rng)
+        forks = Forks(folder, overrides(folder, f"output_dir={run_dir}"), KillInSave(rank, 0, counted))
+        assert forks.wait() == [0] * RANKS, forks.output()
+        boundaries += [(rank, event) for event in range(1, int(counted.read_text()) + 1)]
+        shutil.rmtree(run_dir)
+    outcome.note = f"{len(boundaries)} boundaries in a save"
+    if count is not None:
+        boundaries = rng.sample(boundaries, min(count, len(boundaries)))
+    for rank, event in boundaries:
+        run_dir = fresh(folder, "in-save", rng)
+        settings = overrides(folder, f"output_dir={run_dir}")
+
+        def one() -> None:
+            forks = Forks(folder, settings, KillInSave(rank, event, counted))
+            codes = forks.wait()
+            assert codes[rank] == -signal.SIGKILL, f"exit codes {codes}"
+            finish(folder, settings)
+            assert_same_run(run_dir, whole)
+
+        outcome.attempt(f"before event {event} of rank {rank}", one)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def full_disks(folder: Path, rng: random.Random, saves: int) -> Outcome:
+    """No room for a file in a save, an export, or a reference store."""
+    outcome = Outcome("disk full in a save, an export, a store")
+    whole = uninterrupted(folder)
+    for _ in range(saves):
+        rank, limit = rng.randrange(RANKS), rng.choice([0, 100, 3000, 20_000, 100_000])
+        run_dir = fresh(folder, "full", rng)
+
+        def save() -> None:
+            forks = Forks(folder, overrides(folder, f"output_dir={run_dir}"), DiskFull(rank, limit))
+            assert forks.wait() == [0] * RANKS, forks.output()[-3000:]
+            assert "the checkpoint of step 4 could not be saved" in forks.output(), forks.output()[-3000:]
+            assert_same_run(run_dir, whole)
+
+        outcome.attempt(f"save, rank {rank}, {limit} bytes", save)
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+    run_dir = fresh(folder, "full", rng)
+    settings = overrides(folder, f"output_dir={run_dir}")
+
+    def export() -> None:
+        forks = Forks(folder, settings, DiskFullInExport(20_000))
+        assert 2 in forks.wait(), forks.output()[-3000:]
+        assert "Traceback" not in forks.output() and "could not be written" in forks.output(), forks.output()[-3000:]
+        assert not (run_dir / "model").exists() and not (run_dir / "finished.json").exists()
+        finish(folder, settings)
+        assert_same_run(run_dir, whole)
+
+    outcome.attempt("export", export)
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+    run_dir = fresh(folder, "full", rng)
+    stored = overrides(folder, f"output_dir={run_dir}", "reference.mode=store", f"reference.store={run_dir}-store")
+
+    def store() -> None:
+        forks = Forks(folder, stored, DiskFull(0, 600, throughout=True))
+        codes = forks.wait()
+        assert 2 in codes, f"exit codes {codes}\n{forks.output()[-3000:]}"
+        assert "Traceback" not in forks.output() and "cannot be written" in forks.output(), forks.output()[-3000:]
+        finish(folder, stored)
+
+    outcome.attempt("store", store)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def hangs(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """A rank that sleeps for ever in a step, or is stopped altogether, under a real launcher or as forks."""
+    outcome = Outcome("a rank that hangs")
+    for k in range(count):
+        rank, run_dir = rng.randrange(RANKS), fresh(folder, "hanging", rng)
+        settings = overrides(folder, f"output_dir={run_dir}", "train.hang_timeout_minutes=0.05")
+
+        def sleeps() -> None:
+            forks = Forks(folder, settings, HangAtStep(rank, 5))
+            codes = forks.wait(60)
+            assert set(codes) == {70}, f"exit codes {codes}"
+            assert f"the others wait for rank {rank} " in forks.output(), forks.output()[-3000:]
+            assert "in train_step" in (run_dir / f"logs/rank-{rank}.log").read_text()
+
+        def stopped() -> None:
+            launched = Launched(folder, [*settings, "train.max_steps=4000"], LAUNCHERS[k // 2 % 2])
+            assert wait_for_step(run_dir, 3, launched.running), launched.output()[-3000:]
+            process = {name: launched.find(name) for name in ("rank0", "rank1")}[f"rank{rank}"]
+            os.kill(process, signal.SIGSTOP)
+            code, _ = launched.wait(3 + 10 + 35)  # the limit, its resolution, and 30 s that launchers take to kill
+            assert code not in (0, 75), f"exit code {code}"
+            assert f"the others wait for rank {rank} " in launched.output(), launched.output()[-3000:]
+
+        outcome.attempt(f"rank {rank}", sleeps if k % 2 == 0 else stopped)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def bad_numbers(folder: Path, rng: random.Random, kinds: Iterable[tuple[int, str]]) -> Outcome:
+    """A loss or gradient that is not finite on one rank: named and stopped, or left out, also across a resume.
+
+    Args:
+        kinds: (ZeRO stage, "loss" or "gradient").
+    """
+    outcome = Outcome("a loss or gradient that is not finite")
+    for stage, what in kinds:
+        rank = rng.randrange(RANKS)
+        more = (f"deepspeed.stage={stage}", "train.on_nonfinite=skip", "train.max_steps=8", "train.max_nonfinite=2")
+        names = [fresh(folder, name, rng) for name in ("bad", "bad-resumed", "bad-stops")]
+
+        def one() -> None:
+            fault = BadNumbers(rank, (3, 6), what)
+            whole, resumed, stops = names
+            forks = Forks(folder, overrides(folder, f"output_dir={whole}", *more), fault)
+            assert forks.wait() == [0] * RANKS, forks.output()[-3000:]
+            records = [json.loads(line) for line in (whole / "nonfinite.jsonl").read_text().splitlines()]
+            assert [record["step"] for record in records] == [3, 6]
+            for record in records:
+                assert record["action"] == "skipped" and len(record["ranks"]) == RANKS
+                values = [pair["loss"] for pairs in record["ranks"] for pair in pairs]
+                assert len(values) == 8 and values.count("nan") == (4 if what == "loss" else 0), record
+                assert all("train.jsonl" in pair["row"] for pairs in record["ranks"] for pair in pairs)
+            cut = overrides(folder, f"output_dir={resumed}", *more)
+            forks = Forks(folder, [*cut, "train.max_steps=4"], fault)
+            assert forks.wait() == [0] * RANKS, forks.output()[-3000:]
+            forks = Forks(folder, cut, fault)
+            assert forks.wait() == [0] * RANKS, forks.output()[-3000:]
+            assert_same_run(resumed, whole)
+            assert (resumed / "nonfinite.jsonl").read_text() == (whole / "nonfinite.jsonl").read_text()
+            forks = Forks(folder, overrides(folder, f"output_dir={stops}", *more[:1]), fault)
+            assert 2 in forks.wait() and "error: step 3: " in forks.output(), forks.output()[-3000:]
+            assert "Traceback" not in forks.output()
+
+        outcome.attempt(f"{what} at stage {stage}, rank {rank}", one)
+        for run_dir in names:
+            shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """The report, as a Markdown table with what was lost below it."""
+    outcomes = list(outcomes)
+    lines = ["| fault | tries | survived | lost | |", "|---|---|---|---|---|"]
+    for outcome in outcomes:
+        survived = outcome.tries - len(outcome.lost)
+        lines.append(f"| {outcome.fault} | {outcome.tries} | {survived} | {len(outcome.lost)} | {outcome.note} |")
+    lost = [f"- {outcome.fault}: {text}" for outcome in outcomes for text in outcome.lost]
+    return "\n".join([*lines, *([""] if lost else []), *lost])
