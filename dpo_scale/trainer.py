@@ -28,6 +28,7 @@ from dpo_scale.checkpoint import (
     names_a_checkpoint,
     open_checkpoint,
     remove_leftovers,
+    require_whole,
     save_checkpoint,
 )
 from dpo_scale.config import CONFIG_FILE, Config
@@ -130,7 +131,7 @@ def train(config: Config, resume: str | None = None) -> Path:
         assert state.best_step is not None
         engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
         best = open_checkpoint(checkpoint_path(run_dir, state.best_step))
-        choose_checkpoint([best], identity, config.checkpoint.allow_changes)
+        require_whole(best)
         exported = best.state
         load_weights(policy, best)
     folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))

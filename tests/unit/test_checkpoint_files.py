@@ -127,8 +127,9 @@ def test_saving_replaces_a_damaged_one_of_the_same_step_and_clears_what_kills_le
     for name in ("step-4.incomplete", "step-6.incomplete", "step-1.removed", "step-4.replaced"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "file").write_text("rubbish")
+    (tmp_path / "checkpoints" / "step-2.mine").mkdir()
     save(tmp_path, 4)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-4"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-2.mine", "step-4"}
     assert choose_checkpoint(find_checkpoints("latest", tmp_path), IDENTITY, []).path.name == "step-4"
 
 
