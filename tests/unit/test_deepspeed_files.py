@@ -20,7 +20,8 @@ def round_trip(value, path):
     return load_file(path)
 
 
-def test_the_fp16_loss_scale_comes_back_with_all_its_counters(tmp_path):
+def test_the_fp16_loss_scale_comes_back_with_all_its_counters(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.fp16.loss_scaler.log_dist", lambda *_, **__: None)  # wants ranks
     scaler = DynamicLossScaler(2**16, 2, 1, 2, False, dtype=torch.half)
     for overflow in (False, True, False, False, True):
         scaler.update_scale(overflow)
