@@ -40,7 +40,7 @@ from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.finished import finished_step, mark_finished, unmark_finished
-from dpo_scale.identity import Identity, check_identity, model_fingerprint, package_versions
+from dpo_scale.identity import RATE_SETTINGS, Identity, check_identity, model_fingerprint, package_versions
 from dpo_scale.metrics import MetricSums
 from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
@@ -334,9 +334,9 @@ def make_schedule(config: Config, data: PairDataset) -> Schedule:
 def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
     """What a checkpoint of this run will say it is of."""
     tree = to_mapping(config)
-    length = ("num_train_epochs", "max_steps")
-    no_numbers = ("micro_batch_size", "eval_micro_batch_size", "eval_steps", "eval_on_start")
-    train = {name: value for name, value in tree["train"].items() if name not in (*length, *no_numbers)}
+    order = ("global_batch_size", "seed", "shuffle", "drop_last")
+    optimizer = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    rate = tuple(name.removeprefix("train.") for name in RATE_SETTINGS)
     moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
     adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
     settings = {
@@ -347,7 +347,7 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"reference.{name}": value for name, value in moving.items() if config.reference.sync_steps},
         **{f"lora.{name}": value for name, value in adapters.items() if config.lora.enabled},
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
-        **{f"train.{name}": value for name, value in train.items()},
+        **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
     }
     if config.lora.enabled:  # a checkpoint has only the adapter, so the weights under it must be the same ones
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
@@ -356,7 +356,7 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         model_fingerprint(model_config),
         data.fingerprint,
         settings,
-        {f"train.{name}": tree["train"][name] for name in length},
+        {f"train.{name}": tree["train"][name] for name in ("num_train_epochs", "max_steps")},
         engine.world_size(),
         config.deepspeed.stage,
         package_versions(),
