@@ -310,7 +310,8 @@ def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
     from dpo_scale.reshape import load_reshaped
 
     saved, stage = checkpoint.identity, policy.zero_optimization_stage()
-    if (saved.world_size, saved.stage) != (engine.world_size(), stage):
+    same_ranks = saved.world_size == engine.world_size() or stage == 0  # at stage 0 every rank has everything
+    if saved.stage != stage or not same_ranks:
         engine.log(
             f"{checkpoint.path.name} was saved on {saved.world_size} ranks at stage {saved.stage}; "
             f"cutting it anew for {engine.world_size()} at stage {stage}"

@@ -96,9 +96,12 @@ def train(config: Config, resume: str | None = None) -> Path:
         state.best_step = state.best_metric = None
 
     if engine.is_main():
-        unmark_finished(run_dir)
-        remove_leftovers(run_dir)
-        config.save(run_dir / CONFIG_FILE)
+        try:
+            unmark_finished(run_dir)
+            remove_leftovers(run_dir)
+            config.save(run_dir / CONFIG_FILE)
+        except OSError as error:
+            raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be written: {error.strerror}") from None
     micro_steps = micro_steps_of(
         min(config.train.global_batch_size, len(data.train)), config.train.micro_batch_size, engine.world_size()
     )
@@ -166,7 +169,7 @@ class Run:
 
 
 def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> bool:
-    """The loop. Advances `state` to the last step; whether the last checkpoint that was due could be saved."""
+    """The loop. Advances `state` to the last step; False if that step's checkpoint was due and could not be saved."""
     settings = run.config.train
     saved = True
     if settings.eval_on_start and state.step == 0:
@@ -196,6 +199,8 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> bool:
             saved = bool(save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving))
             if improved and not saved:  # the best is what can be loaded again
                 state.best_metric, state.best_step = best_before
+        else:
+            saved = True
     return saved
 
 

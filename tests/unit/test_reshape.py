@@ -1,9 +1,12 @@
 """Pieces of flat tensors, against parameters cut by hand: any layout into any other keeps every value."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dpo_scale.reshape import Shard, divided_pieces, fill, joined_pieces, whole_pieces
+from dpo_scale.errors import CheckpointError
+from dpo_scale.reshape import Shard, divided_pieces, fill, joined_pieces, load_reshaped, whole_pieces
 
 # matrices in one group, vectors in another; sizes that no number of ranks below divides
 SHAPES = [{"a": torch.Size([3, 5]), "b": torch.Size([7, 2])}, {"c": torch.Size([5]), "d": torch.Size([1])}]
@@ -90,3 +93,10 @@ def test_what_is_missing_or_cannot_be_cut_is_named():
     shards[0].states[0]["factors"] = torch.zeros(3)
     with pytest.raises(ValueError, match="factors is not of the shape"):
         fill(Shard(pieces, [torch.zeros_like(flat) for flat in flats]), shards)
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [(0, 2), (3, 0)])
+def test_float16_at_stage_0_and_another_stage_do_not_mix(tmp_path, saved, wanted):
+    policy = SimpleNamespace(fp16_enabled=lambda: True, zero_optimization_stage=lambda: wanted)
+    with pytest.raises(CheckpointError, match=f"float16 stage 0 .* resume with deepspeed.stage={saved}"):
+        load_reshaped(policy, tmp_path, 2, saved)
