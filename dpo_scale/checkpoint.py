@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,13 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from dpo_scale import __version__, engine
 from dpo_scale.config import CHECKPOINTS_DIR, MANIFEST_FILE
 from dpo_scale.errors import CheckpointError
 from dpo_scale.identity import Identity, check_identity
+from dpo_scale.random_state import random_state, restore_random_state
 from dpo_scale.reference.files import sync_folder
 from dpo_scale.sealed_folder import damage, read_manifest, write_manifest
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 _STEP_DIR = re.compile(r"step-(\d+)")
+_LEFTOVERS = (".incomplete", ".replaced", ".removed")
 _WRITER = re.compile(r"rank[-_](\d+)")
 
 
@@ -188,6 +188,17 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     return [text for texts in engine.gather_objects(found) for text in texts]
 
 
+def require_whole(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that is not as it was written. Every rank must call it.
+
+    Raises:
+        CheckpointError: naming the files.
+    """
+    wrong = verify(checkpoint)
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path}: damaged: {_listed(wrong)}")
+
+
 def save_checkpoint(
     policy: Any,
     state: TrainState,
@@ -221,7 +232,7 @@ def save_checkpoint(
     policy.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True)
     if moving is not None:
         files.save(moving.state(), str(temporary / own_file("reference")))
-    files.save(_random_state(), str(temporary / own_file("random")))
+    files.save(random_state(), str(temporary / own_file("random")))
     unread = [] if files.error else damage(temporary, files.written, checksums=True)
     problem = _reason(files.error) if files.error else _listed(unread) if unread else None
     problems = engine.gather_objects(problem)
@@ -263,8 +274,9 @@ def save_checkpoint(
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what saves that were killed or failed have left. Rank 0 alone may call it."""
-    for path in (run_dir / CHECKPOINTS_DIR).glob("step-*.*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for suffix in _LEFTOVERS:
+        for path in (run_dir / CHECKPOINTS_DIR).glob(f"step-*{suffix}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(policy: Any, checkpoint: Checkpoint, moving: MovingReference | None = None) -> None:
@@ -287,7 +299,7 @@ def load_checkpoint(policy: Any, checkpoint: Checkpoint, moving: MovingReference
         if moving is not None:
             moving.restore([load_file(path / own_file("reference", rank), mmap=True) for rank in range(ranks)])
         if ranks == engine.world_size():
-            _restore_random_state(load_file(path / own_file("random")))
+            restore_random_state(load_file(path / own_file("random")))
         else:
             engine.seed_everything(checkpoint.state.step)
 
@@ -302,7 +314,8 @@ def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
     from dpo_scale.reshape import load_reshaped
 
     saved, stage = checkpoint.identity, policy.zero_optimization_stage()
-    if (saved.world_size, saved.stage) != (engine.world_size(), stage):
+    same_ranks = saved.world_size == engine.world_size() or stage == 0  # at stage 0 every rank has everything
+    if saved.stage != stage or not same_ranks:
         engine.log(
             f"{checkpoint.path.name} was saved on {saved.world_size} ranks at stage {saved.stage}; "
             f"cutting it anew for {engine.world_size()} at stage {stage}"
@@ -358,32 +371,3 @@ def _drop_others(run_dir: Path, keep: int | None, state: TrainState) -> None:
         if path not in kept and _step_of(path) != state.best_step:
             # renamed first, so that no half of it is ever taken for a checkpoint
             os.replace(path, path.with_name(f"{path.name}.removed"))
-
-
-def _random_state() -> dict[str, Any]:
-    """The states of every generator of this rank, in plain types and tensors."""
-    from deepspeed.accelerator import get_accelerator
-
-    numpy_state = np.random.get_state(legacy=False)
-    assert isinstance(numpy_state, dict)
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
-    }
-    if get_accelerator().device_name() != "cpu":
-        state["accelerator"] = get_accelerator().get_rng_state().cpu()
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    numpy_state = dict(state["numpy"])
-    numpy_state["state"] = {**numpy_state["state"], "key": numpy_state["state"]["key"].numpy().astype(np.uint32)}
-    np.random.set_state(numpy_state)
-    if "accelerator" in state:
-        get_accelerator().set_rng_state(state["accelerator"])

@@ -96,7 +96,7 @@ def load_reshaped(policy: Any, path: Path, saved_ranks: int, saved_stage: int) -
 
     Args:
         policy: a DeepSpeed engine at any stage, freshly made.
-        path: a verified checkpoint of `saved_ranks` ranks at `saved_stage`.
+        path: a verified checkpoint of `saved_ranks` ranks at `saved_stage`, of which one is not the engine's.
 
     Raises:
         CheckpointError: naming what does not fit, and the layout that would.
@@ -106,16 +106,18 @@ def load_reshaped(policy: Any, path: Path, saved_ranks: int, saved_stage: int) -
             f"{path}: saved on {saved_ranks} ranks at stage {saved_stage}: in float16 stage 0 keeps another kind of "
             f"state than the other stages; resume with deepspeed.stage={saved_stage}"
         )
-    saved, model = _saved_shards(path, saved_ranks, saved_stage, policy)
-    own = _own_shard(policy)
     try:
+        saved, model = _saved_shards(path, saved_ranks, saved_stage, policy)
+        own = _own_shard(policy)
         fill(own, saved)
+        _hand_over(policy, own)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(
             f"{path}: cannot be cut for {engine.world_size()} ranks at stage {policy.zero_optimization_stage()}: "
             f"{error}; resume on {saved_ranks} ranks with deepspeed.stage={saved_stage}"
         ) from None
-    _hand_over(policy, own)
     buffers = dict(policy.module.named_buffers())
     with torch.no_grad():
         for name in model["buffer_names"]:
@@ -176,6 +178,7 @@ def _saved_shards(path: Path, ranks: int, stage: int, policy: Any) -> tuple[list
         (file,) = path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         states.append(load_file(file, mmap=True)["optimizer_state_dict"])
     if stage == 3:
+        _check_parts(states[0]["partition_count"], ranks)
         pieces_by_rank = [divided_pieces(model["param_shapes"], rank, ranks) for rank in range(ranks)]
         flats, optimizer = "fp32_flat_groups", "optimizer_state_dict"
     else:
@@ -200,6 +203,7 @@ def _own_shard(policy: Any) -> Shard:
         trained = [pair for group in engine.trained_parameters(policy.module) for pair in group]
         return Shard(whole_pieces([(name, p.numel()) for name, p in trained]), [p.data for _, p in trained])
     if stage == 3:
+        _check_parts(optimizer.partition_count, engine.world_size())
         pieces = divided_pieces(policy._get_zero_param_shapes(), engine.rank(), engine.world_size())
         return Shard(pieces, list(optimizer.fp32_partitioned_groups_flat))
     mappings = engine.gather_objects(_mapping(optimizer._param_slice_mappings))
@@ -207,6 +211,11 @@ def _own_shard(policy: Any) -> Shard:
     name = "single_partition_of_fp32_groups"
     flats = getattr(optimizer, name if hasattr(optimizer, name) else "fp32_groups_flat_partition")
     return Shard(joined_pieces(mappings)[engine.rank()], list(flats))
+
+
+def _check_parts(parts: int, ranks: int) -> None:
+    if parts != ranks:
+        raise ValueError(f"parameters are cut into {parts} parts, not one for each of {ranks} ranks (mics_shard_size)")
 
 
 def _mapping(groups: Sequence[dict[str, Any]]) -> list[dict[str, tuple[int, int]]]:
@@ -222,7 +231,7 @@ def _hand_over(policy: Any, shard: Shard) -> None:
     key = {0: None, 3: "optimizer_state_dict"}.get(stage, "base_optimizer_state")
     base = state if key is None else state[key]
     if len(base["param_groups"]) != len(shard.groups):
-        raise CheckpointError("the optimizer's parameter groups are others than the checkpoint's")
+        raise ValueError("the optimizer's parameter groups are others")
     base["state"] = shard.states
     base["param_groups"] = [
         {**saved, "params": own["params"]} for saved, own in zip(shard.groups, base["param_groups"], strict=True)

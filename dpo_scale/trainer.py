@@ -28,6 +28,7 @@ from dpo_scale.checkpoint import (
     names_a_checkpoint,
     open_checkpoint,
     remove_leftovers,
+    require_whole,
     save_checkpoint,
 )
 from dpo_scale.config import CONFIG_FILE, Config
@@ -39,7 +40,7 @@ from dpo_scale.errors import CheckpointError, ConfigError, DataError
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.finished import finished_step, mark_finished, unmark_finished
-from dpo_scale.identity import Identity, check_identity, model_fingerprint, package_versions
+from dpo_scale.identity import RATE_SETTINGS, Identity, check_identity, model_fingerprint, package_versions
 from dpo_scale.metrics import MetricSums
 from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
@@ -98,10 +99,13 @@ def train(config: Config, resume: str | None = None) -> Path:
         state.best_step = state.best_metric = None
 
     if engine.is_main():
-        unmark_finished(run_dir)
-        preemption.unmark_preempted(run_dir)
-        remove_leftovers(run_dir)
-        config.save(run_dir / CONFIG_FILE)
+        try:
+            unmark_finished(run_dir)
+            preemption.unmark_preempted(run_dir)
+            remove_leftovers(run_dir)
+            config.save(run_dir / CONFIG_FILE)
+        except OSError as error:
+            raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be written: {error.strerror}") from None
     micro_steps = micro_steps_of(
         min(config.train.global_batch_size, len(data.train)), config.train.micro_batch_size, engine.world_size()
     )
@@ -140,7 +144,7 @@ def train(config: Config, resume: str | None = None) -> Path:
         assert state.best_step is not None
         engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
         best = open_checkpoint(checkpoint_path(run_dir, state.best_step))
-        choose_checkpoint([best], identity, config.checkpoint.allow_changes)
+        require_whole(best)
         exported = best.state
         load_weights(policy, best)
     folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))
@@ -171,7 +175,7 @@ class Run:
 
 
 def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> bool:
-    """The loop. Advances `state` to the last step; whether the last checkpoint that was due could be saved."""
+    """The loop. Advances `state` to the last step; False if that step's checkpoint was due and could not be saved."""
     settings = run.config.train
     saved = True
     if settings.eval_on_start and state.step == 0:
@@ -206,6 +210,8 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> bool:
             saved = save(run, state, tracker, moving)
             if improved and not saved:  # the best is what can be loaded again
                 state.best_metric, state.best_step = best_before
+        else:
+            saved = True
     return saved
 
 
@@ -369,12 +375,9 @@ def make_schedule(config: Config, data: PairDataset) -> Schedule:
 def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
     """What a checkpoint of this run will say it is of."""
     tree = to_mapping(config)
-    length = ("num_train_epochs", "max_steps")
-    no_numbers = (
-        *("micro_batch_size", "eval_micro_batch_size", "eval_steps", "eval_on_start"),
-        *("on_nonfinite", "max_nonfinite", "max_hours", "hang_timeout_minutes"),
-    )
-    train = {name: value for name, value in tree["train"].items() if name not in (*length, *no_numbers)}
+    order = ("global_batch_size", "seed", "shuffle", "drop_last")
+    optimizer = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    rate = tuple(name.removeprefix("train.") for name in RATE_SETTINGS)
     moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
     adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
     settings = {
@@ -385,7 +388,7 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"reference.{name}": value for name, value in moving.items() if config.reference.sync_steps},
         **{f"lora.{name}": value for name, value in adapters.items() if config.lora.enabled},
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
-        **{f"train.{name}": value for name, value in train.items()},
+        **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
     }
     if config.lora.enabled:  # a checkpoint has only the adapter, so the weights under it must be the same ones
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
@@ -394,7 +397,7 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         model_fingerprint(model_config),
         data.fingerprint,
         settings,
-        {f"train.{name}": tree["train"][name] for name in length},
+        {f"train.{name}": tree["train"][name] for name in ("num_train_epochs", "max_steps")},
         engine.world_size(),
         config.deepspeed.stage,
         package_versions(),

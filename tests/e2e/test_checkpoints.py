@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SHARDED = "deepspeed.config={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 0}}"
 BF16 = "model.dtype=bfloat16"
 LORA = ["lora.r=2", "lora.dropout=0.1", "reference.mode=adapter"]
+OFFLOADED = ["deepspeed.offload_optimizer=cpu"]
 MOVING = ["reference.sync_steps=3", "reference.sync_mixup=0.5", "reference.stage=3"]
 VARIANTS = {
     "stage0": ["deepspeed.stage=0"],
@@ -35,6 +36,8 @@ VARIANTS = {
     "moving": ["deepspeed.stage=2", *MOVING],
     "lora": [SHARDED, *LORA],
     "sgd": ["deepspeed.stage=2", "train.optim=SGD", "train.optim_args={momentum: 0.9}"],
+    "tied": [SHARDED, "model.path={folder}/tied-start"],
+    "lora-plain": [SHARDED, *LORA, "lora.dropout=0"],
 }
 # resumed from (a run, on 2 ranks) at another layout
 ON_2_RANKS = {
@@ -42,6 +45,8 @@ ON_2_RANKS = {
     "stage1-to-2": ("stage1", ["deepspeed.stage=2"]),
     "stage2-to-0": ("stage2", ["deepspeed.stage=0"]),
     "stage2-to-3": ("stage2", [SHARDED]),
+    "stage2-to-3-offloaded": ("stage2", [SHARDED, *OFFLOADED, "deepspeed.offload_param=cpu"]),
+    "stage3-to-2-offloaded": ("stage3", ["deepspeed.stage=2", *OFFLOADED]),
     "stage3-to-1": ("stage3", ["deepspeed.stage=1"]),
     "stage3-to-1-bf16": ("stage3-bf16", ["deepspeed.stage=1", BF16]),
     "stage1-to-3-bf16": ("stage1-bf16", [SHARDED, BF16]),
@@ -56,6 +61,8 @@ ON_1_RANK = {
     "stage3-to-0-on-1": ("stage3", ["deepspeed.stage=0"]),
     "moving-on-1": ("moving", ["deepspeed.stage=2", *MOVING]),
     "sgd-on-1": ("sgd", VARIANTS["sgd"]),
+    "tied-to-0-on-1": ("tied", ["deepspeed.stage=0", "model.path={folder}/tied-start"]),
+    "lora-plain-on-1": ("lora-plain", ["deepspeed.stage=2", *LORA, "lora.dropout=0"]),
 }
 # margins grow in training, so with the smallest as the best the first measured step is that
 BEST = [
@@ -94,7 +101,12 @@ def done(tmp_path_factory):
 
 def run_all(folder):
     save_model(folder / "gpt2-start", "gpt2")
-    variants = {name: [text.replace("{folder}", str(folder)) for text in extra] for name, extra in VARIANTS.items()}
+    save_model(folder / "tied-start", tied=True)
+
+    def here(overrides):
+        return [text.replace("{folder}", str(folder)) for text in overrides]
+
+    variants = {name: here(overrides) for name, overrides in VARIANTS.items()}
     common = run_overrides(folder)
     six = [*common, "train.max_steps=6", "train.eval_steps=3", "checkpoint.save_steps=2"]
     six.append("checkpoint.save_total_limit=null")
@@ -105,7 +117,7 @@ def run_all(folder):
     def resumed_elsewhere(runs):
         for name, (origin, _) in runs.items():
             crash_after_step_5(folder / f"{origin}-whole", folder / name)
-        return [job(name, *six, *extra, resume="latest") for name, (_, extra) in runs.items()]
+        return [job(name, *six, *here(extra), resume="latest") for name, (_, extra) in runs.items()]
 
     run_jobs(
         folder,

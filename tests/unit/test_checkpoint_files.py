@@ -127,8 +127,9 @@ def test_saving_replaces_a_damaged_one_of_the_same_step_and_clears_what_kills_le
     for name in ("step-4.incomplete", "step-6.incomplete", "step-1.removed", "step-4.replaced"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "file").write_text("rubbish")
+    (tmp_path / "checkpoints" / "step-2.mine").mkdir()
     save(tmp_path, 4)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-4"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-2.mine", "step-4"}
     assert choose_checkpoint(find_checkpoints("latest", tmp_path), IDENTITY, []).path.name == "step-4"
 
 
@@ -151,6 +152,49 @@ def test_a_save_that_fails_leaves_the_run_alive_with_its_older_checkpoint(tmp_pa
     assert "WARNING: the checkpoint of step 4 could not be saved (rank 0: No space left" in capsys.readouterr().out
     assert save(tmp_path, 6, keep=1).name == "step-6"
     assert steps(tmp_path) == ["step-6"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
+    calls = ["os.fsync", "os.replace", "os.open", "os.stat", "os.unlink", "os.rmdir", "os.mkdir"]
+    names = [*calls, "dpo_scale.sealed_folder.open"]
+    outcomes = []
+    for last_call in range(1, 1000):
+        run_dir = tmp_path / str(last_call)
+        for step in (2, 4):
+            save(run_dir, step)
+        flip(checkpoint_folders(run_dir)[-1] / "shard.pt")  # the newest is damaged, so step 4 is saved again over it
+        done = []
+
+        def killing(original, done=done, last_call=last_call):
+            def call(*arguments, **more):
+                done.append(original)
+                if len(done) == last_call:
+                    raise Killed
+                return original(*arguments, **more)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for name in names:
+                module, _, attribute = name.rpartition(".")
+                original = open if attribute == "open" and module != "os" else getattr(os, attribute)
+                patched.setattr(name, killing(original), raising=False)
+            try:
+                save(run_dir, 4, keep=1)
+                killed = False
+            except Killed:
+                killed = True
+        outcomes.append(choose_checkpoint(find_checkpoints("auto", run_dir), IDENTITY, []).path.name)
+        save(run_dir, 6, keep=1)
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-6"]
+        if not killed:
+            break
+    assert len(outcomes) > 20 and set(outcomes) == {"step-2", "step-4"}
+    assert outcomes == sorted(outcomes)  # up to the rename the older one, from then on the new one
 
 
 def test_a_disk_that_wrote_other_bytes_is_noticed_before_the_older_one_is_dropped(tmp_path, monkeypatch, capsys):
