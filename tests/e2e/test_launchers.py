@@ -81,6 +81,7 @@ def test_a_run_without_output_dir_is_named_after_config_and_time(with_torchrun):
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",
+        "logs",
         "model",
         "finished.json",
     }
