@@ -67,6 +67,10 @@ def load_model_config(path: str, *, revision: str | None = None, trust_remote_co
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ModelError(
+                f"{path}: needs Python code that comes with it; model.trust_remote_code=true runs it, if you trust it"
+            ) from None
         raise ModelError(f"{path}: not a model that transformers can load: {_first_line(error)}") from None
 
 
