@@ -37,7 +37,7 @@ from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
+from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source, reference_source
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.schedule import learning_rate
@@ -313,8 +313,12 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
         **{f"train.{name}": value for name, value in train.items()},
     }
-    if config.lora.enabled:  # a checkpoint has only the adapter, so the weights under it must be the same ones
+    # weights that a checkpoint does not hold, and that must still be the same ones behind their path
+    if config.lora.enabled:
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
+    if config.loss.needs_reference and config.reference.sync_steps is None:
+        named = "model.path" if config.reference.model is None else "reference.model"
+        settings[f"the reference's weights ({named})"] = source_fingerprint(config, reference_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
         model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage
