@@ -38,8 +38,10 @@ from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source, reference_source
+from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
+from dpo_scale.reference.stored import StoredReference
 from dpo_scale.schedule import learning_rate
 from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
 
@@ -89,9 +91,11 @@ def train(config: Config, resume: str | None = None) -> Path:
         f"{config.train.global_batch_size} pairs: {micro_steps} micro-steps x {engine.world_size()} ranks"
     )
     # before the policy is in memory: filling the store may take the reference's model
-    stored = None
+    seen = data.train.select(schedule.pairs_of_run(total_steps))
+    stored: StoredReference | ColumnReference | None = None
+    if config.loss.needs_reference and config.reference.mode == "columns":
+        stored = ColumnReference(config.data, tokenizer, engine.log)
     if config.loss.needs_reference and config.reference.mode == "store":
-        seen = data.train.select(schedule.pairs_of_run(total_steps))
         stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
     policy = load_policy(config, micro_steps)
     reference = make_reference(config, policy, stored)
@@ -316,7 +320,8 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
     # weights that a checkpoint does not hold, and that must still be the same ones behind their path
     if config.lora.enabled:
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
-    if config.loss.needs_reference and config.reference.sync_steps is None:
+    has_weights = config.loss.needs_reference and config.reference.mode != "columns"
+    if has_weights and config.reference.sync_steps is None:
         named = "model.path" if config.reference.model is None else "reference.model"
         settings[f"the reference's weights ({named})"] = source_fingerprint(config, reference_source(config))
     assert config.deepspeed.stage is not None
