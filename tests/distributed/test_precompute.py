@@ -3,7 +3,7 @@
 The budget of token slots is 1, so every pair is a forward pass of its own, and every pass is on the disk before the
 next one. There are many moments for a kill to hit then, and values do not depend on which rows were left over: the
 completed store must equal the uninterrupted one bit for bit. (Where pairs share a pass, its composition moves fp32 by
-rounding, within `TOLERANCE_PER_TOKEN`.)
+rounding, within `TOLERANCE_PER_ROOT_TOKEN`.)
 
 The uninterrupted store comes from DeepSpeed's launcher; the ranks that are killed are forks that run the same code, so
 that a kill costs seconds. The long form, by hand:
