@@ -167,6 +167,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)

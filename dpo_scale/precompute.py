@@ -26,6 +26,7 @@ def precompute(config: Config) -> int:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     data = engine.main_first(lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log))

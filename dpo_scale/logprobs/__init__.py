@@ -80,9 +80,9 @@ def _has_triton() -> bool:
 
 
 def _check_triton(device: torch.device, dtype: torch.dtype | None) -> None:
-    instead = "use 'auto' or 'chunked'"
+    asked = "log-prob implementation 'triton'"
     if not _has_triton():
-        raise ValueError(f"log-prob implementation 'triton': Triton is not installed; {instead}")
+        raise ValueError(f"{asked}: Triton is not installed; 'auto' and 'chunked' need none")
     from dpo_scale.logprobs.triton_logps import interpreted
 
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
@@ -90,7 +90,7 @@ def _check_triton(device: torch.device, dtype: torch.dtype | None) -> None:
             f"log-prob implementation 'triton': its kernels run on CUDA, not on a {device.type}; {instead}"
         )
     if dtype == torch.float64:
-        raise ValueError(f"log-prob implementation 'triton': its statistics are fp32, too little for fp64; {instead}")
+        raise ValueError(f"{asked}: its statistics are fp32, too little for fp64; 'auto' and 'chunked' do fp64")
 
 
 @overload

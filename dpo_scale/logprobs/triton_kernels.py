@@ -106,9 +106,10 @@ def forward_kernel(
     """Statistics of one run of vocabulary tiles: partials [6, runs, S] = anchor, total, target, peak, sums.
 
     With STORE_WEIGHTS, also tile [S, tile_row] = exp2(l - anchor) dl/dz, whose rows are whole blocks long (a mask over
-    columns would make 16-byte stores impossible), with one anchor per token and vocabulary tile: reference + shift, shifts [tiles, S]. reference [S] is the target's logit, to a whole number. A shift is the
-    least whole number that keeps weights below 2^LIMIT, so it is 0 unless a logit is that far above the target's,
-    and `rescale_kernel` can level shifts without rounding anything.
+    columns would rule out 16-byte stores). Anchors there are one per token and vocabulary tile: reference + shift.
+    reference [S] is the target's logit, to a whole number; a shift, in shifts [tiles, S], is the least whole number
+    that keeps weights below 2^LIMIT. So it is 0 unless a logit is that far above the target's, and `rescale_kernel`
+    can level shifts without rounding anything.
     """
     blocks = tl.cdiv(tokens, BLOCK_S)
     block, run = _place(tl.program_id(0), blocks, runs, GROUP)

@@ -242,7 +242,7 @@ class _Head:
         return logps, direction, extras
 
     def _reference(self, hidden: Tensor, target_rows: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """The targets' logits to the next whole number, in units of log 2: what stored soft-max weights are relative to.
+        """The targets' logits, rounded up to whole numbers, in units of log 2: stored weights are relative to them.
 
         With it a token's weights sum to 1/2 at least, so none that counts is lost at the small end of the range.
         """
@@ -399,7 +399,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool =
 
 
 def _product_in_place(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right in out's dtype, summed in fp32: inside cuBLAS, which splits no product of this many results."""
+    """out = left @ right in out's dtype, summed in fp32: by cuBLAS, which splits no product with this many results."""
     if left.is_cuda:
         torch.mm(left, right, out=out)
     else:
