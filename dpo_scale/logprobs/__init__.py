@@ -94,13 +94,13 @@ def token_logps(
     assertion.
     """
     name, _ = choose_implementation(implementation)
-    _check(hidden, head_weight, targets, bias, softcap, by_products)
+    check_arguments(hidden, head_weight, targets, bias, softcap, by_products)
     with torch.autocast(hidden.device.type, enabled=False):
         logps, extras = IMPLEMENTATIONS[name](hidden, head_weight, targets, bias, logit_scale, softcap, by_products)
     return (logps, extras) if by_products else logps
 
 
-def _check(
+def check_arguments(
     hidden: Tensor,
     head_weight: Tensor,
     targets: Tensor,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dpo_scale.logprobs import BY_PRODUCTS, IMPLEMENTATIONS, choose_implementation, token_logps
-from dpo_scale.logprobs.chunked import MIN_TILE_WIDTH, chunked_token_logps
+from dpo_scale.logprobs.chunked import chunked_token_logps
+from dpo_scale.logprobs.tiles import MIN_TILE_WIDTH
 
 HIDDEN = 24
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
