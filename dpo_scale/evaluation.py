@@ -16,7 +16,14 @@ from dpo_scale.data.layout import PairBatch, padded_batch
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers, policy_source
+from dpo_scale.models.load import (
+    check_logprobs,
+    check_vocabulary,
+    load_reference,
+    load_scoring_model,
+    load_tokenizers,
+    policy_source,
+)
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 

@@ -6,7 +6,7 @@ from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.errors import ConfigError
-from dpo_scale.models.load import check_vocabulary, load_tokenizers
+from dpo_scale.models.load import check_logprobs, check_vocabulary, load_tokenizers
 from dpo_scale.reference.modes import fill_for, open_book
 
 

@@ -86,11 +86,9 @@ def _check_triton(device: torch.device, dtype: torch.dtype | None) -> None:
     from dpo_scale.logprobs.triton_logps import interpreted
 
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-        raise ValueError(
-            f"log-prob implementation 'triton': its kernels run on CUDA, not on a {device.type}; {instead}"
-        )
+        raise ValueError(f"{asked}: its kernels run on CUDA, not on a {device.type}; 'auto' and 'chunked' run anywhere")
     if dtype == torch.float64:
-        raise ValueError(f"{asked}: its statistics are fp32, too little for fp64; 'auto' and 'chunked' do fp64")
+        raise ValueError(f"{asked}: its statistics are fp32, too little for fp64; 'auto' and 'chunked' take fp64")
 
 
 @overload
@@ -148,13 +146,13 @@ def token_logps(
     assertion.
     """
     name, _ = choose_implementation(implementation, hidden.device, hidden.dtype)
-    _check(hidden, head_weight, targets, bias, softcap, by_products)
+    check_arguments(hidden, head_weight, targets, bias, softcap, by_products)
     with torch.autocast(hidden.device.type, enabled=False):
         logps, extras = IMPLEMENTATIONS[name](hidden, head_weight, targets, bias, logit_scale, softcap, by_products)
     return (logps, extras) if by_products else logps
 
 
-def _check(
+def check_arguments(
     hidden: Tensor,
     head_weight: Tensor,
     targets: Tensor,

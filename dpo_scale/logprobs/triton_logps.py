@@ -331,8 +331,8 @@ class _Head:
         partials = tile.new_empty((blocks, columns) if bias_gradient else 1, dtype=torch.float32)
         with _on(hidden.device):
             kernels.gradient_kernel[(blocks * _ceil(columns, self.blocks.vocabulary),)](
-                hidden, weight, weight if bias is None else bias, targets, logsumexp, upstream, at_target, tile, partials,
-                hidden.shape[0], span.start, span.stop, self.width, tile.stride(0),
+                hidden, weight, weight if bias is None else bias, targets, logsumexp, upstream, at_target, tile,
+                partials, hidden.shape[0], span.start, span.stop, self.width, tile.stride(0),
                 *hidden.stride(), *weight.stride(), *self._factors, LOG2E,
                 BIAS_GRADIENT=bias_gradient, **self._meta,
             )  # fmt: skip
