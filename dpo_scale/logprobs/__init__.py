@@ -83,9 +83,9 @@ def _check_triton(device: torch.device, dtype: torch.dtype | None) -> None:
     asked = "log-prob implementation 'triton'"
     if not _has_triton():
         raise ValueError(f"{asked}: Triton is not installed; 'auto' and 'chunked' need none")
-    from dpo_scale.logprobs.triton_logps import interpreted
+    from dpo_scale.logprobs.triton_logps import INTERPRETED
 
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         raise ValueError(f"{asked}: its kernels run on CUDA, not on a {device.type}; 'auto' and 'chunked' run anywhere")
     if dtype == torch.float64:
         raise ValueError(f"{asked}: its statistics are fp32, too little for fp64; 'auto' and 'chunked' take fp64")

@@ -151,7 +151,8 @@ class _ChunkedTokenLogps(torch.autograd.Function):
                 tiles = Tiles(hidden, weight, bias, *ctx.options)
                 grad = grad.to(tiles.dtype) * tiles.logit_scale
                 logit_gradients = _LogitGradients(tiles, targets, logsumexp, target_gradient, grad, held)
-                grads = _gradients(tiles, logit_gradients, ctx.needs_input_grad[:3])
+                grad_hidden, *others = _gradients(tiles, logit_gradients, ctx.needs_input_grad[:3])
+            grads = (None if grad_hidden is None else grad_hidden.to(ctx.dtype), *others)
         return *grads, *(None,) * 7
 
 
@@ -194,7 +195,7 @@ class _LogitGradients:
 def _gradients(
     tiles: Tiles, logit_gradients: _LogitGradients, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their own dtypes; None for those not needed."""
+    """Gradients of hidden, in fp32 or fp64, and of weight and bias in their own dtypes; None for those not needed."""
     hidden, weight, bias = tiles.given, tiles.weight, tiles.bias
     needs_hidden, needs_weight, needs_bias = needs
     grad_hidden = torch.zeros(hidden.shape, dtype=tiles.dtype, device=hidden.device) if needs_hidden else None
@@ -215,7 +216,7 @@ def _gradients(
             grad_weight[vocabulary] = weight_sum
         if grad_bias is not None and bias_sum is not None:
             grad_bias[vocabulary] = bias_sum
-    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _sum(total: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,8 @@ from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import triton_kernels as kernels
 
+# Whether Triton was told, before it was imported, to run kernels in its interpreter: on CPU tensors, slowly.
+INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 # What the tile and the fp32 sums of dhidden may take together, and the least that is left for the tile. Larger tiles
 # make fewer, longer products, and dhidden is read and written once per tile: at S = 8192, H = 4096 and V = 128256 the
@@ -83,11 +85,6 @@ def default_blocks(capability: tuple[int, int], dtype: torch.dtype) -> Blocks:
     return FP32_BLOCKS if dtype == torch.float32 else BLOCKS.get(capability, OTHER_BLOCKS)
 
 
-def interpreted() -> bool:
-    """Whether Triton was told, before it was imported, to run kernels in its interpreter: on a CPU, slowly."""
-    return not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
-
-
 def triton_token_logps(
     hidden: Tensor,
     head_weight: Tensor,
@@ -103,7 +100,7 @@ def triton_token_logps(
 
     blocks: instead of the ones chosen for the device. memory_bytes: see `MEMORY_BYTES`.
     """
-    head = _Head(hidden, head_weight, bias, logit_scale, softcap, blocks, memory_bytes)
+    head = TritonHead(hidden, head_weight, bias, logit_scale, softcap, blocks, memory_bytes)
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
     logps, *extras = _TritonTokenLogps.apply(
         hidden, head_weight, bias, targets, head, tuple(by_products), trained == [True, False, False]
@@ -133,7 +130,7 @@ class Statistics:
         return gradient if softcap is None else gradient * (1.0 - (self.target_logit / softcap).square())
 
 
-class _Head:
+class TritonHead:
     """An output head and how its kernels are launched; holds no tensors."""
 
     def __init__(
@@ -143,8 +140,8 @@ class _Head:
         bias: Tensor | None,
         logit_scale: float,
         softcap: float | None,
-        blocks: Blocks | None,
-        memory_bytes: int,
+        blocks: Blocks | None = None,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.logit_scale, self.softcap, self.memory_bytes = logit_scale, softcap, memory_bytes
         device = hidden.device
@@ -159,7 +156,7 @@ class _Head:
             "HAS_BIAS": bias is not None,
             "SOFTCAP": softcap is not None,
             "EVEN_H": self.width % blocks.width == 0,
-            "UPCAST": interpreted(),
+            "UPCAST": INTERPRETED,
             "GROUP": 2 ** int(math.log2(min(max(group, 1), 32))),
             "BLOCK_S": blocks.tokens,
             "BLOCK_V": blocks.vocabulary,
@@ -265,7 +262,7 @@ class _Head:
         upstream: Tensor,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of hidden, weight and bias in their own dtypes; None for those not needed.
+        """Gradients of hidden, in fp32, and of weight and bias in their own dtypes; None for those not needed.
 
         upstream, target_gradient: fp32 [S], of the log-probs, and `Statistics.target_gradient`.
         """
@@ -311,7 +308,7 @@ class _Head:
             for gradient in (grad_weight, grad_bias):
                 if gradient is not None:
                     gradient.zero_()
-        return None if hidden_sum is None else hidden_sum.to(hidden.dtype), grad_weight, grad_bias
+        return hidden_sum, grad_weight, grad_bias
 
     def _logit_gradient(
         self,
@@ -351,7 +348,7 @@ class _TritonTokenLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        head: _Head,
+        head: TritonHead,
         by_products: tuple[str, ...],
         frozen: bool,
     ) -> tuple[Tensor, ...]:
@@ -380,9 +377,10 @@ class _TritonTokenLogps(torch.autograd.Function):
         else:
             hidden, weight, bias, targets, logsumexp, target_gradient = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
-                grads = ctx.head.gradients(
+                grad_hidden, *others = ctx.head.gradients(
                     hidden, weight, bias, targets, logsumexp, target_gradient, grad, ctx.needs_input_grad[:3]
                 )
+            grads = (None if grad_hidden is None else grad_hidden.to(hidden.dtype), *others)
         return *grads, None, None, None, None
 
 

@@ -135,8 +135,8 @@ def passes(monkeypatch):
     def counted(name, function):
         return lambda *args, **kwargs: (made.append(name), function(*args, **kwargs))[1]
 
-    monkeypatch.setattr(path._Head, "statistics", counted("logits", path._Head.statistics))
-    monkeypatch.setattr(path._Head, "_logit_gradient", counted("logits again", path._Head._logit_gradient))
+    monkeypatch.setattr(path.TritonHead, "statistics", counted("logits", path.TritonHead.statistics))
+    monkeypatch.setattr(path.TritonHead, "_logit_gradient", counted("logits again", path.TritonHead._logit_gradient))
     monkeypatch.setattr(torch, "mm", counted("product", torch.mm))
     return made
 
