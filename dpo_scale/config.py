@@ -165,7 +165,7 @@ class LoraSettings:
 class LogprobSettings:
     """How token log-probs are computed from hidden states (see `dpo_scale.logprobs`)."""
 
-    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    implementation: Literal["auto", "naive", "chunked", "triton"] = "auto"
 
 
 @dataclass

@@ -16,7 +16,14 @@ from dpo_scale.data.layout import PairBatch, padded_batch
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers, policy_source
+from dpo_scale.models.load import (
+    check_logprobs,
+    check_vocabulary,
+    load_reference,
+    load_scoring_model,
+    load_tokenizers,
+    policy_source,
+)
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 
@@ -167,6 +174,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)

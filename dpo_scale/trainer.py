@@ -37,7 +37,14 @@ from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source, reference_source
+from dpo_scale.models.load import (
+    check_logprobs,
+    check_vocabulary,
+    load_policy,
+    load_tokenizers,
+    policy_source,
+    reference_source,
+)
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
@@ -61,6 +68,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
     run_dir, started_from = agree_on_run_dir(config, resume)
