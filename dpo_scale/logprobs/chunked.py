@@ -169,7 +169,7 @@ class _LogitGradients:
     ) -> None:
         self._tiles, self._targets, self._logsumexp = tiles, targets, logsumexp
         self._grad = grad.unsqueeze(1)
-        self._at_target = (grad * target_gradient).unsqueeze(1)
+        self._at_target = grad * target_gradient
         self._exponentials, self._peaks = held[: len(held) // 2], held[len(held) // 2 :]
 
     def __call__(self, index: int, tokens: slice, vocabulary: slice, weight_rows: Tensor) -> Tensor:
@@ -178,17 +178,18 @@ class _LogitGradients:
         logsumexp = self._logsumexp[tokens].unsqueeze(1)
         if index < len(self._exponentials):
             factor = (self._peaks[index][tokens].unsqueeze(1) - logsumexp).exp_().mul_(-grad)
-            exponentials = self._exponentials[index][tokens]
-            d = torch.mul(exponentials, factor, out=torch.empty_like(exponentials))
+            d = self._exponentials[index][tokens].clone()
+            tiles.scale_rows(d, factor)
         else:
             tile = tiles.logits(tokens, vocabulary, weight_rows)
             slope = tiles.slope(tile)
             d = tile.sub_(logsumexp).exp_().mul_(-grad)
             d = (d if slope is None else d.mul_(slope)).to(tiles.product_dtype)
         inside, column = in_tile(self._targets[tokens], vocabulary)
-        # One column a row, so read and written without the clash that would make a scattered add's order matter.
-        at_target = self._at_target[tokens].to(d.dtype)
-        return d.scatter_(1, column, torch.where(inside.unsqueeze(1), at_target, d.gather(1, column)))
+        # One column a row, so read and written without the clash that would make an added value's order matter.
+        entry = torch.arange(d.shape[0], device=d.device), column.squeeze(1)
+        d[entry] = torch.where(inside, self._at_target[tokens].to(d.dtype), d[entry])
+        return d
 
 
 def _gradients(
@@ -198,7 +199,9 @@ def _gradients(
     hidden, weight, bias = tiles.given, tiles.weight, tiles.bias
     needs_hidden, needs_weight, needs_bias = needs
     grad_hidden = torch.zeros(hidden.shape, dtype=tiles.dtype, device=hidden.device) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
+    # every row is written below, once; without tokens there is nothing to write
+    make = torch.empty_like if hidden.shape[0] else torch.zeros_like
+    grad_weight = make(weight, memory_format=torch.contiguous_format) if needs_weight else None
     grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
     for index, vocabulary in enumerate(tiles.vocabulary_runs):
         weight_rows = tiles.weight_rows(vocabulary)
@@ -207,7 +210,9 @@ def _gradients(
             d = logit_gradients(index, tokens, vocabulary, weight_rows)
             if grad_hidden is not None:
                 grad_hidden[tokens] += tiles.product(d, tiles.product_weight(vocabulary, weight_rows))
-            if grad_weight is not None:
+            if grad_weight is not None and d.dtype == weight.dtype and len(tiles.token_runs) == 1:
+                torch.mm(d.t(), tiles.product_hidden, out=grad_weight[vocabulary])
+            elif grad_weight is not None:
                 weight_sum = _sum(weight_sum, tiles.product(d.t(), tiles.product_hidden[tokens]), tiles.dtype)
             if grad_bias is not None:
                 bias_sum = _sum(bias_sum, d.sum(0, dtype=tiles.dtype), tiles.dtype)

@@ -10,9 +10,9 @@ the tokens s of completion k (a_s = 1, or LD-DPO's weights). Then for a token of
 of the first is long gone, and computes the logits again. But c_s depends on nothing outside of its pair. So this walks
 over chunks of whole pairs. One pass over the vocabulary, in fp32 tiles, gives log-sum-exps and log-probs, and leaves
 e_sv = exp(l_v - m) * dl_v/dz_v, m being the largest logit of the token up to this tile. Then the sums, the loss and
-dL/dS (autograd on a [P, 2] function) are there, and each row of e becomes d in place: p_sv = e_sv * exp(m - lse_s), one
-number a token and tile, with the target's own entry overwritten by c_s * (1 - p_t), whose digits come from the log-prob.
-Two products follow, and the backward pass of autograd only multiplies by its upstream scalar (the share of the global
+dL/dS (autograd on a [P, 2] function) are there, and e becomes d in place: p_sv = e_sv * exp(m - lse_s), one factor a
+token and tile. The target's own entry is overwritten by c_s * (1 - p_t), whose digits come from the log-prob. Two
+products follow, and the backward pass of autograd only multiplies by its upstream scalar (the share of the global
 batch, the loss scale of fp16).
 
 Exact: log-probs are those of `chunked`, from fp32 logits; e is rounded to the operands' dtype, as every path rounds d,
@@ -26,9 +26,9 @@ the one pass over the vocabulary (`tiles.HiddenDirection`): 2 passes.
 
 The weight's gradient is a sum over chunks. Each adds its product, summed in fp32, to the gradient in the weight's own
 dtype: one rounding a chunk, as gradient accumulation has one a micro-step, and no fp32 copy of [V, H], which is 2.1 GB
-for a head of 4096 x 128256. Beyond `MOST_ROUNDINGS` chunks the error of that would show (it grows with the root of their
-number), and so many tokens dwarf the copy: then the sum is fp32. In fp16, whose range gradients do not fit before the
-loss scale has come, both gradients are kept in fp32, and fp16 operands of the products are scaled to that range.
+for a head of 4096 x 128256. Beyond `MOST_ROUNDINGS` chunks the error of that would show (it grows with the root of
+their number), and so many tokens dwarf the copy: then the sum is fp32. In fp16, whose range gradients do not fit before
+the loss scale has come, both gradients are kept in fp32, and fp16 operands of the products are scaled to that range.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class _FusedPairLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        # [1], not a scalar: torch would round a scalar to the dtype of what it multiplies
-        factor = upstream.reshape(1)
+        # As a 0-dimensional tensor it would be rounded to the dtype of what it multiplies. [1] is not, but on a CPU
+        # torch then makes an fp32 copy of the product; on CUDA a Python number would have to be waited for.
+        factor = upstream.item() if upstream.device.type == "cpu" else upstream.reshape(1)
         return *(None if g is None else g.mul_(factor).to(ctx.dtype) for g in ctx.saved_tensors), None
 
 
@@ -255,9 +256,9 @@ class _Rows:
             gradient, unit = gradient / largest, largest / self._one
         factors = (self._peaks - found.logsumexp[run]).exp_().mul_(-gradient).unsqueeze(2)
         for vocabulary, factor in zip(self.tiles.vocabulary_runs, factors, strict=True):
-            self.values[:, vocabulary].mul_(factor)
+            self.tiles.scale_rows(self.values[:, vocabulary], factor)
         at_target = gradient * found.target_gradient(self.tiles.softcap)[run] * self._one
-        self.values.scatter_(1, self._targets.unsqueeze(1), at_target.unsqueeze(1).to(self.values.dtype))
+        self.values[torch.arange(self.count, device=at_target.device), self._targets] = at_target.to(self.values.dtype)
         return unit
 
 
