@@ -18,11 +18,13 @@ batch, the loss scale of fp16).
 Exact: log-probs are those of `chunked`, from fp32 logits; e is rounded to the operands' dtype, as every path rounds d,
 which it becomes: two roundings of 16 bits instead of one, on single terms of sums of V.
 
-Cost. 3 passes of 2SHV flop, as naive, where the token path makes 4. Bytes: e, 2SV in 16-bit training, written once,
-scaled once, read by two products, in pieces of at most `most_held`; one fp32 tile of logits. A pair whose e is larger
-than that is split: the first tokens are treated as above, the logits of the rest are computed again once the loss is
-known, so it costs between 3 and 4 passes. A head that is not trained needs no e: the gradient's direction is summed in
-the one pass over the vocabulary (`tiles.HiddenDirection`): 2 passes.
+Cost. 3 passes of 2SHV flop, as naive, where a token path that keeps nothing makes 4. Bytes: e, 2SV in 16-bit training,
+written once, scaled once, read by two products. It needs no memory of its own for the first H tokens: their e lies in
+the memory of the weight's gradient, [V, H] as well, which has no value yet; each tile is copied out before its rows of
+dW are written. Further tokens come in chunks whose e takes at most `most_held`. Beside it there is one fp32 tile of
+logits and, on a CPU, one of the weight. A pair whose e fits neither is split: the logits of the tokens beyond are
+computed again once the loss is known, so it costs between 3 and 4 passes. A head that is not trained needs no e: the
+gradient's direction is summed in the one pass over the vocabulary (`tiles.HiddenDirection`): 2 passes.
 
 The weight's gradient is a sum over chunks. Each adds its product, summed in fp32, to the gradient in the weight's own
 dtype: one rounding a chunk, as gradient accumulation has one a micro-step, and no fp32 copy of [V, H], which is 2.1 GB
@@ -227,7 +229,8 @@ class _Rows:
     """
 
     def __init__(self, tiles: Tiles, start: int, stop: int, memory: Tensor | None) -> None:
-        """
+        """One run.
+
         Args:
             start, stop: the run, in the tokens of `tiles`.
             memory: flat, or the weight's gradient [V, H], whose rows of a tile are then written after the tile is used.
