@@ -155,9 +155,6 @@ class _Job:
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=probe.dtype)
         own_rows = max(1, self.most_held // (weight.shape[0] * probe.product_dtype.itemsize))
         counts = torch.bincount(self.pair_loss.segments // 2, minlength=self.pair_loss.num_pairs).tolist()
-        to_head = self.trained[1] or self.trained[2]
-        own_rows = max(1, self.most_held // (weight.shape[0] * probe.product_dtype.itemsize))
-        counts = torch.bincount(self.pair_loss.segments // 2, minlength=self.pair_loss.num_pairs).tolist()
         gradients = _Gradients(hidden, weight, self.bias, self.trained, 1 + sum(counts) // own_rows)
         free_rows = rows_in(gradients.weight, probe.product_dtype)
         to_head = self.trained[1] or self.trained[2]
