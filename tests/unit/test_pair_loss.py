@@ -149,7 +149,7 @@ def test_every_dtype_and_head_agrees_with_fp64(dtype, scale, softcap, bias):
         case.check(upstream=0.3, tile_bytes=4 * MIN_TILE_WIDTH * 16, **rows(held, dtype))
 
 
-@pytest.mark.parametrize("trained", itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize("trained", list(itertools.product((False, True), repeat=3)))
 def test_only_what_is_trained_gets_a_gradient(trained):
     if any(trained):
         Case(bias=True, softcap=4.0).check(trained=trained, **rows(20))
