@@ -34,7 +34,7 @@ from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import padded_slots, padded_tokens
 from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
-from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
+from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses, takes_loss_by_pair
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import (
@@ -114,7 +114,11 @@ def train(config: Config, resume: str | None = None) -> Path:
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
-    run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
+    by_pair, reason = takes_loss_by_pair(config, policy)
+    engine.log(f"loss and gradient {'pair by pair' if by_pair else 'by way of log-probs'}: {reason}")
+    run = Run(
+        config, run_dir, policy, reference, by_pair, tokenizer, schedule, total_steps, data.train, data.eval, identity
+    )
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     try:
         run_steps(run, state, tracker)
@@ -141,6 +145,7 @@ class Run:
     run_dir: Path
     policy: Any
     reference: Any
+    by_pair: bool  # loss and gradient are taken pair by pair
     tokenizer: Any
     schedule: Schedule
     total_steps: int
@@ -194,7 +199,7 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
         )
         most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
         total, losses, metrics = pair_losses(
-            run.policy, run.reference, batch, run.config.loss, chosen_tokens, most_pairs
+            run.policy, run.reference, batch, run.config.loss, chosen_tokens, most_pairs, by_pair=run.by_pair
         )
         engine.backward(run.policy, total * scale, last_micro_step=k == len(layout) - 1)
         sums.add({"loss": losses, **metrics}, batch.weights)

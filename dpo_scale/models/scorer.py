@@ -20,6 +20,7 @@ from torch import nn
 
 from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
+from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,23 @@ class PairScorer(nn.Module):
         self.model = model
         transform = head_transform(causal_lm(model).config)
 
-        def score(linear: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, by_products: tuple[str, ...]):
+        def score(
+            linear: nn.Linear,
+            hidden: torch.Tensor,
+            targets: torch.Tensor,
+            by_products: tuple[str, ...],
+            pair_loss: PairLoss | None,
+        ):
+            if pair_loss is not None:
+                return fused_pair_loss(
+                    hidden,
+                    linear.weight,
+                    targets,
+                    pair_loss,
+                    bias=linear.bias,
+                    logit_scale=transform.logit_scale,
+                    softcap=transform.softcap,
+                )
             return token_logps(
                 hidden,
                 linear.weight,
@@ -102,8 +119,9 @@ class PairScorer(nn.Module):
         score_index: torch.Tensor,
         score_targets: torch.Tensor,
         by_products: tuple[str, ...] = (),
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probs of `score_targets`, fp32 [S].
+        pair_loss: PairLoss | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of `score_targets`, fp32 [S]; with `pair_loss` the loss and [P, 2] sums (`fused_pair_loss`).
 
         Args:
             input_ids: [B, T] int64, padded on the right: under a causal mask no real token sees the padding, so no
@@ -111,11 +129,12 @@ class PairScorer(nn.Module):
             score_index: [S] int64, flat positions (b * T + t) whose hidden state predicts a scored token.
             score_targets: [S] int64, those tokens.
             by_products: extra per-token values, see `dpo_scale.logprobs.token_logps`.
+            pair_loss: how the log-probs of each pair become its loss, to be done here with its gradient.
         """
         backbone, head = backbone_and_head(self.model)
         hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         scored = hidden.flatten(0, 1).index_select(0, score_index)
-        return head(scored, score_targets, by_products)
+        return head(scored, score_targets, by_products, pair_loss)
 
 
 @torch.no_grad()

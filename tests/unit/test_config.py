@@ -93,6 +93,11 @@ def test_refusals_name_key_value_and_what_is_allowed(override, parts):
         assert part in message, message
 
 
+@pytest.mark.parametrize("loss", ("loss.loss_type=aot", "loss.use_weighting=true"))
+def test_the_fused_pair_loss_is_refused_for_a_loss_that_is_no_function_of_a_pairs_sums(loss):
+    assert "logprobs.pair_loss" in refusal("logprobs.pair_loss=fused", loss)
+
+
 def test_reference_model_is_refused_for_a_loss_that_needs_none():
     assert "reference.model" in refusal("loss.loss_type=simpo", "reference.model=other")
 
