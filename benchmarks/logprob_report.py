@@ -104,7 +104,8 @@ def absences(report: dict[str, Any]) -> list[str]:
         )
         modes = [MODE_NAMES[mode] for mode in dict.fromkeys(mode for *_, mode in places)]
         among = "" if len(modes) == len({mode for *_, mode in everywhere}) else f" ({', '.join(modes)})"
-        lines.append(f"- {describe(arm)}: absent{'' if set(places) == everywhere else f', {shown}{among}'}: {reason}.")
+        scope = "" if set(places) == everywhere else f" for {shown}{among}"
+        lines.append(f"- {describe(arm)}: absent{scope}: {reason}.")
     return ["## Absent", "", *lines] if lines else []
 
 
