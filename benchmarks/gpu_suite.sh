@@ -9,7 +9,8 @@
 #   WHEELS=folder bash benchmarks/gpu_suite.sh
 # installs them from that folder, without touching anything that is already there.
 #
-# --dry-run goes through the same motions in a minute or two, on a CPU if need be, with the smallest case.
+# --dry-run goes through the same motions in a minute or two, on a CPU if need be, with the smallest case, and leaves
+# stored results alone.
 # PYTHON names the interpreter (default: python3).
 set -uo pipefail
 PROJECT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,7 +22,7 @@ output=()
 for argument in "$@"; do
     case $argument in
         -h | --help)
-            sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
             exit 0
             ;;
         --dry-run) dry_run=true ;;
@@ -32,6 +33,9 @@ for argument in "$@"; do
         *) output=(--output "$(mkdir -p -- "$argument" && cd -- "$argument" && pwd)") || exit 2 ;;
     esac
 done
+if $dry_run && [ ${#output[@]} -eq 0 ]; then
+    output=(--output "$(mktemp -d)") || exit 2
+fi
 
 stage() { printf '\n[%4ds] %s\n' "$SECONDS" "$1"; }
 

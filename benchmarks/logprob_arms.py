@@ -99,18 +99,17 @@ def _ours(implementation: str, case: Case, mode: str) -> Arm:
 def _pair_loss(case: Case, mode: str) -> Arm:
     if find_spec("dpo_scale.logprobs.pair_loss") is None:
         raise Absent("not in this version of dpo_scale")
-    from dpo_scale.logprobs.pair_loss import fused_pair_loss
+    from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 
     if mode == FORWARD:
         raise Absent("loss and gradient come together; forward only is the token path's work")
     hidden, weight = _leaves(case, mode)
+    pair_loss = PairLoss(case.segments, case.pairs, lambda sums: loss_of_sums(sums) / case.pairs)
 
     def run() -> Output:
-        loss, sums, *_ = fused_pair_loss(
-            hidden, weight, case.targets, case.segments, case.pairs, loss_of_sums, softcap=case.softcap
-        )
-        (loss / case.pairs).backward()
-        return Output(None, sums.detach())
+        loss, sums = fused_pair_loss(hidden, weight, case.targets, pair_loss, softcap=case.softcap)
+        loss.backward()
+        return Output(None, sums)
 
     return Arm(hidden, weight, run)
 

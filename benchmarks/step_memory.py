@@ -3,8 +3,8 @@
 A model of Qwen2.5-0.5B's shape (24 layers, hidden size 896, vocabulary 151,936, head tied to the embedding) with
 random weights does one forward pass, sigmoid DPO loss and backward pass, without an optimizer, in a process of its own
 for each implementation. Counted is what comes on top of weights and inputs: the highest tensor memory (see
-`memory.py`) and, on a CPU, the highest resident memory of the process. Gradients of all weights and the layers'
-activations are in both, the same for all; the peak need not be where all gradients are there. Results go to `results/<device>/step_memory.{md,json}`.
+`memory.py`) and, on a CPU, the highest resident memory of the process. The layers' activations and the gradients that
+are there at that moment are in both, the same for all. Results go to `results/<device>/step_memory.{md,json}`.
 """
 
 from __future__ import annotations
