@@ -65,7 +65,7 @@ for argument in sys.argv[1:]:
 PY
 }
 
-NEEDED=(numpy packaging pytest torch triton)
+NEEDED=(numpy pytest torch triton)
 # Without these a part of the comparison is absent from the table: peers, the training step, plots.
 WANTED=(transformers accelerate datasets deepspeed trl liger_kernel=liger-kernel cut_cross_entropy=cut-cross-entropy
     matplotlib)
@@ -127,15 +127,19 @@ pytest=("$PYTHON" -m pytest -c /dev/null --rootdir "$PROJECT" --import-mode=impo
 if $dry_run; then
     part "tests on $device" 120 "${pytest[@]}" tests/unit/test_benchmarks.py
     part "log-probs" 180 "$PYTHON" benchmarks/logprobs.py --device "$device" --shapes 64x4096 --tokens 64 --repeats 2 \
-        --implementations naive chunked log_softmax trl "${output[@]+"${output[@]}"}"
-    part "memory of a training step" 120 "$PYTHON" benchmarks/step_memory.py --device "$device" --layers 1 \
-        --completion-tokens 8 "${output[@]+"${output[@]}"}"
+        --implementations naive chunked log_softmax trl "${output[@]}"
+    step=(--layers 1 --completion-tokens 8)
 else
     part "tests on $device" 300 "${pytest[@]}" "${tests[@]}"
     part "log-probs" 720 "$PYTHON" benchmarks/logprobs.py --device "$device" --minutes 10 --case-seconds 4 \
         --shapes Llama-3-8B Qwen2.5-7B Gemma-2-2B SmolLM2-135M "${output[@]+"${output[@]}"}"
-    part "memory of a training step" 120 "$PYTHON" benchmarks/step_memory.py --device "$device" --pairs 4 \
-        --completion-tokens 512 "${output[@]+"${output[@]}"}"
+    step=(--pairs 4 --completion-tokens 512)
+fi
+if [[ " ${without[*]-} " == *" transformers "* ]]; then
+    stage "memory of a training step: left out, transformers is not installed"
+else
+    part "memory of a training step" 120 "$PYTHON" benchmarks/step_memory.py --device "$device" "${step[@]}" \
+        "${output[@]+"${output[@]}"}"
 fi
 
 stage "done"

@@ -162,10 +162,7 @@ def _liger_dpo(pairs_a_chunk: int, case: Case, mode: str) -> Arm:
         raise Absent(f"{case.pairs} pairs are no more than one chunk of {pairs_a_chunk}")
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    compiled = case.hidden.is_cuda  # its default; on a CPU its plain torch needs no minutes of compiling
-    loss_of = LigerFusedLinearDPOLoss(
-        beta=BETA, use_ref_model=False, average_log_prob=False, compiled=compiled, chunk_size=pairs_a_chunk
-    )
+    loss_of = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, chunk_size=pairs_a_chunk)  # compiled by default
     # It wants all chosen completions before all rejected ones: [2P, tokens of a completion, H].
     order = torch.arange(case.tokens, device=case.hidden.device).view(case.pairs, 2, -1).transpose(0, 1).flatten()
     hidden, weight = _leaves(case, mode, case.hidden[order])

@@ -75,7 +75,6 @@ def table(report: dict[str, Any]) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    logps = f"{row['logp_error']:.0e}"
     return [
         describe(row["arm"]),
         seconds(row["time"]),
@@ -84,7 +83,7 @@ def cells(row: Row) -> list[str]:
         f"{row['floor_share']:.0%}",
         megabytes(row["extra_bytes"]),
         ratio(row["memory_ratio"]),
-        f"({logps})" if row["logp_error_of_sums"] else logps,
+        error(row),
         *(f"{row[name]:.0e}" if name in row else "" for name in ("hidden_grad_error", "weight_grad_error")),
     ]
 
@@ -115,6 +114,11 @@ def seconds(time: float) -> str:
 
 def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"
+
+
+def error(row: Row) -> str:
+    """Of log-probs, in brackets where only their sums are known."""
+    return f"({row['logp_error']:.0e})" if row["logp_error_of_sums"] else f"{row['logp_error']:.0e}"
 
 
 def ratio(value: float | None) -> str:
@@ -168,7 +172,8 @@ def plot(report: dict[str, Any], folder: Path) -> None:
 def summary(reports: Iterable[dict[str, Any]]) -> list[str]:
     """One table for all devices: the fastest of ours beside the fastest naive form and the fastest peer."""
     lines, gpu = [], False
-    head = ("head", "tokens", "mode", "ours", "time", "x naive", "fastest peer", "of the floor", "memory", "x naive")
+    head = ("head", "tokens", "mode", "ours", "time", "x naive", "fastest peer", "of the floor")
+    head += ("memory", "x naive", "error")
     for report in reports:
         gpu = gpu or report["on_gpu"]
         shown = []
@@ -179,11 +184,12 @@ def summary(reports: Iterable[dict[str, Any]]) -> list[str]:
                 continue
             best = min(ours, key=lambda row: row["time"])
             peer = min(peers, key=lambda row: row["time"], default=None)
-            beside = f"{seconds(peer['time'])} ({describe(peer['arm'])})" if peer else "none here"
+            beside = f"{describe(peer['arm'])}: {seconds(peer['time'])}, error {error(peer)}" if peer else "none here"
             own = describe(best["arm"]).removeprefix("ours, ")
             shown.append(
                 [name, f"{tokens:,}", MODE_NAMES[mode], own, seconds(best["time"]), ratio(best["time_ratio"]), beside]
                 + [f"{best['floor_share']:.0%}", megabytes(best["extra_bytes"]), ratio(best["memory_ratio"])]
+                + [error(best)]
             )
         lines += ["", f"{report['device']}, {report['dtype']}, {report['date']}:", "", *markdown_table(head, shown)]
     return lines if gpu else [*lines, "", NO_GPU]
