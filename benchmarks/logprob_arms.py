@@ -159,7 +159,7 @@ def _liger_dpo(pairs_a_chunk: int, case: Case, mode: str) -> Arm:
     if case.softcap is not None:
         raise Absent("takes no soft-cap")
     if pairs_a_chunk > 1 and case.pairs <= pairs_a_chunk:
-        raise Absent(f"{case.pairs} pairs are no more than one chunk of {pairs_a_chunk}")
+        raise Absent(f"all pairs fit into one chunk of {pairs_a_chunk}")
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     loss_of = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, chunk_size=pairs_a_chunk)  # compiled by default
