@@ -32,7 +32,7 @@ from dpo_scale.config import CONFIG_FILE, Config
 from dpo_scale.config_reader import to_mapping
 from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
-from dpo_scale.data.layout import padded_slots, padded_tokens
+from dpo_scale.data.layout import filled_slots, slots
 from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses, takes_loss_by_pair
 from dpo_scale.export import export_model
@@ -44,6 +44,7 @@ from dpo_scale.models.load import (
     load_tokenizers,
     policy_source,
     reference_source,
+    settle_layout,
 )
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
@@ -75,6 +76,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
+    settle_layout(config)
     data = engine.main_first(
         lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
     )
@@ -195,7 +197,12 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for k, ranks in enumerate(layout):
         batch = load_batch(
-            run.train_data, ranks[engine.rank()], run.tokenizer.pad_token_id, run.reference, run.config.loss
+            run.train_data,
+            ranks[engine.rank()],
+            run.tokenizer.pad_token_id,
+            run.reference,
+            run.config.loss,
+            run.policy.module.layout,
         )
         most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
         total, losses, metrics = pair_losses(
@@ -216,8 +223,11 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
         )
 
     tokens = int(lengths[pairs].sum())
-    slots = sum(padded_slots(micro.indices, lengths) for ranks in layout for micro in ranks)
-    filled = sum(padded_tokens(micro.indices, lengths) for ranks in layout for micro in ranks if micro.weights.any())
+    computed, filled = 0, 0
+    for micro in (micro for ranks in layout for micro in ranks):
+        computed += slots(run.policy.module.layout, micro.indices, lengths)
+        if micro.weights.any():
+            filled += filled_slots(run.policy.module.layout, micro.indices, lengths)
     state.step += 1
     state.pairs += len(pairs)
     state.tokens += tokens
@@ -232,7 +242,7 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "pairs_per_second": len(pairs) / seconds,
-        "padding_fraction": 1.0 - filled / slots,
+        "padding_fraction": 1.0 - filled / computed,
         "peak_memory_bytes": peak_memory,
     }
 
