@@ -90,3 +90,13 @@ def padded_tokens(pairs: np.ndarray, lengths: np.ndarray) -> int:
     """Token slots of `padded_batch` that hold a token: the prompt twice a pair, each completion once."""
     of_pairs = lengths[pairs]
     return int((2 * of_pairs[:, 0] + of_pairs[:, 1] + of_pairs[:, 2]).sum())
+
+
+def pair_tokens(lengths: np.ndarray, layout: str) -> np.ndarray:
+    """Tokens that each pair costs in a layout, int64 [n]: the prompt once where it is shared, otherwise twice.
+
+    Args:
+        lengths: [n, 3] tokens of prompt, chosen and rejected.
+    """
+    prompts = 1 if layout == "shared_prefix" else 2
+    return prompts * lengths[:, 0].astype(np.int64) + lengths[:, 1] + lengths[:, 2]
