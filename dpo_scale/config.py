@@ -76,7 +76,8 @@ class ModelSettings:
 class ReferenceSettings:
     """The frozen model that log-ratios are taken against; independent of the policy's ZeRO stage."""
 
-    mode: Literal["live", "store", "adapter"] = "live"  # a second model; stored values; the policy, adapter off
+    # a second model; stored values; the policy with its adapter off; the data's columns ref_*_logps
+    mode: Literal["live", "store", "adapter", "columns"] = "live"
     model: str | None = None  # null: the policy's initial weights, lora.adapter among them
     revision: str | None = None
     adapter: str | None = None  # a LoRA adapter that the reference wears; none: without lora.adapter
@@ -84,7 +85,7 @@ class ReferenceSettings:
     offload_param: Literal["none", "cpu"] = "none"
     store: str | None = None  # folder of the reference store; null: one in the cache folder, for all runs
     on_missing: Literal["compute", "error"] = "compute"  # mode store: rows that the store does not have
-    verify: int = 8  # mode store: rows that are computed again at the start and compared; 0: none
+    verify: int = 8  # modes store, columns: rows that are computed again at the start and compared; 0: none
     verify_with_model: bool = False  # load the reference for that where the policy starts from elsewhere
     max_tokens_per_micro_batch: int = 16384  # token slots of a forward pass that fills the store
     seconds_per_shard: float = 60.0  # a rank puts what it computed on the disk so often: what a kill can cost
@@ -123,9 +124,13 @@ class ReferenceSettings:
             self.sync_steps,
             f"null with reference.mode {self.mode}: only a live reference can move",
         )
-        for name, default in (("on_missing", "compute"), ("verify_with_model", False)):
+        for name, default, modes in (
+            ("on_missing", "compute", ["store"]),
+            ("verify_with_model", False, ["store", "columns"]),
+        ):
             value = getattr(self, name)
-            _check(self.mode == "store" or value == default, f"reference.{name}", value, "reference.mode=store with it")
+            expected = f"reference.mode={' or '.join(modes)} with it"
+            _check(self.mode in modes or value == default, f"reference.{name}", value, expected)
         _check(0 < self.sync_mixup <= 1, "reference.sync_mixup", self.sync_mixup, "above 0, at most 1")
 
 
@@ -359,6 +364,12 @@ class Config:
             "reference.mode",
             self.reference.mode,
             "lora.r or lora.adapter to be set and reference.model to be null: the reference is in the policy's layers",
+        )
+        _check(
+            self.reference.mode != "columns" or self.loss.ld_alpha is None,
+            "loss.ld_alpha",
+            self.loss.ld_alpha,
+            "null with reference.mode columns: they hold sums, and LD-DPO weights tokens",
         )
         for key, value in (
             ("lora.r", self.lora.r),

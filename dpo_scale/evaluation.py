@@ -17,6 +17,7 @@ from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers, policy_source
+from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 
 
@@ -127,7 +128,7 @@ def load_batch(
     """One rank's micro-batch on the device; a stored reference's values come with it."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
     batch = padded_batch(pairs, micro_batch.weights, pad_token_id)
-    if isinstance(reference, StoredReference):
+    if isinstance(reference, (StoredReference, ColumnReference)):
         batch = replace(batch, reference_logps=reference.logps(dataset, micro_batch.indices, settings))
     return batch.to(engine.device())
 

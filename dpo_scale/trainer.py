@@ -38,8 +38,10 @@ from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_
 from dpo_scale.export import export_model
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
+from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
+from dpo_scale.reference.stored import StoredReference
 from dpo_scale.schedule import learning_rate
 from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
 
@@ -89,9 +91,11 @@ def train(config: Config, resume: str | None = None) -> Path:
         f"{config.train.global_batch_size} pairs: {micro_steps} micro-steps x {engine.world_size()} ranks"
     )
     # before the policy is in memory: filling the store may take the reference's model
-    stored = None
+    seen = data.train.select(schedule.pairs_of_run(total_steps))
+    stored: StoredReference | ColumnReference | None = None
+    if config.loss.needs_reference and config.reference.mode == "columns":
+        stored = ColumnReference(config.data, tokenizer, engine.log)
     if config.loss.needs_reference and config.reference.mode == "store":
-        seen = data.train.select(schedule.pairs_of_run(total_steps))
         stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
     policy = load_policy(config, micro_steps)
     reference = make_reference(config, policy, stored)

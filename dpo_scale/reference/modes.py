@@ -17,6 +17,7 @@ from dpo_scale.data.dataset import PairDataset
 from dpo_scale.errors import ModelError, StoreError
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.reference.adapter import AdapterReference
+from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.fingerprint import fingerprint_model
 from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.moving import MovingReference
@@ -112,16 +113,16 @@ def stored_reference(config: Config, datasets: Sequence[PairDataset], pad_token_
     return StoredReference(book)
 
 
-def make_reference(config: Config, policy: Any, stored: StoredReference | None) -> Any:
+def make_reference(config: Config, policy: Any, stored: StoredReference | ColumnReference | None) -> Any:
     """What the policy's log-ratios are taken against, by `reference.mode`; None if the loss needs none.
 
     Args:
         policy: the policy's engine.
-        stored: the filled store, in mode `store`.
+        stored: the filled store in mode `store`, the data's columns in mode `columns`.
     """
     if not config.loss.needs_reference:
         return None
-    if config.reference.mode == "store":
+    if config.reference.mode in ("store", "columns"):
         assert stored is not None
         return stored
     if config.reference.mode == "adapter":
@@ -132,7 +133,9 @@ def make_reference(config: Config, policy: Any, stored: StoredReference | None) 
     return reference
 
 
-def verify_start(config: Config, stored: StoredReference, policy: Any, dataset: PairDataset, pad_token_id: int) -> None:
+def verify_start(
+    config: Config, stored: StoredReference | ColumnReference, policy: Any, dataset: PairDataset, pad_token_id: int
+) -> None:
     """Let the policy, which is the reference before the first step, compute some stored rows again.
 
     Where the policy starts from elsewhere the reference itself is loaded for it, if `reference.verify_with_model`.

@@ -22,6 +22,7 @@ from dpo_scale.data.layout import padded_batch
 from dpo_scale.errors import StoreError
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import sum_token_logps
+from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.store import Book
 
 # Mean difference per token that batch composition alone may cause: the order of sums in fp32, the rounding of
@@ -34,6 +35,11 @@ class StoredReference:
     """The reference of a run as values of a book."""
 
     book: Book
+
+    @property
+    def origin(self) -> str:
+        """Where the values come from, for messages."""
+        return str(self.book.folder)
 
     def logps(self, dataset: PairDataset, indices: np.ndarray, settings: LossSettings) -> torch.Tensor:
         """Summed reference log-probs of pairs, fp32 [P, 2], LD-DPO's weights applied where the loss has them.
@@ -154,7 +160,14 @@ def _sums(values: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
 
 
 def verify(
-    stored: StoredReference, model: Any, dataset: PairDataset, rows: int, *, dtype: str, seed: int, pad_token_id: int
+    stored: StoredReference | ColumnReference,
+    model: Any,
+    dataset: PairDataset,
+    rows: int,
+    *,
+    dtype: str,
+    seed: int,
+    pad_token_id: int,
 ) -> None:
     """Compute some stored rows again with a model that should be the reference. Every rank must call it.
 
@@ -187,7 +200,7 @@ def verify(
     allowed = TOLERANCE_PER_TOKEN[dtype]
     if not difference <= allowed:
         raise StoreError(
-            f"{stored.book.folder}: stored reference log-probs are not those of the model that training starts from "
+            f"{stored.origin}: stored reference log-probs are not those of the model that training starts from "
             f"({difference:.3g} a token apart, {allowed:.3g} allowed in {dtype}). {shown}"
         )
-    engine.log(f"reference store: {len(drawn)} rows computed again, at most {difference:.2g} a token apart")
+    engine.log(f"stored reference log-probs: {len(drawn)} rows computed again, at most {difference:.2g} a token apart")
