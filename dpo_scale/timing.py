@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-# In the order of a step. What is left to 1 are the interpreter, the optimizer's bookkeeping and the like.
-PHASES = ("data", "reference", "forward", "backward", "optimizer", "communication")
+from dpo_scale.config import PHASES
+
 _COMPUTING = ("reference", "forward", "backward")
 
 

@@ -13,6 +13,8 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+# Micro-batches that wait for their turn on each rank: a megabyte or so each.
+BATCHES_AHEAD = 8
 SECONDS_TO_END = 10.0
 
 
@@ -76,6 +78,3 @@ class Ahead(Generic[T]):
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-
-
-

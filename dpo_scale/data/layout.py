@@ -49,6 +49,11 @@ class PairBatch:
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
         return replace(self, **moved)
 
+    def pinned(self) -> PairBatch:
+        """The batch in page-locked memory, from which `to` copies without holding up the host."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
+
 
 def padded_batch(pairs: Sequence[Pair], weights: np.ndarray, pad_token_id: int) -> PairBatch:
     """Lay pairs out one sequence a row.
@@ -80,23 +85,32 @@ def padded_batch(pairs: Sequence[Pair], weights: np.ndarray, pad_token_id: int) 
     )
 
 
-def padded_slots(pairs: np.ndarray, lengths: np.ndarray) -> int:
-    """Token slots that `padded_batch` of these pairs has, padding included (B * T)."""
-    of_pairs = lengths[pairs]
-    return 2 * len(pairs) * int((of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).max())
-
-
-def padded_tokens(pairs: np.ndarray, lengths: np.ndarray) -> int:
-    """Token slots of `padded_batch` that hold a token: the prompt twice a pair, each completion once."""
-    of_pairs = lengths[pairs]
-    return int((2 * of_pairs[:, 0] + of_pairs[:, 1] + of_pairs[:, 2]).sum())
-
-
 def pair_tokens(lengths: np.ndarray, layout: str) -> np.ndarray:
-    """Tokens that each pair costs in a layout, int64 [n]: the prompt once where it is shared, otherwise twice.
+    """Tokens that a model computes for each pair: the prompt twice, or once where it is shared, and both completions.
 
     Args:
         lengths: [n, 3] tokens of prompt, chosen and rejected.
+
+    Returns:
+        int64 [n].
     """
     prompts = 1 if layout == "shared_prefix" else 2
     return prompts * lengths[:, 0].astype(np.int64) + lengths[:, 1] + lengths[:, 2]
+
+
+def filled_slots(layout: str, pairs: np.ndarray, lengths: np.ndarray) -> int:
+    """Token slots of a batch of these pairs that hold a token of theirs.
+
+    Args:
+        pairs: [n] indices into the dataset.
+        lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
+    """
+    return int(pair_tokens(lengths[pairs], layout).sum())
+
+
+def slots(layout: str, pairs: np.ndarray, lengths: np.ndarray) -> int:
+    """Token slots of a batch of these pairs, padding included (B * T); arguments as in `filled_slots`."""
+    if layout != "padded":
+        return filled_slots(layout, pairs, lengths)
+    of_pairs = lengths[pairs]
+    return 2 * len(pairs) * int((of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).max())

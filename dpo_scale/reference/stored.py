@@ -7,9 +7,10 @@ run asks: a row's key is what the model saw, a book's key is the model and the n
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ TOLERANCE_PER_TOKEN = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
 
 @dataclass(frozen=True)
 class StoredReference:
-    """The reference of a run as values of a book."""
+    """The reference of a run as values of a book; several threads may ask at once (training and evaluation)."""
 
     book: Book
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def origin(self) -> str:
@@ -49,12 +51,14 @@ class StoredReference:
         """
         keys = dataset.pair_keys[indices]
         if settings.ld_alpha is None:
-            found, sums, counts = self.book.lookup(keys)
+            with self._lock:
+                found, sums, counts = self.book.lookup(keys)
             # a row with other token counts is another row, whatever its key says
             found &= (counts == dataset.lengths[indices, 1:]).all(axis=1)
             self._all_found(found, dataset, indices)
             return torch.from_numpy(sums)
-        found, values, offsets = self.book.lookup_tokens(keys)
+        with self._lock:
+            found, values, offsets = self.book.lookup_tokens(keys)
         self._all_found(found, dataset, indices)
         lengths = np.diff(offsets)
         segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
