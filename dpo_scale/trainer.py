@@ -82,6 +82,11 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     state = read_state(started_from, identity) if started_from else TrainState()
     if state.step > total_steps:
         raise CheckpointError(f"{started_from}: is at step {state.step}, but this run ends at step {total_steps}")
+    if profile and not state.step < profile.start <= profile[-1] <= total_steps:
+        raise ConfigError(
+            f"--profile: steps {profile.start} to {profile[-1]} are not all among those to come, {state.step + 1} to "
+            f"{total_steps}"
+        )
     if state.best_step is not None and not checkpoint_path(run_dir, state.best_step).exists():
         engine.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
         state.best_step = state.best_metric = None
