@@ -1,8 +1,8 @@
 """Several training runs in one launch (a launch costs more than a tiny run): `run_many.py jobs.json`.
 
 `jobs.json` is a list of {"overrides": [...], "resume": null or text, "profile": [first, last step] if any, "refused":
-true where a `UserError` is expected, on every rank}; every rank runs them one after another. `jobs.json.messages` gets the errors' messages, null for a run
-that ended well.
+true where a `UserError` is expected, on every rank}; every rank runs them one after another. `jobs.json.messages` gets
+the errors' messages, null for a run that ended well.
 """
 
 import json
