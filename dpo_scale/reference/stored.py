@@ -25,10 +25,13 @@ from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import sum_token_logps
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.store import Book
+from dpo_scale.reference.upkeep import TARGET_SHARD_BYTES, compact_book
 
 # Mean difference per token that batch composition alone may cause: the order of sums in fp32, the rounding of
 # activations in half precision. Other weights differ by far more.
 TOLERANCE_PER_TOKEN = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
+MOST_SMALL_SHARDS = 32  # more are compacted after a fill
+GRACE_HOURS = 24.0
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,29 @@ def fill(
                     left = (last_said - started) / done * (total - done)
                     engine.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
     engine.barrier()  # every rank's shards are on the disk
-    book.refresh()
     if engine.is_main():
+        book.refresh()
         book.write_manifest()
+        _compact_if_scattered(book)
     engine.barrier()
+    book.refresh()
     seconds = time.monotonic() - started
     data_tokens = sum(int(dataset.lengths[rows].sum()) for dataset, rows in zip(datasets, missing, strict=True))
     engine.log(f"reference log-probs: computed {total} pairs in {seconds:.1f} s, {data_tokens / seconds:.0f} tokens/s")
     return total
+
+
+def _compact_if_scattered(book: Book) -> None:
+    """Make few shards of many small ones: a reader opens each. Old ones stay a while, for readers on other machines."""
+    small = sum(shard.nbytes < TARGET_SHARD_BYTES // 4 for shard in book.shards)
+    if small <= MOST_SMALL_SHARDS:
+        return
+    try:
+        done = compact_book(book.folder, grace_hours=GRACE_HOURS)
+    except StoreError as error:  # what was computed is safe all the same, and whoever reads a damaged row is told
+        engine.log(f"WARNING: small shards of the reference store were not compacted: {error}")
+        return
+    engine.log(f"reference store: {done.shards_before} shards compacted into {done.shards}")
 
 
 @torch.no_grad()
