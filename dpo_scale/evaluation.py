@@ -13,11 +13,18 @@ from dpo_scale.config import Config
 from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
 from dpo_scale.data.batching import MicroBatch, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
-from dpo_scale.data.layout import PairBatch, padded_batch
+from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers, policy_source
+from dpo_scale.models.load import (
+    check_vocabulary,
+    load_reference,
+    load_scoring_model,
+    load_tokenizers,
+    policy_source,
+    settle_layout,
+)
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 
@@ -29,7 +36,7 @@ def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tup
         ([P, 2] fp32 with chosen in column 0, [P] or None).
     """
     by_products = ("log_sum_p2",) if settings.use_weighting else ()
-    scored = scorer(batch.input_ids, batch.score_index, batch.score_targets, by_products)
+    scored = scorer(**batch.scorer_inputs, by_products=by_products)
     token_values, extra = scored if by_products else (scored, {})
     sums = sum_token_logps(
         token_values, batch.score_segments, batch.num_pairs, batch.lengths, ld_alpha=settings.ld_alpha
@@ -124,11 +131,16 @@ def mean_chosen_tokens(pairs: np.ndarray, lengths: np.ndarray) -> float:
 
 
 def load_batch(
-    dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int, reference: Any, settings: LossSettings
+    dataset: PairDataset,
+    micro_batch: MicroBatch,
+    pad_token_id: int,
+    reference: Any,
+    settings: LossSettings,
+    layout: Layout,
 ) -> PairBatch:
     """One rank's micro-batch on the host, ready to be copied; a stored reference's values come with it."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
-    batch = padded_batch(pairs, micro_batch.weights, pad_token_id)
+    batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
     if isinstance(reference, (StoredReference, ColumnReference)):
         batch = replace(batch, reference_logps=reference.logps(dataset, micro_batch.indices, settings))
     return batch.pinned() if engine.device().type == "cuda" else batch
@@ -144,7 +156,10 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
     sums = MetricSums()
     chosen_tokens = mean_chosen_tokens(pairs, lengths)
     plan = evaluation_plan(config, pairs, lengths)
-    to_come = (load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss) for ranks in plan)
+    to_come = (
+        load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
+        for ranks in plan
+    )
     with Ahead(to_come, BATCHES_AHEAD) as batches:
         for ranks, batch in zip(plan, batches, strict=True):
             batch = batch.to(engine.device())
@@ -186,6 +201,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.check_dtype(config.model.dtype)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
+    settle_layout(config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
     data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
     policy = load_scoring_model(config, policy_source(config))

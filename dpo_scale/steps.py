@@ -12,7 +12,7 @@ from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.batching import MicroBatch, Schedule, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.layout import PairBatch, filled_slots, pair_tokens, slots
+from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.evaluation import load_batch
 from dpo_scale.flops import ForwardFlops
@@ -56,7 +56,7 @@ class Planner:
     """
 
     lengths: np.ndarray
-    layout: str
+    layout: Layout
     world_size: int
     micro_batch_size: int
     max_tokens: int | None
@@ -199,6 +199,6 @@ def micro_steps_of_run(
             order = schedule.epoch_order(epoch)
         plan = planner.plan(schedule.global_batch(step, order))
         for k, ranks in enumerate(plan.micro_steps):
-            batch = load_batch(dataset, ranks[rank], pad_token_id, reference, config.loss)
+            batch = load_batch(dataset, ranks[rank], pad_token_id, reference, config.loss, planner.layout)
             most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
             yield MicroStep(plan, batch, most_pairs, k == len(plan.micro_steps) - 1)

@@ -38,7 +38,7 @@ from dpo_scale.evaluation import evaluate, pair_losses, reference_logps
 from dpo_scale.export import export_model
 from dpo_scale.flops import forward_flops
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
+from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source, settle_layout
 from dpo_scale.profiler import StepProfiler
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
@@ -73,6 +73,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
+    settle_layout(config)
     data = engine.main_first(
         lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
     )
