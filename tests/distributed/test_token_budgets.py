@@ -12,18 +12,27 @@ from dpo_scale.config import PHASES
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 BUDGETS = {
-    "pairs": ["train.micro_batch_size=2"],
-    "small": ["train.max_tokens_per_micro_batch=90"],  # less than the longest pair
-    "middle": ["train.max_tokens_per_micro_batch=300", "deepspeed.stage=3", "logging.peak_tflops=0.01"],
-    "large": ["train.max_tokens_per_micro_batch=100000", "reference.mode=store", "deepspeed.stage=1"],
+    "pairs": ["train.micro_batch_size=2", "data.layout=padded"],
+    "small": ["train.max_tokens_per_micro_batch=90", "data.layout=padded"],  # less than the longest pair
+    "middle": [
+        *("train.max_tokens_per_micro_batch=200", "data.layout=packed"),
+        *("deepspeed.stage=3", "logging.peak_tflops=0.01"),
+    ],
+    "large": [
+        *("train.max_tokens_per_micro_batch=100000", "data.layout=shared_prefix"),
+        *("deepspeed.stage=1", "reference.mode=store"),
+    ],
     "checkpoints": [
-        *("train.max_tokens_per_micro_batch=300", "model.gradient_checkpointing=true"),
-        "model.gradient_checkpointing_offload=true",
+        *("train.max_tokens_per_micro_batch=200", "data.layout=shared_prefix"),
+        *("model.gradient_checkpointing=true", "model.gradient_checkpointing_offload=true"),
     ],
 }
 ONE_RANK = {
-    "one": ["train.max_tokens_per_micro_batch=300", "deepspeed.stage=0", "logging.peak_tflops=0.01"],
-    "one again": ["train.max_tokens_per_micro_batch=300", "deepspeed.stage=0"],
+    "one": [
+        *("train.max_tokens_per_micro_batch=200", "data.layout=shared_prefix"),
+        *("deepspeed.stage=0", "logging.peak_tflops=0.01"),
+    ],
+    "one again": ["train.max_tokens_per_micro_batch=200", "data.layout=shared_prefix", "deepspeed.stage=0"],
 }
 
 
@@ -75,6 +84,12 @@ def test_times_of_a_step_are_shares_of_it(folder):
             assert (shares["reference"] > 0.01) == (name != "large"), (name, shares)
             assert 0 <= record["rank_idle"] < 0.5
             assert record["rank_idle"] == 0 or name in BUDGETS
+
+
+def test_rows_that_are_packed_have_no_padding(folder):
+    for name in ("large", "checkpoints", "one"):
+        assert all(record["padding_fraction"] == 0 for record in read_metrics(folder / name)), name
+    assert all(record["padding_fraction"] > 0 for record in read_metrics(folder / "pairs"))
 
 
 def test_utilisation_is_there_where_the_peak_is_known(folder):
