@@ -135,7 +135,8 @@ def forward_batches(
             fit = int(max_tokens // tokens[order[start]])
         else:
             fit = int(np.searchsorted(before, before[start] + max_tokens, side="right")) - 1 - start
-        count = min(share, max(1, fit))
+        left_for_others = len(order) - start - max(0, world_size - len(runs) - 1)
+        count = max(1, min(share, fit, left_for_others))
         runs.append(pairs[order[start : start + count]])
         start += count
     batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs]
