@@ -25,10 +25,11 @@ class StepTimer:
 
     Args:
         device: where the work is done.
+        num_ranks: a single one waits for nobody, so its phases are whole.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cpu = device.type == "cpu"
+    def __init__(self, device: torch.device, num_ranks: int) -> None:
+        self._on_cpu, self._alone = device.type == "cpu", num_ranks == 1
         self._events: list[tuple[str, Any, Any]] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._last_busy = 0.0
@@ -55,7 +56,8 @@ class StepTimer:
             wall, computing = time.perf_counter(), time.thread_time()
             yield
             elapsed = time.perf_counter() - wall
-            computed = elapsed if name == "data" else min(elapsed, time.thread_time() - computing)
+            whole = name == "data" or self._alone
+            computed = elapsed if whole else min(elapsed, time.thread_time() - computing)
             self._seconds[name] += computed
             self._seconds["communication"] += elapsed - computed
 

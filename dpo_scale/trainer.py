@@ -190,7 +190,7 @@ def step_by_step(
     run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler, batches: Iterator[MicroStep]
 ) -> None:
     """Train, record, evaluate and save, one step after the other."""
-    settings, timer = run.config.train, StepTimer(engine.device())
+    settings, timer = run.config.train, StepTimer(engine.device(), engine.world_size())
     while state.step < run.total_steps:
         with profiler.step(state.step + 1):
             metrics = train_step(run, state, batches, timer)

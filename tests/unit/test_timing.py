@@ -19,7 +19,7 @@ def compute(seconds):
 
 
 def test_waiting_inside_a_pass_is_communication_and_not_computing():
-    timer = StepTimer(torch.device("cpu"))
+    timer = StepTimer(torch.device("cpu"), 2)
     timer.start()
     with timer.phase("data"):
         time.sleep(0.05)
@@ -38,8 +38,16 @@ def test_waiting_inside_a_pass_is_communication_and_not_computing():
     assert sum(shares.values()) <= 1 + 1e-6
 
 
+def test_a_rank_alone_waits_for_nobody():
+    timer = StepTimer(torch.device("cpu"), 1)
+    with timer.phase("backward"):
+        time.sleep(0.05)
+    shares = timer.shares()
+    assert shares["time/communication"] == 0 and shares["time/backward"] > 0.9
+
+
 def test_steps_are_counted_anew():
-    timer = StepTimer(torch.device("cpu"))
+    timer = StepTimer(torch.device("cpu"), 2)
     with timer.phase("forward"):
         compute(0.02)
     assert timer.shares()["time/forward"] > 0
@@ -56,7 +64,7 @@ def test_profiled_steps_are_read_off_the_command_line():
 
 
 def test_a_trace_holds_the_chosen_steps_and_their_phases(tmp_path):
-    timer = StepTimer(torch.device("cpu"))
+    timer = StepTimer(torch.device("cpu"), 1)
     with StepProfiler(tmp_path / "profile", range(2, 4)) as profiler:
         for step in range(1, 6):
             with profiler.step(step), timer.phase("forward" if step < 4 else "backward"):
