@@ -11,7 +11,8 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.config import Config
-from dpo_scale.data.batching import MicroBatch, split_among_ranks
+from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
+from dpo_scale.data.batching import MicroBatch, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.logprobs.pair_loss import PairLoss
@@ -182,12 +183,12 @@ def load_batch(
     settings: LossSettings,
     layout: Layout,
 ) -> PairBatch:
-    """One rank's micro-batch on the device; a stored reference's values come with it."""
+    """One rank's micro-batch on the host, ready to be copied; a stored reference's values come with it."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
     batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
     if isinstance(reference, (StoredReference, ColumnReference)):
         batch = replace(batch, reference_logps=reference.logps(dataset, micro_batch.indices, settings))
-    return batch.to(engine.device())
+    return batch.pinned() if engine.device().type == "cuda" else batch
 
 
 @torch.no_grad()
@@ -198,21 +199,40 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
     was_training = policy.module.training
     policy.eval()
     sums = MetricSums()
-    batches = split_among_ranks(
+    chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    plan = evaluation_plan(config, pairs, lengths)
+    to_come = (
+        load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
+        for ranks in plan
+    )
+    with Ahead(to_come, BATCHES_AHEAD) as batches:
+        for ranks, batch in zip(plan, batches, strict=True):
+            batch = batch.to(engine.device())
+            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
+            _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
+            sums.add({"loss": losses, **metrics}, batch.weights)
+    policy.train(was_training)
+    means, _, _ = sums.reduce().read()
+    return {**means, "pairs": float(len(dataset))}
+
+
+def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray) -> list[list[MicroBatch]]:
+    """How held-out pairs are laid out: by the training's budget of tokens, or by pairs where that is what is set."""
+    settings = config.train
+    if settings.eval_micro_batch_size is None and settings.max_tokens_per_micro_batch is not None:
+        return forward_batches(
+            pairs,
+            lengths,
+            max_tokens=settings.max_tokens_per_micro_batch,
+            world_size=engine.world_size(),
+            layout=config.data.layout,
+        )
+    return split_among_ranks(
         pairs,
         lengths,
-        micro_batch_size=config.train.eval_micro_batch_size or config.train.micro_batch_size,
+        micro_batch_size=settings.eval_micro_batch_size or settings.micro_batch_size,
         world_size=engine.world_size(),
     )
-    for ranks in batches:
-        batch = load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
-        most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-        chosen_tokens = mean_chosen_tokens(pairs, lengths)
-        _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
-        sums.add({"loss": losses, **metrics}, batch.weights)
-    policy.train(was_training)
-    means, _ = sums.reduce()
-    return {**means, "pairs": float(len(dataset))}
 
 
 def evaluate_model(config: Config) -> dict[str, float]:

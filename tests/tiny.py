@@ -200,8 +200,11 @@ def _run_jobs(folder: Path, jobs: list[dict], ranks: int) -> tuple[list[str | No
 
 def without_timings(records: list[dict]) -> list[dict]:
     """Metrics without those that differ between two runs of the same numbers."""
-    timings = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes"}
-    return [{name: value for name, value in record.items() if name not in timings} for record in records]
+    timings = {"step_seconds", "tokens_per_second", "pairs_per_second", "mfu", "rank_idle", "peak_memory_bytes"}
+    return [
+        {name: value for name, value in record.items() if name not in timings and not name.startswith("time/")}
+        for record in records
+    ]
 
 
 def launch(

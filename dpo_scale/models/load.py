@@ -20,6 +20,7 @@ from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepsp
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
+from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.layouts import check_layout, choose_layout, install_attention
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
@@ -159,13 +160,22 @@ def load_policy(config: Config, micro_steps: int) -> Any:
             lora.add_reference_adapter(model, reference_adapter)
         engine.log(lora.describe(model))
     if config.model.gradient_checkpointing:
-        # non-reentrant: ZeRO-3's hooks and frozen inputs work with it, and dropout is replayed
-        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(causal_lm(model), offload=offloads_checkpoints(config))
+    if config.model.compile:
+        compile_layers(causal_lm(model))
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
     check_layout(policy, causal_lm(model), config)
     return policy
+
+
+def offloads_checkpoints(config: Config) -> bool:
+    """Whether checkpoints are kept on the host; on a CPU they are there anyway."""
+    if config.model.gradient_checkpointing_offload and engine.device().type == "cpu":
+        engine.log("model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already")
+        return False
+    return config.model.gradient_checkpointing_offload
 
 
 def load_reference(config: Config) -> Any:
@@ -183,6 +193,8 @@ def load_scoring_model(config: Config, source: ModelSource) -> Any:
     model = _load_for(config, source, deepspeed_config)
     if source.adapter is not None:
         model = lora.wear_adapter(model, source.adapter)
+    if config.model.compile:  # as the policy, so that equal weights give equal numbers
+        compile_layers(causal_lm(model))
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     reference = engine.initialize_reference(scorer, deepspeed_config)
     check_layout(reference, causal_lm(model), config)

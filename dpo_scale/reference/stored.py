@@ -8,9 +8,10 @@ run asks: a row's key is what the model saw, a book's key is the model and the n
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,10 @@ GRACE_HOURS = 24.0
 
 @dataclass(frozen=True)
 class StoredReference:
-    """The reference of a run as values of a book."""
+    """The reference of a run as values of a book; several threads may ask at once (training and evaluation)."""
 
     book: Book
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def origin(self) -> str:
@@ -56,12 +58,14 @@ class StoredReference:
         """
         keys = dataset.pair_keys[indices]
         if settings.ld_alpha is None:
-            found, sums, counts = self.book.lookup(keys)
+            with self._lock:
+                found, sums, counts = self.book.lookup(keys)
             # a row with other token counts is another row, whatever its key says
             found &= (counts == dataset.lengths[indices, 1:]).all(axis=1)
             self._all_found(found, dataset, indices)
             return torch.from_numpy(sums)
-        found, values, offsets = self.book.lookup_tokens(keys)
+        with self._lock:
+            found, values, offsets = self.book.lookup_tokens(keys)
         self._all_found(found, dataset, indices)
         lengths = np.diff(offsets)
         segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
@@ -124,12 +128,15 @@ def fill(
     if total == 0:
         return 0
     reference = load_reference()
+    layout = reference.module.layout
     started, done, last_said = time.monotonic(), 0, time.monotonic()
     with book.writer(tokens=tokens, seconds_per_shard=seconds_per_shard) as writer:
         for dataset, rows in zip(datasets, missing, strict=True):
             if len(rows) == 0:
                 continue
-            for ranks in forward_batches(rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size()):
+            for ranks in forward_batches(
+                rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size(), layout=layout
+            ):
                 own = ranks[engine.rank()]
                 values = score(reference, dataset, own, pad_token_id)
                 if own.weights.any():
