@@ -70,6 +70,15 @@ def tiny_config(architecture: str, *, tied: bool = False):
         return transformers.Qwen3Config(**shared, head_dim=8)
     if architecture == "gemma2":
         return transformers.Gemma2Config(**shared, head_dim=8, sliding_window=16, final_logit_softcapping=3.0)
+    if architecture == "gemma3":
+        kinds = ["sliding_attention", "full_attention"]
+        return transformers.Gemma3TextConfig(**shared, head_dim=8, sliding_window=16, layer_types=kinds)
+    if architecture == "mistral":
+        return transformers.MistralConfig(**shared, sliding_window=16)
+    if architecture == "gpt_oss":
+        return transformers.GptOssConfig(
+            **shared, head_dim=8, sliding_window=16, num_local_experts=4, num_experts_per_tok=2
+        )
     if architecture == "gpt2":
         return transformers.GPT2Config(
             vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=256, tie_word_embeddings=tied,
@@ -191,8 +200,11 @@ def _run_jobs(folder: Path, jobs: list[dict], ranks: int) -> tuple[list[str | No
 
 def without_timings(records: list[dict]) -> list[dict]:
     """Metrics without those that differ between two runs of the same numbers."""
-    timings = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes"}
-    return [{name: value for name, value in record.items() if name not in timings} for record in records]
+    timings = {"step_seconds", "tokens_per_second", "pairs_per_second", "mfu", "rank_idle", "peak_memory_bytes"}
+    return [
+        {name: value for name, value in record.items() if name not in timings and not name.startswith("time/")}
+        for record in records
+    ]
 
 
 def launch(

@@ -8,9 +8,10 @@ run asks: a row's key is what the model saw, a book's key is the model and the n
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from dpo_scale import engine
 from dpo_scale.data.batching import MicroBatch, forward_batches
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.layout import padded_batch
+from dpo_scale.data.layout import make_batch
 from dpo_scale.errors import StoreError
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import sum_token_logps
@@ -39,9 +40,10 @@ GRACE_HOURS = 24.0
 
 @dataclass(frozen=True)
 class StoredReference:
-    """The reference of a run as values of a book."""
+    """The reference of a run as values of a book; several threads may ask at once (training and evaluation)."""
 
     book: Book
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def origin(self) -> str:
@@ -56,12 +58,14 @@ class StoredReference:
         """
         keys = dataset.pair_keys[indices]
         if settings.ld_alpha is None:
-            found, sums, counts = self.book.lookup(keys)
+            with self._lock:
+                found, sums, counts = self.book.lookup(keys)
             # a row with other token counts is another row, whatever its key says
             found &= (counts == dataset.lengths[indices, 1:]).all(axis=1)
             self._all_found(found, dataset, indices)
             return torch.from_numpy(sums)
-        found, values, offsets = self.book.lookup_tokens(keys)
+        with self._lock:
+            found, values, offsets = self.book.lookup_tokens(keys)
         self._all_found(found, dataset, indices)
         lengths = np.diff(offsets)
         segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
@@ -124,12 +128,15 @@ def fill(
     if total == 0:
         return 0
     reference = load_reference()
+    layout = reference.module.layout
     started, done, last_said = time.monotonic(), 0, time.monotonic()
     with book.writer(tokens=tokens, seconds_per_shard=seconds_per_shard) as writer:
         for dataset, rows in zip(datasets, missing, strict=True):
             if len(rows) == 0:
                 continue
-            for ranks in forward_batches(rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size()):
+            for ranks in forward_batches(
+                rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size(), layout=layout
+            ):
                 own = ranks[engine.rank()]
                 values = score(reference, dataset, own, pad_token_id)
                 if own.weights.any():
@@ -171,8 +178,9 @@ def _compact_if_scattered(book: Book) -> None:
 def score(reference: Any, dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int) -> torch.Tensor:
     """Per-token log-probs of a micro-batch's completions on the host, fp32, row by row, chosen before rejected."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
-    batch = padded_batch(pairs, micro_batch.weights, pad_token_id).to(engine.device())
-    return reference(batch.input_ids, batch.score_index, batch.score_targets).cpu()
+    layout = reference.module.layout
+    batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id).to(engine.device())
+    return reference(**batch.scorer_inputs).cpu()
 
 
 def _sums(values: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
