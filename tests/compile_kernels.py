@@ -22,7 +22,8 @@ from triton.runtime import driver
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_scale.logprobs import BY_PRODUCTS, triton_kernels  # noqa: E402
-from dpo_scale.logprobs.triton_logps import default_blocks, triton_token_logps  # noqa: E402
+from dpo_scale.logprobs.triton_blocks import default_blocks  # noqa: E402
+from dpo_scale.logprobs.triton_logps import triton_token_logps  # noqa: E402
 
 INSTRUCTIONS = r"(?:wgmma\.mma_async|mma\.sync|cp\.async|tcgen05\.mma|cp\.async\.bulk)[\w.]*"
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import triton_kernels as kernels
+from dpo_scale.logprobs.triton_blocks import Blocks, default_blocks
 
 # Whether Triton was told, before it was imported, to run kernels in its interpreter: on CPU tensors, slowly.
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
@@ -50,41 +51,6 @@ LEAST_TILE_BYTES = 64 * 2**20
 MOST_TILES_PER_RUN, MOST_RUNS = 8, 128
 # Hidden states of the token blocks that run together: a third of the smallest L2 of the GPUs below.
 GROUP_BYTES = 12 * 2**20
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel is cut: BLOCK_S tokens x BLOCK_V logits, BLOCK_H products at a time, and how a block is run."""
-
-    tokens: int
-    vocabulary: int
-    width: int
-    warps: int
-    stages: int
-
-
-# By compute capability, for 16-bit operands. One stage holds (tokens + vocabulary) * width * 2 bytes of shared memory;
-# the fp32 accumulator takes tokens * vocabulary / (32 * warps) of each thread's 255 registers. A block of s x v logits
-# reads (s + v) / (s v) numbers per multiplication, so large blocks are what keeps matrix units fed.
-#   sm_80 (A100): 163 KiB a block. 128 x 128 x 64, 32 KiB a stage, 4 stages 128 KiB; 8 warps, 64 registers. The larger
-#     128 x 256 spills, since mma.sync keeps its operands in registers too.
-#   sm_90 (H100, H200): 227 KiB. wgmma reads its operands from shared memory, so 128 x 256 fits into registers: 128 of
-#     them. 48 KiB a stage, 4 stages 192 KiB.
-#   sm_100 (B200): 227 KiB, accumulators in tensor memory. As sm_90.
-#   others (sm_75 64 KiB, sm_86, sm_89 and sm_120 99 KiB): 128 x 128 x 32, 16 KiB a stage, 3 stages 48 KiB.
-# fp32 products don't use matrix units (they would round to tf32): small blocks, registers are what is short.
-BLOCKS = {
-    (8, 0): Blocks(128, 128, 64, warps=8, stages=4),
-    (9, 0): Blocks(128, 256, 64, warps=8, stages=4),
-    (10, 0): Blocks(128, 256, 64, warps=8, stages=4),
-}
-OTHER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3)
-FP32_BLOCKS = Blocks(64, 64, 32, warps=4, stages=3)
-
-
-def default_blocks(capability: tuple[int, int], dtype: torch.dtype) -> Blocks:
-    """The blocks for a device's compute capability and the operands' dtype."""
-    return FP32_BLOCKS if dtype == torch.float32 else BLOCKS.get(capability, OTHER_BLOCKS)
 
 
 def triton_token_logps(
@@ -294,9 +260,8 @@ class TritonHead:
         else:
             fitting = self._tile_bytes(0 if hidden_sum is None else hidden_sum.nbytes) // hidden.element_size()
             # tokens are split too only where a narrow tile of all of them would not fit
-            rows = min(
-                tokens, max(self.blocks.tokens, fitting // self._step // self.blocks.tokens * self.blocks.tokens)
-            )
+            most_rows = fitting // self._step // self.blocks.tokens * self.blocks.tokens
+            rows = min(tokens, max(self.blocks.tokens, most_rows))
             columns = min(self._columns(vocabulary), max(1, fitting // max(1, rows) // self._step) * self._step)
             tile = hidden.new_empty(rows * columns)
         for first in range(0, vocabulary, columns):

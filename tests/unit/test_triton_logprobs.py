@@ -17,7 +17,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 from dpo_scale.logprobs import BY_PRODUCTS, choose_implementation, token_logps  # noqa: E402
-from dpo_scale.logprobs.triton_logps import Blocks, triton_token_logps  # noqa: E402
+from dpo_scale.logprobs.triton_blocks import Blocks  # noqa: E402
+from dpo_scale.logprobs.triton_logps import triton_token_logps  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
