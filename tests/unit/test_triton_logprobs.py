@@ -269,5 +269,5 @@ def test_kernels_compile_for_gpus_into_their_matrix_instructions_and_shared_memo
             if kernel["call"] != "everything, odd":
                 assert "cp.async" in kernel["ptx"], kernel
         # registers that do not fit: with three fourths of them in the accumulator a few, around the stored weights
-        most_spilled = {"nothing trained": 16, "frozen": 256, "trained": 256, "everything, odd": 1500}
+        most_spilled = {"nothing trained": 16, "frozen": 256, "trained": 256, "everything, odd": 2048}
         assert kernel["spilled"] <= most_spilled[kernel["call"]], kernel
