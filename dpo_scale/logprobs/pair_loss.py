@@ -10,25 +10,27 @@ the tokens s of completion k (a_s = 1, or LD-DPO's weights). Then for a token of
 of the first is long gone, and computes the logits again. But c_s depends on nothing outside of its pair. So this walks
 over chunks of whole pairs. One pass over the vocabulary, in fp32 tiles, gives log-sum-exps and log-probs, and leaves
 e_sv = exp(l_v - m) * dl_v/dz_v, m being the largest logit of the token up to this tile. Then the sums, the loss and
-dL/dS (autograd on a [P, 2] function) are there, and each row of e becomes d in place: p_sv = e_sv * exp(m - lse_s), one
-number a token and tile, with the target's own entry overwritten by c_s * (1 - p_t), whose digits come from the log-prob.
-Two products follow, and the backward pass of autograd only multiplies by its upstream scalar (the share of the global
+dL/dS (autograd on a [P, 2] function) are there, and e becomes d in place: p_sv = e_sv * exp(m - lse_s), one factor a
+token and tile. The target's own entry is overwritten by c_s * (1 - p_t), whose digits come from the log-prob. Two
+products follow, and the backward pass of autograd only multiplies by its upstream scalar (the share of the global
 batch, the loss scale of fp16).
 
 Exact: log-probs are those of `chunked`, from fp32 logits; e is rounded to the operands' dtype, as every path rounds d,
 which it becomes: two roundings of 16 bits instead of one, on single terms of sums of V.
 
-Cost. 3 passes of 2SHV flop, as naive, where the token path makes 4. Bytes: e, 2SV in 16-bit training, written once,
-scaled once, read by two products, in pieces of at most `most_held`; one fp32 tile of logits. A pair whose e is larger
-than that is split: the first tokens are treated as above, the logits of the rest are computed again once the loss is
-known, so it costs between 3 and 4 passes. A head that is not trained needs no e: the gradient's direction is summed in
-the one pass over the vocabulary (`tiles.HiddenDirection`): 2 passes.
+Cost. 3 passes of 2SHV flop, as naive, where a token path that keeps nothing makes 4. Bytes: e, 2SV in 16-bit training,
+written once, scaled once, read by two products. It needs no memory of its own for the first H tokens: their e lies in
+the memory of the weight's gradient, [V, H] as well, which has no value yet; each tile is copied out before its rows of
+dW are written. Further tokens come in chunks whose e takes at most `most_held`. Beside it there is one fp32 tile of
+logits and, on a CPU, one of the weight. A pair whose e fits neither is split: the logits of the tokens beyond are
+computed again once the loss is known, so it costs between 3 and 4 passes. A head that is not trained needs no e: the
+gradient's direction is summed in the one pass over the vocabulary (`tiles.HiddenDirection`): 2 passes.
 
 The weight's gradient is a sum over chunks. Each adds its product, summed in fp32, to the gradient in the weight's own
 dtype: one rounding a chunk, as gradient accumulation has one a micro-step, and no fp32 copy of [V, H], which is 2.1 GB
-for a head of 4096 x 128256. Beyond `MOST_ROUNDINGS` chunks the error of that would show (it grows with the root of their
-number), and so many tokens dwarf the copy: then the sum is fp32. In fp16, whose range gradients do not fit before the
-loss scale has come, both gradients are kept in fp32, and fp16 operands of the products are scaled to that range.
+for a head of 4096 x 128256. Beyond `MOST_ROUNDINGS` chunks the error of that would show (it grows with the root of
+their number), and so many tokens dwarf the copy: then the sum is fp32. In fp16, whose range gradients do not fit before
+the loss scale has come, both gradients are kept in fp32, and fp16 operands of the products are scaled to that range.
 """
 
 from __future__ import annotations
@@ -44,17 +46,20 @@ from torch.autograd.function import once_differentiable
 from dpo_scale.logprobs import check_arguments
 from dpo_scale.logprobs.tiles import (
     HiddenDirection,
-    Statistics,
+    Keep,
     Tiles,
+    block_in,
     default_tile_bytes,
     exact_bf16_products,
     held_bytes,
-    runs,
+    in_tile,
+    rows_in,
     statistics,
 )
 from dpo_scale.losses import segment_sums
 
-MOST_ROUNDINGS = 16
+# Measured: 14 chunks make the error 2.4 times that of one (0.4% of the norm), 40 make it 3.3 times.
+MOST_ROUNDINGS = 24
 # What 1 becomes in fp16 operands: the smallest number is then 4e-12, and sums of two are still in range.
 FP16_ONE = 2.0**14
 
@@ -125,8 +130,9 @@ class _FusedPairLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        # [1], not a scalar: torch would round a scalar to the dtype of what it multiplies
-        factor = upstream.reshape(1)
+        # As a 0-dimensional tensor it would be rounded to the dtype of what it multiplies. [1] is not, but on a CPU
+        # torch then makes an fp32 copy of the product; on CUDA a Python number would have to be waited for.
+        factor = upstream.item() if upstream.device.type == "cpu" else upstream.reshape(1)
         return *(None if g is None else g.mul_(factor).to(ctx.dtype) for g in ctx.saved_tensors), None
 
 
@@ -147,36 +153,43 @@ class _Job:
         """Sums [P, 2], and the gradients of hidden, weight and bias for an upstream of 1, None where not trained."""
         probe = self._tiles(hidden[:0], weight)
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=probe.dtype)
-        most_rows = max(1, self.most_held // (weight.shape[0] * probe.product_dtype.itemsize))
+        own_rows = max(1, self.most_held // (weight.shape[0] * probe.product_dtype.itemsize))
         counts = torch.bincount(self.pair_loss.segments // 2, minlength=self.pair_loss.num_pairs).tolist()
-        chunks = list(_chunks(counts, most_rows))
+        gradients = _Gradients(hidden, weight, self.bias, self.trained, 1 + sum(counts) // own_rows)
+        free_rows = rows_in(gradients.weight, probe.product_dtype)
         to_head = self.trained[1] or self.trained[2]
-        roundings = sum(len(list(runs(tokens.stop - tokens.start, most_rows))) for _, tokens in chunks)
-        gradients = _Gradients(hidden, weight, self.bias, self.trained, roundings)
-        most_needed = min(most_rows, max((tokens.stop - tokens.start for _, tokens in chunks), default=0))
-        memory = hidden.new_empty(most_needed * weight.shape[0] if to_head else 0, dtype=probe.product_dtype)
-        for pairs, tokens in chunks:
-            tiles = self._tiles(hidden[tokens], weight)
+        needed_rows = min(own_rows, max(0, sum(counts) - free_rows)) if to_head else 0
+        memory = hidden.new_empty(needed_rows * weight.shape[0], dtype=probe.product_dtype)
+        for pairs, tokens in _chunks(counts, free_rows + own_rows, own_rows):
+            count = tokens.stop - tokens.start
+            free = min(free_rows if gradients.is_empty else 0, count)
+            held = min(free + own_rows, count)
+            tiles = self._tiles(hidden[tokens], weight, (free, held))
             targets = self.targets[tokens]
-            rows = _Rows(tiles, targets, memory, most_needed) if to_head else None
+            parts = []
+            if to_head:
+                parts = [_Rows(tiles, 0, free, gradients.weight), _Rows(tiles, free, held, memory)]
             direction = HiddenDirection(tiles, targets) if self.trained[0] and not to_head else None
-            found = statistics(tiles, targets, keep=rows or direction)
-            token_gradient = self._token_gradient(found.logps, sums, pairs, tokens)
+            found = statistics(tiles, targets, keep=_keep_in(parts) if parts else direction)
+            gradient = self._token_gradient(found.logps, sums, pairs, tokens)
             if direction is not None:
                 assert gradients.hidden is not None
-                gradients.hidden[tokens] = direction.result(found).mul_(token_gradient.unsqueeze(1))
-            elif rows is not None:
-                for run in runs(tokens.stop - tokens.start, most_needed):
-                    if run.start > 0:
-                        tiles = self._tiles(hidden[tokens][run], weight)
-                        rows = _Rows(tiles, targets[run], memory, most_needed)
-                        rows.compute(found.logsumexp[run])
-                    unit = rows.to_logit_gradient(found, token_gradient * self.logit_scale, run)
-                    gradients.add(rows, unit, slice(tokens.start + run.start, tokens.start + run.stop))
+                gradients.hidden[tokens] = direction.result(found).mul_(gradient.unsqueeze(1))
+            if not to_head:
+                continue
+            of_target = found.target_gradient(self.softcap)
+            per_token = torch.stack([gradient * self.logit_scale, of_target, found.logsumexp])
+            for part in parts:
+                gradients.add(part, per_token[:, part.run], targets[part.run], tokens.start + part.run.start)
+            for start in range(held, count, own_rows):
+                rest = slice(start, min(start + own_rows, count))
+                part = _Rows(self._tiles(hidden[tokens][rest], weight), 0, rest.stop - rest.start, memory)
+                part.compute(found.logsumexp[rest])
+                gradients.add(part, per_token[:, rest], targets[rest], tokens.start + start)
         return sums, [gradients.hidden, gradients.weight, gradients.bias]
 
-    def _tiles(self, hidden: Tensor, weight: Tensor) -> Tiles:
-        return Tiles(hidden, weight, self.bias, self.logit_scale, self.softcap, self.tile_bytes)
+    def _tiles(self, hidden: Tensor, weight: Tensor, token_ends: Sequence[int] = ()) -> Tiles:
+        return Tiles(hidden, weight, self.bias, self.logit_scale, self.softcap, self.tile_bytes, token_ends)
 
     def _token_gradient(self, logps: Tensor, sums: Tensor, pairs: slice, tokens: slice) -> Tensor:
         """Write these pairs' rows of `sums`; returns dL/dlogp of their tokens, in the dtype of logps."""
@@ -194,42 +207,54 @@ class _Job:
         return gradient if weights is None else gradient * weights[tokens].to(gradient.dtype)
 
 
-def _chunks(counts: Sequence[int], most_tokens: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(counts: Sequence[int], most_in_first: int, most_tokens: int) -> Iterator[tuple[slice, slice]]:
     """Pairs and their tokens, as many whole pairs at a time as fit; a pair that does not fit comes alone."""
-    first, start, stop = 0, 0, 0
+    first, start, stop, most = 0, 0, 0, most_in_first
     for pair, count in enumerate(counts):
-        if pair > first and stop + count - start > most_tokens:
+        if pair > first and stop + count - start > most:
             yield slice(first, pair), slice(start, stop)
-            first, start = pair, stop
+            first, start, most = pair, stop, most_tokens
         stop += count
     if counts:
         yield slice(first, len(counts)), slice(start, stop)
 
 
 class _Rows:
-    """The soft-max of a run of tokens over the whole vocabulary, [rows, V] in the products' dtype; then d, in place.
+    """The soft-max of a run of tokens over the whole vocabulary, in the products' dtype, tile by tile.
 
-    First exp(l - peak) * dl/dz, with a peak for each token and tile. As the `keep` of `statistics` it takes the first
-    tokens that pass by.
+    Each tile is exp(l - peak) * dl/dz, with a peak for each of its tokens; `logit_gradient` turns it into d.
     """
 
-    def __init__(self, tiles: Tiles, targets: Tensor, memory: Tensor, most_rows: int) -> None:
-        self.tiles = tiles
-        vocabulary = tiles.weight.shape[0]
-        self.count = min(tiles.given.shape[0], most_rows)
-        self._targets = targets[: self.count]
-        self.values = memory[: self.count * vocabulary].view(self.count, vocabulary)
-        self._peaks = tiles.given.new_empty((len(tiles.vocabulary_runs), self.count), dtype=tiles.dtype)
+    def __init__(self, tiles: Tiles, start: int, stop: int, memory: Tensor | None) -> None:
+        """One run.
+
+        Args:
+            start, stop: the run, in the tokens of `tiles`.
+            memory: flat, or the weight's gradient [V, H], whose rows of a tile are then written after the tile is used.
+        """
+        assert memory is not None or start == stop
+        self.tiles, self.run = tiles, slice(start, stop)
+        self._count, self._memory = stop - start, memory
+        self._peaks = tiles.given.new_empty((len(tiles.vocabulary_runs), self._count), dtype=tiles.dtype)
         self._one = FP16_ONE if tiles.product_dtype == torch.float16 else 1.0
 
-    def __call__(
-        self, tile: Tensor, tokens: slice, vocabulary: slice, weight_rows: Tensor, peak: Tensor, shrink: Tensor
-    ) -> None:
-        stop = min(tokens.stop, self.count)
-        if tokens.start < stop:
-            here, count = slice(tokens.start, stop), stop - tokens.start
-            self.values[here, vocabulary] = tile[:count] if self._one == 1.0 else tile[:count] * self._one
-            self._peaks[vocabulary.start // self.tiles.vocabulary_runs[0].stop, here] = peak[:count]
+    @property
+    def in_gradient(self) -> bool:
+        return self._memory is not None and self._memory.ndim == 2
+
+    def _block(self, vocabulary: slice) -> Tensor:
+        """[tokens, vocabulary]."""
+        assert self._memory is not None
+        if self.in_gradient:
+            return block_in(self._memory, vocabulary, self._count, self.tiles.product_dtype)
+        flat = self._memory[self._count * vocabulary.start : self._count * vocabulary.stop]
+        return flat.view(self._count, vocabulary.stop - vocabulary.start)
+
+    def keep(self, tile: Tensor, tokens: slice, vocabulary: slice, peak: Tensor) -> None:
+        """Keep what is in a tile of logits; tokens in those of `tiles`."""
+        here = slice(tokens.start - self.run.start, tokens.stop - self.run.start)
+        self._block(vocabulary)[here] = tile if self._one == 1.0 else tile * self._one
+        self._peaks[vocabulary.start // self.tiles.vocabulary_runs[0].stop, here] = peak
 
     def compute(self, logsumexp: Tensor) -> None:
         """Fill all rows from logits that are computed again; log-sum-exps [rows] take the place of peaks."""
@@ -239,26 +264,43 @@ class _Rows:
                 tile = self.tiles.logits(tokens, vocabulary, weight_rows)
                 slope = self.tiles.slope(tile)
                 tile.sub_(logsumexp[tokens].unsqueeze(1)).exp_()
-                tile = tile if slope is None else tile.mul_(slope)
-                self(tile, tokens, vocabulary, weight_rows, logsumexp[tokens], logsumexp[tokens])
+                self.keep(tile if slope is None else tile.mul_(slope), tokens, vocabulary, logsumexp[tokens])
 
-    def to_logit_gradient(self, found: Statistics, gradient: Tensor, run: slice) -> Tensor | None:
-        """Turn the rows into d, in the unit that is returned; None stands for 1.
+    def unit(self, gradient: Tensor) -> Tensor | None:
+        """What 1 in d stands for, given dL/dlogp * scale [rows]: None for 1, and in fp16 what uses its range."""
+        if self._one == 1.0:
+            return None
+        return gradient.abs().max().clamp(min=torch.finfo(gradient.dtype).tiny) / self._one
+
+    def logit_gradient(self, index: int, per_token: Tensor, targets: Tensor, unit: Tensor | None) -> Tensor:
+        """d of the index-th tile, in `unit`, once: it is made in place.
 
         Args:
-            found, gradient: statistics and dL/dlogp * scale of the chunk, of which these rows are `run`.
+            per_token: [3, rows] dL/dlogp * scale, dlogp/dz at the target, log-sum-exp.
+            targets: [rows].
         """
-        run = slice(run.start, run.start + self.count)
-        gradient, unit = gradient[run], None
-        if self._one != 1.0:
-            largest = gradient.abs().max().clamp(min=torch.finfo(gradient.dtype).tiny)
-            gradient, unit = gradient / largest, largest / self._one
-        factors = (self._peaks - found.logsumexp[run]).exp_().mul_(-gradient).unsqueeze(2)
-        for vocabulary, factor in zip(self.tiles.vocabulary_runs, factors, strict=True):
-            self.values[:, vocabulary].mul_(factor)
-        at_target = gradient * found.target_gradient(self.tiles.softcap)[run] * self._one
-        self.values.scatter_(1, self._targets.unsqueeze(1), at_target.unsqueeze(1).to(self.values.dtype))
-        return unit
+        gradient, of_target, logsumexp = per_token
+        vocabulary = self.tiles.vocabulary_runs[index]
+        block = self._block(vocabulary)
+        block = block.clone() if self.in_gradient else block
+        if unit is not None:
+            gradient = gradient / (unit * self._one)
+        self.tiles.scale_rows(block, (self._peaks[index] - logsumexp).exp_().mul_(-gradient).unsqueeze(1))
+        inside, column = in_tile(targets, vocabulary)
+        entry = torch.arange(self._count, device=block.device), column.squeeze(1)
+        block[entry] = torch.where(inside, (gradient * of_target * self._one).to(block.dtype), block[entry])
+        return block
+
+
+def _keep_in(parts: Sequence[_Rows]) -> Keep:
+    """The `keep` of `statistics`: each tile, which reaches across no end of a part, goes to its part, if it has one."""
+
+    def keep(tile: Tensor, tokens: slice, vocabulary: slice, weight_rows: Tensor, peak: Tensor, _: Tensor) -> None:
+        for part in parts:
+            if part.run.start <= tokens.start < part.run.stop:
+                part.keep(tile, tokens, vocabulary, peak)
+
+    return keep
 
 
 class _Gradients:
@@ -270,43 +312,41 @@ class _Gradients:
         kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         summed = torch.float32 if roundings > MOST_ROUNDINGS and kept == torch.bfloat16 else kept
         self.hidden = torch.zeros_like(hidden, dtype=kept) if trained[0] else None
-        # written by the first product, so zeroed only where there is none
-        make = torch.empty_like if roundings else torch.zeros_like
+        # written by the first tokens, so zeroed only where there are none
+        make = torch.empty_like if hidden.shape[0] else torch.zeros_like
         self.weight = make(weight, dtype=summed, memory_format=torch.contiguous_format) if trained[1] else None
         self.bias = torch.zeros_like(bias, dtype=summed) if trained[2] and bias is not None else None
-        self._is_first = True
+        self.is_empty = True
 
-    def add(self, rows: _Rows, unit: Tensor | None, tokens: slice) -> None:
-        """Add what these rows, d in `unit`, of these tokens give."""
-        tiles, d = rows.tiles, rows.values
-        if self.hidden is not None:
-            self.hidden[tokens] = _in_unit(self._times_weight(tiles, d), unit)
-        if self.weight is not None:
-            self._add_to_weight(tiles, d, unit)
-        if self.bias is not None:
-            self.bias += _in_unit(d.sum(0, dtype=tiles.dtype), unit)
-        self._is_first = False
-
-    def _times_weight(self, tiles: Tiles, d: Tensor) -> Tensor:
-        if tiles.product_dtype == tiles.weight.dtype:
-            return tiles.product(d, tiles.weight)
-        product = d.new_zeros((d.shape[0], tiles.weight.shape[1]))
-        for vocabulary in tiles.vocabulary_runs:
-            product.addmm_(d[:, vocabulary], tiles.weight_rows(vocabulary))
-        return product
-
-    def _add_to_weight(self, tiles: Tiles, d: Tensor, unit: Tensor | None) -> None:
-        assert self.weight is not None
-        hidden = tiles.product_hidden[: d.shape[0]]
-        if self.weight.dtype == d.dtype and unit is None:
-            if self._is_first:
-                torch.mm(d.t(), hidden, out=self.weight)
-            else:
-                self.weight.addmm_(d.t(), hidden)
+    def add(self, rows: _Rows, per_token: Tensor, targets: Tensor, first: int) -> None:
+        """Add what these rows give, which are those of tokens first, first + 1, ...; see `_Rows.logit_gradient`."""
+        if not targets.numel():
             return
-        for vocabulary in tiles.vocabulary_runs:
-            product = _in_unit(tiles.product(d[:, vocabulary].t(), hidden), unit)
-            self.weight[vocabulary] = product if self._is_first else self.weight[vocabulary] + product
+        tiles, unit = rows.tiles, rows.unit(per_token[0])
+        hidden = tiles.product_hidden[rows.run]
+        hidden_sum = hidden.new_zeros(hidden.shape, dtype=tiles.dtype) if self.hidden is not None else None
+        for index, vocabulary in enumerate(tiles.vocabulary_runs):
+            d = rows.logit_gradient(index, per_token, targets, unit)
+            if hidden_sum is not None:
+                hidden_sum += tiles.product(d, tiles.product_weight(vocabulary))
+            if self.weight is not None:
+                self._add_to_weight(tiles, self.weight[vocabulary], d, hidden, unit)
+            if self.bias is not None:
+                self.bias[vocabulary] += _in_unit(d.sum(0, dtype=tiles.dtype), unit)
+        if hidden_sum is not None:
+            assert self.hidden is not None
+            self.hidden[first : first + len(targets)] = _in_unit(hidden_sum, unit)
+        self.is_empty = False
+
+    def _add_to_weight(self, tiles: Tiles, weight: Tensor, d: Tensor, hidden: Tensor, unit: Tensor | None) -> None:
+        if weight.dtype == d.dtype and unit is None:
+            if self.is_empty:
+                torch.mm(d.t(), hidden, out=weight)
+            else:
+                weight.addmm_(d.t(), hidden)
+            return
+        product = _in_unit(tiles.product(d.t(), hidden), unit)
+        weight.copy_(product if self.is_empty else weight + product)
 
 
 def _in_unit(product: Tensor, unit: Tensor | None) -> Tensor:

@@ -36,6 +36,25 @@ def default_tile_bytes(device: torch.device) -> int:
     return CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
 
 
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """What the operands of the gradient products have: 16 bits where the device multiplies those fast."""
+    fast_16_bits = hidden.is_cuda or (hidden.dtype == torch.bfloat16 and _has_bf16_products())
+    return hidden.dtype if fast_16_bits or hidden.dtype == torch.float64 else torch.float32
+
+
+def rows_in(gradient: Tensor | None, dtype: torch.dtype) -> int:
+    """Of how many tokens the soft-max fits into the memory of the weight's gradient [V, H], while that has no value."""
+    if gradient is None or gradient.itemsize % dtype.itemsize:
+        return 0
+    return gradient.shape[1] * (gradient.itemsize // dtype.itemsize)
+
+
+def block_in(gradient: Tensor, vocabulary: slice, rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, vocabulary] of `dtype` in the memory of those rows of the weight's gradient."""
+    width = vocabulary.stop - vocabulary.start
+    return gradient[vocabulary].view(-1).view(dtype)[: rows * width].view(rows, width)
+
+
 def held_bytes(tokens: int, vocabulary: int, device: torch.device) -> int:
     """How much of the soft-max may be kept between a forward and a backward pass, so as not to compute it again.
 
@@ -57,22 +76,24 @@ class Tiles:
         logit_scale: float,
         softcap: float | None,
         tile_bytes: int,
+        token_ends: Sequence[int] = (),
     ) -> None:
+        """Args: token_ends, numbers of tokens that no tile of logits may reach across."""
         self.weight, self.bias, self.logit_scale, self.softcap = weight, bias, logit_scale, softcap
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Only CUDA has a GEMM of 16-bit operands with an fp32 result; elsewhere the operands are converted.
         self.mixed_gemm = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
         self.given = hidden
         self.hidden = hidden if self.mixed_gemm else hidden.to(self.dtype)
-        # What the operands of the gradient products have: 16 bits where the device multiplies those fast.
-        native = self.mixed_gemm or (hidden.dtype == torch.bfloat16 and _has_bf16_products())
-        self.product_dtype = hidden.dtype if native else self.dtype
+        self.product_dtype = product_dtype(hidden)
         (tokens, width), vocabulary = hidden.shape, weight.shape[0]
         numbers = tile_bytes // self.dtype.itemsize
         rows = min(tokens, max(1, numbers // MIN_TILE_WIDTH))
         # The second bound is for the converted tile of the weight.
         cols = min(vocabulary, max(MIN_TILE_WIDTH, numbers // max(1, rows, width) // 64 * 64))
-        self.token_runs = list(runs(tokens, rows))
+        ends = sorted({0, tokens, *(min(end, tokens) for end in token_ends)})
+        parts = zip(ends, ends[1:], strict=False)
+        self.token_runs = [slice(a + r.start, a + r.stop) for a, b in parts for r in runs(b - a, rows)]
         self.vocabulary_runs = list(runs(vocabulary, cols))
         self._logits = hidden.new_empty(0 if self.mixed_gemm else rows * cols, dtype=self.dtype)
         convert = not self.mixed_gemm and weight.dtype != self.dtype
@@ -104,13 +125,24 @@ class Tiles:
         """dl/dz, or None where it is 1."""
         return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
+    def scale_rows(self, block: Tensor, factors: Tensor) -> None:
+        """Multiply a block [s, v] of `product_dtype`, no wider than a tile, by fp32 factors [s, 1], in place."""
+        if block.is_cuda or block.dtype == factors.dtype:
+            block.mul_(factors)
+            return
+        # on a CPU mixed dtypes cost torch two copies and ten times the time of this
+        for tokens in runs(block.shape[0], max(1, self._logits.numel() // block.shape[1])):
+            part = block[tokens]
+            wide = self._logits[: part.numel()].view(part.shape)
+            part.copy_(wide.copy_(part).mul_(factors[tokens]))
+
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """A gradient product, of operands of `product_dtype`, summed in fp32; in fp32 where that costs nothing."""
         return torch.mm(left, right, out_dtype=torch.float32) if self.mixed_gemm else torch.mm(left, right)
 
-    def product_weight(self, vocabulary: slice, weight_rows: Tensor) -> Tensor:
-        """These rows of the weight in `product_dtype`."""
-        return self.weight[vocabulary] if self.product_dtype == self.weight.dtype else weight_rows
+    def product_weight(self, vocabulary: slice) -> Tensor:
+        """These rows of the weight in `product_dtype`; valid until the next call of `weight_rows` or of this."""
+        return self.weight[vocabulary] if self.product_dtype == self.weight.dtype else self.weight_rows(vocabulary)
 
     @property
     def product_hidden(self) -> Tensor:
@@ -237,8 +269,9 @@ class HiddenDirection:
     ) -> None:
         others = tile.to(self._tiles.product_dtype, copy=True)
         inside, column = in_tile(self._targets[tokens], vocabulary)
-        others.scatter_(1, column, others.gather(1, column).masked_fill(inside.unsqueeze(1), 0.0))
-        product = self._tiles.product(others, self._tiles.product_weight(vocabulary, weight_rows))
+        entry = torch.arange(others.shape[0], device=others.device), column.squeeze(1)
+        others[entry] = others[entry].masked_fill(inside, 0.0)
+        product = self._tiles.product(others, self._tiles.product_weight(vocabulary))
         self._sum[tokens] = self._sum[tokens].mul_(shrink.unsqueeze(1)).add_(product)
 
     def result(self, found: Statistics) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import check_arguments, choose_implementation
-from dpo_scale.logprobs.chunked import _gradients, _LogitGradients
+from dpo_scale.logprobs.chunked import LogitGradients, head_gradients
 from dpo_scale.logprobs.tiles import Tiles, default_tile_bytes, exact_bf16_products, statistics
 
 
@@ -113,8 +113,8 @@ class _Shard:
         with exact_bf16_products(hidden):
             tiles = self._tiles(hidden, weight, bias)
             upstream = upstream.to(tiles.dtype) * self.logit_scale
-            logit_gradients = _LogitGradients(tiles, targets, logsumexp, target_gradient, upstream, held=())
-            return _gradients(tiles, logit_gradients, needs)
+            logit_gradients = LogitGradients(tiles, targets, logsumexp, target_gradient, upstream)
+            return head_gradients(tiles, logit_gradients, needs)
 
     def reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         dist.all_reduce(values, operation, group=self.group)

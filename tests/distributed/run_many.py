@@ -1,8 +1,8 @@
 """Several training runs in one launch (a launch costs more than a tiny run): `run_many.py jobs.json`.
 
-`jobs.json` is a list of {"overrides": [...], "resume": null or text, "refused": true where a `UserError` is expected,
-on every rank}; every rank runs them one after another. `jobs.json.messages` gets the errors' messages, null for a run
-that ended well.
+`jobs.json` is a list of {"overrides": [...], "resume": null or text, "profile": [first, last step] if any, "refused":
+true where a `UserError` is expected, on every rank}; every rank runs them one after another. `jobs.json.messages` gets
+the errors' messages, null for a run that ended well.
 """
 
 import json
@@ -25,7 +25,9 @@ def main() -> None:
     for job in json.loads(Path(path).read_text()):
         resume = job.get("resume")
         try:
-            train(load_config(None, job["overrides"], resume=resume), resume=resume)
+            first, last = job.get("profile", (0, -1))
+            profile = range(first, last + 1)
+            train(load_config(None, job["overrides"], resume=resume), resume=resume, profile=profile)
             messages.append(None)
         except UserError as error:
             if not job.get("refused"):

@@ -252,7 +252,7 @@ def test_chunked_gradient_passes_gradcheck():
     hidden, weight = 0.3 * hidden, 0.3 * weight
 
     def function(*inputs):
-        return chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 4.0, ())[0]
+        return chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 4.0, (), most_held=0)[0]
 
     assert torch.autograd.gradcheck(function, leaves(hidden, weight, bias))
 
@@ -273,30 +273,82 @@ def count_products(monkeypatch):
     return lambda: len(calls)
 
 
-@pytest.mark.parametrize(("trained", "products"), [("hidden weight", 4), ("hidden", 3), ("weight", 3), ("", 1)])
-def test_chunked_makes_only_the_products_that_are_needed(count_products, trained, products):
-    """Forward 1; backward the logits again, and one for each gradient that is required."""
+@pytest.mark.parametrize(
+    ("trained", "held", "products"),
+    [
+        ("hidden weight", 0, 4),
+        ("hidden weight", 2**20, 3),
+        ("weight", 0, 3),
+        ("weight", 2**20, 2),
+        ("hidden", 0, 2),
+        ("", 2**20, 1),
+    ],
+)
+def test_chunked_makes_only_the_products_that_are_needed(count_products, trained, held, products):
+    """Logits forward, again backward where they were not held, one for each gradient; a frozen head's only forward."""
     hidden, weight, _, targets = make(7, 130)
     hidden.requires_grad_("hidden" in trained)
     weight.requires_grad_("weight" in trained)
-    logps = token_logps(hidden, weight, targets, implementation="chunked")
+    logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), most_held=held)
+    made = count_products()
     if trained:
         logps.sum().backward()
     assert count_products() == products
+    assert made == (2 if trained == "hidden" else 1)
     assert (hidden.grad is not None) == ("hidden" in trained)
     assert (weight.grad is not None) == ("weight" in trained)
     assert logps.requires_grad == bool(trained)
 
 
-def test_chunked_saves_the_weight_itself_and_nothing_of_the_logits_size():
-    hidden, weight, _, targets = make(33, 1000, torch.bfloat16)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_with_a_frozen_head_agree_with_fp64(dtype, head):
+    with_bias, scale, softcap = HEADS[head]
+    hidden, weight, bias, targets = make(33, 3000, dtype, with_bias)
+    (ours,), (truth, *rest) = (
+        leaves(hidden),
+        leaves(*(None if t is None else t.double() for t in (hidden, weight, bias))),
+    )
+    logps, _ = chunked_token_logps(ours, weight, targets, bias, scale, softcap, (), 4 * MIN_TILE_WIDTH * 8)
+    upstream = torch.linspace(-1.0, 2.0, 33, dtype=torch.float64)
+    (logps * upstream.to(logps.dtype)).sum().backward()
+    (exact_logps(truth, *rest, targets, scale, softcap) * upstream).sum().backward()
+    assert relative_error(ours.grad, truth.grad) < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_do_not_depend_on_how_much_is_held(dtype, head):
+    with_bias, scale, softcap = HEADS[head]
+    hidden, weight, bias, targets = make(33, 3 * MIN_TILE_WIDTH, dtype, with_bias)
+    found = []
+    for tiles_held in range(4):
+        inputs = leaves(hidden, weight, bias)
+        held = tiles_held * 33 * MIN_TILE_WIDTH * 8
+        options = (scale, softcap, (), 4 * MIN_TILE_WIDTH * 8, held)
+        logps, _ = chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], *options)
+        logps.sum().backward()
+        found.append([t.grad.double() for t in inputs if t is not None])
+    for other in found[1:]:
+        for one, grad in zip(found[0], other, strict=True):
+            assert (one - grad).norm() / one.norm() < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("held", (0, 9 * 1024 * 2, 60000))
+def test_chunked_saves_the_weight_itself_and_no_more_of_the_soft_max_than_allowed(held):
+    hidden, weight, _, targets = make(33, 7000, torch.bfloat16)
     hidden, weight = leaves(hidden, weight)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        token_logps(hidden, weight, targets, implementation="chunked")
+        chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), 4 * MIN_TILE_WIDTH * 8, held)
     kept = [t for t in saved if t.data_ptr() not in (hidden.data_ptr(), weight.data_ptr())]
     assert any(t.data_ptr() == weight.data_ptr() for t in saved)
-    assert sum(t.numel() for t in kept) == 2 * 33  # targets and log-sum-exps
+    # of the first H tokens in the memory of the weight's gradient, of the other 9 in tiles
+    assert [t.dtype for t in kept if t.shape == weight.shape] == ([torch.bfloat16] if held else [])
+    tiles = [t for t in kept if t.ndim == 2 and t.dtype == torch.bfloat16 and t.shape != weight.shape]
+    assert sum(t.numel() * t.itemsize for t in tiles) <= held and len(tiles) == held // (9 * 1024 * 2)
+    # targets, log-sum-exps, gradients at the target, and peaks
+    assert sum(t.numel() for t in kept if t.ndim == 1) == 3 * 33 + 9 * len(tiles)
 
 
 def test_chunked_allocates_a_bounded_tile_whatever_the_number_of_tokens():
@@ -316,7 +368,7 @@ def test_chunked_allocates_a_bounded_tile_whatever_the_number_of_tokens():
     hidden.requires_grad_(), weight.requires_grad_()
     tile_bytes = 4 * MIN_TILE_WIDTH * 64
     with Largest():
-        logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), tile_bytes)
+        logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), tile_bytes, 0)
         logps.sum().backward()
     assert Largest.numel <= max(tile_bytes // 4, weight.numel())
     assert Largest.numel < 300 * 5000 / 10
