@@ -22,7 +22,8 @@ from triton.runtime import driver
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_scale.logprobs import BY_PRODUCTS, triton_kernels  # noqa: E402
-from dpo_scale.logprobs.triton_logps import default_blocks, triton_token_logps  # noqa: E402
+from dpo_scale.logprobs.triton_blocks import default_blocks  # noqa: E402
+from dpo_scale.logprobs.triton_logps import triton_token_logps  # noqa: E402
 
 INSTRUCTIONS = r"(?:wgmma\.mma_async|mma\.sync|cp\.async|tcgen05\.mma|cp\.async\.bulk)[\w.]*"
 
@@ -72,11 +73,11 @@ def main() -> None:
 
         return {"__getitem__": lambda self, grid: launch}
 
-    for name in ("forward", "combine", "rescale", "gradient"):
+    for name in ("reference", "forward", "combine", "rescale", "gradient"):
         kernel = getattr(triton_kernels, f"{name}_kernel")
         setattr(triton_kernels, f"{name}_kernel", type("CompileOnly", (), compile_only(kernel, name))())
 
-    def run(dtype, hidden_size, trained, bias=False, softcap=None, by_products=()):
+    def run(dtype, hidden_size, trained, bias=False, softcap=None, by_products=(), memory_bytes=2**20):
         hidden, weight, offsets = (
             torch.zeros(*s, dtype=dtype) for s in ((300, hidden_size), (5000, hidden_size), (5000,))
         )
@@ -85,7 +86,7 @@ def main() -> None:
             offsets.requires_grad_(trained[1])
         logps, _ = triton_token_logps(
             hidden, weight, torch.zeros(300, dtype=torch.int64), offsets if bias else None, 1.0, softcap, by_products,
-            blocks=default_blocks((major, minor), dtype),
+            blocks=default_blocks((major, minor), dtype), memory_bytes=memory_bytes,
         )  # fmt: skip
         if any(trained):
             logps.sum().backward()
@@ -95,7 +96,7 @@ def main() -> None:
     call = "frozen"
     run(torch.bfloat16, 576, (True, False))
     call = "trained"
-    run(torch.bfloat16, 576, (True, True))
+    run(torch.bfloat16, 576, (True, True), memory_bytes=300 * 2 * 1024)
     call = "everything, odd"
     run(torch.float16, 577, (True, True), bias=True, softcap=30.0, by_products=BY_PRODUCTS)
 

@@ -4,6 +4,9 @@
     chunked   plain torch in bounded tiles of the logits, any device
     triton    Triton kernels that keep logits in registers, and cuBLAS: CUDA, 16 bits or fp32
 
+Training with a loss that is a function of each pair's sums alone goes further while the tiles are there, and takes loss
+and gradient pair by pair: `dpo_scale.logprobs.pair_loss`.
+
 Letters: S scored tokens, H hidden size, V vocabulary. Only positions that predict a completion token come in.
 """
 

@@ -22,9 +22,9 @@ that were written and read back in fp32 would add 8V bytes a token: 1 MB, three 
 
 `gradient_kernel` computes a logit tile again and writes d = g scale ([v = t] - p_v) dl/dz, in the operands' dtype,
 for two cuBLAS products: 2HV flop and 2V bytes a token. With STORE_WEIGHTS the forward kernel itself writes
-exp(l - a) dl/dz the same way, so that a product with the weight makes the gradient's direction without a second
-logit pass; see `triton_logps`. At the target 1 - p_t would lose its digits where p_t is nearly 1: there d is given
-by the caller, who has log p_t, and the forward kernel writes 0.
+exp(l - a) dl/dz the same way: a product of that with the weight makes the gradient's direction without a second logit
+pass, and where it is kept d is a number a token times it; see `triton_logps`. At the target 1 - p_t would lose its
+digits where p_t is nearly 1: there d is given by the caller, who has log p_t, and the forward kernel writes 0.
 """
 
 from __future__ import annotations
@@ -79,14 +79,12 @@ def _products(
 
 
 @triton.jit
-def _logits(sums, bias, columns, inner_factor, outer_factor, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Final logits in units of log 2, and dl/dz, from products. Without a soft-cap: outer_factor = scale * log2(e).
+def _logits(sums, inner_factor, outer_factor, SOFTCAP: tl.constexpr):
+    """Final logits in units of log 2, and dl/dz, from hidden . w + bias. Uncapped: outer_factor = scale * log2(e).
 
-    With one, inner_factor = 2 log2(e) scale / c and outer_factor = c log2(e): with r = 1 / (1 + exp(2u)),
+    With a soft-cap, inner_factor = 2 log2(e) scale / c and outer_factor = c log2(e): with r = 1 / (1 + exp(2u)),
     tanh(u) = 1 - 2r and its slope is 4r (1 - r), which keeps its digits where tanh is nearly 1.
     """
-    if HAS_BIAS:
-        sums += tl.load(bias + columns).to(tl.float32)[None, :]
     if SOFTCAP:
         r = 1.0 / (1.0 + tl.exp2(sums * inner_factor))
         return outer_factor * (1.0 - 2.0 * r), 4.0 * r * (1.0 - r)
@@ -94,10 +92,37 @@ def _logits(sums, bias, columns, inner_factor, outer_factor, HAS_BIAS: tl.conste
         return sums * outer_factor, 1.0
 
 
-@triton.jit(do_not_specialize=["tokens", "runs", "tiles_per_run"])
+@triton.jit
+def reference_kernel(
+    hidden, weight, bias, targets, reference, width,
+    hidden_row, hidden_column, weight_row, weight_column, inner_factor, outer_factor,
+    HEADROOM: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """reference [S] = the targets' logits in units of log 2, rounded up to whole numbers, less HEADROOM.
+
+    What stored soft-max weights are relative to: a token's then sum to about 2^HEADROOM / 2 at least, so that none that
+    counts is lost at the small end of the range. A program takes a token.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    inner = tl.arange(0, BLOCK_H)
+    sums = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for start in range(0, width, BLOCK_H):
+        place = start + inner
+        h = tl.load(hidden + row * hidden_row + place * hidden_column, mask=place < width, other=0.0)
+        w = tl.load(weight + target * weight_row + place * weight_column, mask=place < width, other=0.0)
+        sums += h.to(tl.float32) * w.to(tl.float32)
+    product = tl.sum(sums, 0)
+    if HAS_BIAS:
+        product += tl.load(bias + target).to(tl.float32)
+    logit, _ = _logits(product, inner_factor, outer_factor, SOFTCAP)
+    tl.store(reference + row, tl.ceil(logit) - HEADROOM)
+
+
+@triton.jit(do_not_specialize=["tokens", "runs", "tiles_per_run", "stored_tiles"])
 def forward_kernel(
     hidden, weight, bias, targets, reference, partials, tile, shifts,
-    tokens, vocabulary, width, runs, tiles_per_run, tile_row,
+    tokens, vocabulary, width, runs, tiles_per_run, stored_tiles, tile_row,
     hidden_row, hidden_column, weight_row, weight_column, inner_factor, outer_factor,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr,
     STORE_WEIGHTS: tl.constexpr, LIMIT: tl.constexpr, EVEN_H: tl.constexpr, UPCAST: tl.constexpr,
@@ -105,11 +130,11 @@ def forward_kernel(
 ):  # fmt: skip
     """Statistics of one run of vocabulary tiles: partials [6, runs, S] = anchor, total, target, peak, sums.
 
-    With STORE_WEIGHTS, also tile [S, tile_row] = exp2(l - anchor) dl/dz, whose rows are whole blocks long (a mask over
-    columns would rule out 16-byte stores). Anchors there are one per token and vocabulary tile: reference + shift.
-    reference [S] is the target's logit, to a whole number; a shift, in shifts [tiles, S], is the least whole number
-    that keeps weights below 2^LIMIT. So it is 0 unless a logit is that far above the target's, and `rescale_kernel`
-    can level shifts without rounding anything.
+    With STORE_WEIGHTS, also tile [S, tile_row] = exp2(l - anchor) dl/dz of the first stored_tiles vocabulary tiles,
+    and 0 at the target; all of their columns, because a mask would rule out 16-byte stores. Anchors there are one per
+    token and vocabulary tile: reference + shift. A shift, in shifts [stored_tiles, S], is the least whole number that
+    keeps weights below 2^LIMIT. So it is 0 unless a logit is that far above the target's, and `rescale_kernel` can
+    level shifts without rounding anything.
     """
     blocks = tl.cdiv(tokens, BLOCK_S)
     block, run = _place(tl.program_id(0), blocks, runs, GROUP)
@@ -137,9 +162,9 @@ def forward_kernel(
             hidden, weight, rows, tl.minimum(columns, vocabulary - 1), width,
             hidden_row, hidden_column, weight_row, weight_column, BLOCK_S, BLOCK_V, BLOCK_H, EVEN_H, UPCAST,
         )  # fmt: skip
-        logits, slope = _logits(
-            sums, bias, tl.minimum(columns, vocabulary - 1), inner_factor, outer_factor, HAS_BIAS, SOFTCAP
-        )
+        if HAS_BIAS:
+            sums += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        logits, slope = _logits(sums, inner_factor, outer_factor, SOFTCAP)
         logits = tl.where(is_column[None, :], logits, float("-inf"))
         is_target = columns[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), 1)
@@ -166,11 +191,12 @@ def forward_kernel(
         if SUM_P2:
             total_squared = shrink * shrink * total_squared + gain * gain * tl.sum(e * e, 1)
         anchor = new_anchor
-        if STORE_WEIGHTS:
-            place = tile + rows.to(tl.int64)[:, None] * tile_row + columns[None, :]
-            others = tl.where(is_target, 0.0, e * slope).to(tile.dtype.element_ty)
-            tl.store(place, others, mask=is_token[:, None])
-            tl.store(shifts + index * tokens + rows, shift, mask=is_token)
+        if STORE_WEIGHTS:  # noqa: SIM102 - known when compiling; the next is not
+            if index < stored_tiles:
+                place = tile + rows.to(tl.int64)[:, None] * tile_row + columns[None, :]
+                others = tl.where(is_target, 0.0, e * slope).to(tile.dtype.element_ty)
+                tl.store(place, others, mask=is_token[:, None])
+                tl.store(shifts + index * tokens + rows, shift, mask=is_token)
 
     plane = runs.to(tl.int64) * tokens
     out = partials + run.to(tl.int64) * tokens + rows
@@ -269,7 +295,9 @@ def gradient_kernel(
         hidden, weight, rows, columns, width,
         hidden_row, hidden_column, weight_row, weight_column, BLOCK_S, BLOCK_V, BLOCK_H, EVEN_H, UPCAST,
     )  # fmt: skip
-    logits, slope = _logits(sums, bias, columns, inner_factor, outer_factor, HAS_BIAS, SOFTCAP)
+    if HAS_BIAS:
+        sums += tl.load(bias + columns).to(tl.float32)[None, :]
+    logits, slope = _logits(sums, inner_factor, outer_factor, SOFTCAP)
     target = tl.load(targets + rows).to(tl.int32)
     scale = tl.load(upstream + rows)
     p = tl.exp2(logits - (tl.load(logsumexp + rows) * log2e)[:, None])

@@ -7,14 +7,16 @@ What needs a gradient decides what is done; a pass is one product over (S, H, V)
                               a reused tile, and one product of that tile with the weight makes the direction
                                   dlogp/dhidden = scale ((1 - p_t) dl_t/dz w_t - sum over v != t of p_v dl_v/dz w_v)
                               which is saved; backward is direction times upstream gradient
-    weight or bias   4 passes `forward_kernel`; backward walks over runs of the vocabulary: `gradient_kernel` computes
-                              their logits again and writes d into a reused tile, from which come
+    weight or bias   3 to 4   `forward_kernel`, which also keeps the weights exp(l - a) dl/dz of as many vocabulary
+                              columns as `MEMORY_BYTES` holds. Backward walks over runs of the vocabulary: for the first
+                              run kept weights are turned into d in place, for the others `gradient_kernel` computes
+                              logits again and writes d to the same place. From d come
                                   dhidden += d @ W (summed over runs in fp32),   dW = d^T @ hidden
                               each run's rows of dW once, summed over tokens in fp32 inside the product
 
 d and the soft-max weights are rounded to the operands' dtype for their products, as the gradients made of them are;
-log-probs see no rounding below fp32. Memory beyond inputs and gradients: the tile, and fp32 [S, H] for dhidden where
-the weight is trained too; `MEMORY_BYTES` together, where S and H allow it.
+log-probs see no rounding below fp32. Memory beyond inputs and gradients: the tile, which a trained head keeps from its
+forward to its backward pass, and fp32 [S, H] for dhidden; `MEMORY_BYTES` together, where S and H allow it.
 
 Every sum has a fixed order: two calls give the same bits. Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
@@ -34,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import triton_kernels as kernels
+from dpo_scale.logprobs.triton_blocks import Blocks, default_blocks
 
 # Whether Triton was told, before it was imported, to run kernels in its interpreter: on CPU tensors, slowly.
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
@@ -48,41 +51,6 @@ LEAST_TILE_BYTES = 64 * 2**20
 MOST_TILES_PER_RUN, MOST_RUNS = 8, 128
 # Hidden states of the token blocks that run together: a third of the smallest L2 of the GPUs below.
 GROUP_BYTES = 12 * 2**20
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel is cut: BLOCK_S tokens x BLOCK_V logits, BLOCK_H products at a time, and how a block is run."""
-
-    tokens: int
-    vocabulary: int
-    width: int
-    warps: int
-    stages: int
-
-
-# By compute capability, for 16-bit operands. One stage holds (tokens + vocabulary) * width * 2 bytes of shared memory;
-# the fp32 accumulator takes tokens * vocabulary / (32 * warps) of each thread's 255 registers. A block of s x v logits
-# reads (s + v) / (s v) numbers per multiplication, so large blocks are what keeps matrix units fed.
-#   sm_80 (A100): 163 KiB a block. 128 x 128 x 64, 32 KiB a stage, 4 stages 128 KiB; 8 warps, 64 registers. The larger
-#     128 x 256 spills, since mma.sync keeps its operands in registers too.
-#   sm_90 (H100, H200): 227 KiB. wgmma reads its operands from shared memory, so 128 x 256 fits into registers: 128 of
-#     them. 48 KiB a stage, 4 stages 192 KiB.
-#   sm_100 (B200): 227 KiB, accumulators in tensor memory. As sm_90.
-#   others (sm_75 64 KiB, sm_86, sm_89 and sm_120 99 KiB): 128 x 128 x 32, 16 KiB a stage, 3 stages 48 KiB.
-# fp32 products don't use matrix units (they would round to tf32): small blocks, registers are what is short.
-BLOCKS = {
-    (8, 0): Blocks(128, 128, 64, warps=8, stages=4),
-    (9, 0): Blocks(128, 256, 64, warps=8, stages=4),
-    (10, 0): Blocks(128, 256, 64, warps=8, stages=4),
-}
-OTHER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3)
-FP32_BLOCKS = Blocks(64, 64, 32, warps=4, stages=3)
-
-
-def default_blocks(capability: tuple[int, int], dtype: torch.dtype) -> Blocks:
-    """The blocks for a device's compute capability and the operands' dtype."""
-    return FP32_BLOCKS if dtype == torch.float32 else BLOCKS.get(capability, OTHER_BLOCKS)
 
 
 def triton_token_logps(
@@ -102,9 +70,7 @@ def triton_token_logps(
     """
     head = TritonHead(hidden, head_weight, bias, logit_scale, softcap, blocks, memory_bytes)
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
-    logps, *extras = _TritonTokenLogps.apply(
-        hidden, head_weight, bias, targets, head, tuple(by_products), trained == [True, False, False]
-    )
+    logps, *extras = _TritonTokenLogps.apply(hidden, head_weight, bias, targets, head, tuple(by_products), trained)
     return logps, dict(zip(by_products, extras, strict=True))
 
 
@@ -175,33 +141,72 @@ class TritonHead:
         bias: Tensor | None,
         targets: Tensor,
         by_products: Sequence[str] = (),
-        store: tuple[Tensor, Tensor, Tensor] | None = None,
+        tile: Tensor | None = None,
     ) -> Statistics:
-        """One pass. store: reference [S], tile [S, >= V] and shifts [tiles, S], to be filled, see `forward_kernel`."""
+        """One pass over the logits.
+
+        Args:
+            tile: [S, columns] in the operands' dtype, columns in whole blocks, or None; filled with soft-max weights of
+                these first columns: exp(l - anchor) dl/dz, 0 at the target. p dl/dz = weight / total but for that.
+        """
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         options = {"ENTROPY": "entropy" in by_products, "SUM_P2": "log_sum_p2" in by_products}
+        flags = {name: self._meta[name] for name in ("HAS_BIAS", "SOFTCAP")}
         blocks, tiles = _ceil(tokens, self.blocks.tokens), _ceil(vocabulary, self.blocks.vocabulary)
         tiles_per_run = min(MOST_TILES_PER_RUN, max(1, blocks * tiles // (4 * self.processors)))
         tiles_per_run = max(tiles_per_run, _ceil(tiles, MOST_RUNS))
         runs = _ceil(tiles, tiles_per_run)
         partials = hidden.new_empty((6, runs, tokens), dtype=torch.float32)
         out = hidden.new_empty((8, tokens), dtype=torch.float32)
-        reference, tile, shifts = store or (partials, hidden, partials)
-        if tokens:
-            with _on(hidden.device):
-                kernels.forward_kernel[(blocks * runs,)](
-                    hidden, weight, weight if bias is None else bias, targets, reference, partials, tile, shifts,
-                    tokens, vocabulary, self.width, runs, tiles_per_run, tile.stride(0),
-                    *hidden.stride(), *weight.stride(), *self._factors,
-                    # e and its sums stay far inside fp32 and bf16; fp16 ends at 2^16, and its weights stay below 1
-                    STORE_WEIGHTS=store is not None, LIMIT=0 if hidden.dtype == torch.float16 else 48,
-                    **options, **self._meta,
+        found = Statistics(*out)
+        if tokens == 0:
+            return found
+        operands = hidden, weight, weight if bias is None else bias, targets
+        layout = *hidden.stride(), *weight.stride(), *self._factors
+        stored = 0 if tile is None else tile.shape[1] // self.blocks.vocabulary
+        reference = hidden.new_empty(tokens, dtype=torch.float32)
+        shifts = hidden.new_empty((max(1, stored), tokens), dtype=torch.float32)
+        target_tile = hidden if tile is None else tile
+        # bf16 has the range of fp32: weights and their sums stay far inside. fp16 ends at 2^16 and loses digits below
+        # 2^-14: there the target is put at 2^14, so that what is 2^-28 as likely keeps its digits.
+        headroom, limit = (14, 15) if hidden.dtype == torch.float16 else (0, 48)
+        with _on(hidden.device):
+            if tile is not None:
+                kernels.reference_kernel[(tokens,)](
+                    *operands, reference, self.width, *layout, HEADROOM=headroom, BLOCK_H=512, **flags
+                )
+            kernels.forward_kernel[(blocks * runs,)](
+                *operands, reference, partials, target_tile, shifts,
+                tokens, vocabulary, self.width, runs, tiles_per_run, stored, target_tile.stride(0), *layout,
+                STORE_WEIGHTS=tile is not None, LIMIT=limit,
+                **options, **self._meta,
+            )  # fmt: skip
+            kernels.combine_kernel[(_ceil(tokens, 16),)](
+                partials, out, tokens, runs, LN2, BLOCK_S=16, BLOCK_RUNS=triton.next_power_of_2(runs), **options
+            )
+            if tile is not None:
+                kernels.rescale_kernel[(_ceil(tokens, 32), stored)](
+                    tile, shifts, reference, found.anchor, tokens, tile.stride(0),
+                    BLOCK_S=32, BLOCK_V=self.blocks.vocabulary,
                 )  # fmt: skip
-                kernels.combine_kernel[(_ceil(tokens, 16),)](
-                    partials, out, tokens, runs, LN2,
-                    BLOCK_S=16, BLOCK_RUNS=triton.next_power_of_2(runs), **options,
-                )  # fmt: skip
-        return Statistics(*out)
+        return found
+
+    def tile_to_keep(self, hidden: Tensor, weight: Tensor, trained: Sequence[bool]) -> Tensor | None:
+        """Memory for the soft-max weights of all tokens and of as many columns as fit; None where that is too few."""
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        hidden_sum = 4 * hidden.numel() if trained[0] else 0
+        fitting = self._tile_bytes(hidden_sum) // (max(1, tokens) * hidden.element_size())
+        columns = min(fitting // self._step * self._step, self._columns(vocabulary))
+        return hidden.new_empty((tokens, columns)) if tokens and columns else None
+
+    @property
+    def _step(self) -> int:
+        """What a tile's columns are a multiple of, unless all of them fit: whole blocks, and no thin products."""
+        return self.blocks.vocabulary * _ceil(1024, self.blocks.vocabulary)
+
+    def _columns(self, vocabulary: int) -> int:
+        """All columns, in whole blocks."""
+        return _ceil(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary
 
     def direction(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, by_products: Sequence[str]
@@ -211,45 +216,20 @@ class TritonHead:
         # fp16 has not the range for the direction of a token that is all but certain
         kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
         direction = torch.empty(hidden.shape, dtype=kept, device=hidden.device)
-        row = _ceil(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary
-        budget = self._tile_bytes(direction.nbytes) // (row * hidden.element_size())
-        rows = max(self.blocks.tokens, budget // self.blocks.tokens * self.blocks.tokens)
-        tile = hidden.new_empty((min(rows, tokens), row))
-        shifts = hidden.new_empty((_ceil(vocabulary, self.blocks.vocabulary), tile.shape[0]), dtype=torch.float32)
+        columns = self._columns(vocabulary)
+        fitting = self._tile_bytes(direction.nbytes) // (columns * hidden.element_size())
+        rows = max(self.blocks.tokens, fitting // self.blocks.tokens * self.blocks.tokens)
+        tile = hidden.new_empty((min(rows, tokens), columns))
         parts = []
-        for run in _runs(tokens, rows):
-            part, target_rows = hidden[run], weight[targets[run]].float()
-            reference = self._reference(part, target_rows, bias, targets[run])
-            here, own_shifts = tile[: part.shape[0]], shifts.view(-1)[: shifts.shape[0] * part.shape[0]]
-            found = self.statistics(part, weight, bias, targets[run], by_products, (reference, here, own_shifts))
-            grid = (_ceil(part.shape[0], 32), shifts.shape[0])
-            with _on(hidden.device):
-                kernels.rescale_kernel[grid](
-                    here, own_shifts, reference, found.anchor, part.shape[0], row,
-                    BLOCK_S=32, BLOCK_V=self.blocks.vocabulary,
-                )  # fmt: skip
+        for run in list(_runs(tokens, rows)) or [slice(0, 0)]:
+            part, here = hidden[run], tile[: min(rows, tokens - run.start)]
+            found = self.statistics(part, weight, bias, targets[run], by_products, here)
             others = _product(here[:, :vocabulary], weight).div_(-found.total.unsqueeze(1))
-            others.addcmul_(target_rows, found.target_gradient(self.softcap).unsqueeze(1))
+            others.addcmul_(weight[targets[run]].float(), found.target_gradient(self.softcap).unsqueeze(1))
             direction[run] = others.mul_(self.logit_scale)
-            parts.append((found.logps, *(found.by_product(name) for name in by_products)))
-        if not parts:
-            found = self.statistics(hidden, weight, bias, targets, by_products)
             parts.append((found.logps, *(found.by_product(name) for name in by_products)))
         logps, *extras = (torch.cat(column) for column in zip(*parts, strict=True))
         return logps, direction, extras
-
-    def _reference(self, hidden: Tensor, target_rows: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """The targets' logits, rounded up to whole numbers, in units of log 2: stored weights are relative to them.
-
-        With it a token's weights sum to 1/2 at least, so none that counts is lost at the small end of the range.
-        """
-        logits = (hidden * target_rows).sum(1)
-        if bias is not None:
-            logits += bias[targets].float()
-        logits *= self.logit_scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return (logits * LOG2E).ceil_()
 
     def gradients(
         self,
@@ -261,10 +241,12 @@ class TritonHead:
         target_gradient: Tensor,
         upstream: Tensor,
         needs: Sequence[bool],
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, in fp32, and of weight and bias in their own dtypes; None for those not needed.
 
         upstream, target_gradient: fp32 [S], of the log-probs, and `Statistics.target_gradient`.
+        kept: the tile that `statistics` filled and `Statistics.total`; its columns become d in place.
         """
         needs_hidden, needs_weight, needs_bias = needs
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
@@ -273,15 +255,15 @@ class TritonHead:
         hidden_sum = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
-        numbers = self._tile_bytes(0 if hidden_sum is None else hidden_sum.nbytes) // hidden.element_size()
-        # tokens are split too only where a narrow tile of all of them would not fit
-        step = self.blocks.vocabulary * _ceil(1024, self.blocks.vocabulary)
-        rows = min(tokens, max(self.blocks.tokens, numbers // step // self.blocks.tokens * self.blocks.tokens))
-        columns = min(
-            _ceil(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary,
-            max(1, numbers // max(1, rows) // step) * step,
-        )
-        tile = hidden.new_empty(rows * columns)
+        if kept is not None:  # d of the columns after these takes their place
+            tile, rows, columns = kept[0].view(-1), tokens, kept[0].shape[1]
+        else:
+            fitting = self._tile_bytes(0 if hidden_sum is None else hidden_sum.nbytes) // hidden.element_size()
+            # tokens are split too only where a narrow tile of all of them would not fit
+            most_rows = fitting // self._step // self.blocks.tokens * self.blocks.tokens
+            rows = min(tokens, max(self.blocks.tokens, most_rows))
+            columns = min(self._columns(vocabulary), max(1, fitting // max(1, rows) // self._step) * self._step)
+            tile = hidden.new_empty(rows * columns)
         for first in range(0, vocabulary, columns):
             span = slice(first, min(first + columns, vocabulary))
             weight_sum: Tensor | None = None
@@ -290,7 +272,13 @@ class TritonHead:
                 part = hidden[run]
                 own = tuple(v[run] for v in vectors)
                 d = tile[: part.shape[0] * columns].view(part.shape[0], columns)
-                of_bias = self._logit_gradient(part, weight, bias, targets[run], *own, d, span, grad_bias is not None)
+                if kept is not None and first == 0:
+                    _scale_kept(d, kept[1], targets, *own[1:])
+                    of_bias = d.sum(0, dtype=torch.float32)[: span.stop] if grad_bias is not None else None
+                else:
+                    of_bias = self._logit_gradient(
+                        part, weight, bias, targets[run], *own, d, span, grad_bias is not None
+                    )
                 d = d[:, : span.stop - span.start]
                 if hidden_sum is not None:
                     _product(d, weight[span], hidden_sum[run], add=first > 0)
@@ -350,17 +338,19 @@ class _TritonTokenLogps(torch.autograd.Function):
         targets: Tensor,
         head: TritonHead,
         by_products: tuple[str, ...],
-        frozen: bool,
+        trained: Sequence[bool],
     ) -> tuple[Tensor, ...]:
         bias = None if bias is None else bias.contiguous()
         targets = targets.contiguous()
-        ctx.head, ctx.frozen, ctx.dtype = head, frozen, hidden.dtype
-        if frozen:
+        ctx.head, ctx.frozen, ctx.dtype = head, list(trained) == [True, False, False], hidden.dtype
+        if ctx.frozen:
             logps, direction, extras = head.direction(hidden, weight, bias, targets, by_products)
             ctx.save_for_backward(direction)
         else:
-            found = head.statistics(hidden, weight, bias, targets, by_products)
+            tile = head.tile_to_keep(hidden, weight, trained) if any(trained) else None
+            found = head.statistics(hidden, weight, bias, targets, by_products, tile)
             logps, extras = found.logps, [found.by_product(name) for name in by_products]
+            ctx.kept = None if tile is None else (tile, found.total)
             # The parameter itself, no view or copy of it: under ZeRO-3 its storage is released after the head's
             # forward and filled again before its backward, which only the parameter follows.
             ctx.save_for_backward(hidden, weight, bias, targets, found.logsumexp, found.target_gradient(head.softcap))
@@ -376,12 +366,24 @@ class _TritonTokenLogps(torch.autograd.Function):
             grads = ((direction * grad.unsqueeze(1)).to(ctx.dtype), None, None)
         else:
             hidden, weight, bias, targets, logsumexp, target_gradient = ctx.saved_tensors
+            kept, ctx.kept = ctx.kept, None  # overwritten, so of no use to a second backward pass
             with torch.autocast(hidden.device.type, enabled=False):
                 grad_hidden, *others = ctx.head.gradients(
-                    hidden, weight, bias, targets, logsumexp, target_gradient, grad, ctx.needs_input_grad[:3]
+                    hidden, weight, bias, targets, logsumexp, target_gradient, grad, ctx.needs_input_grad[:3], kept
                 )
-            grads = (None if grad_hidden is None else grad_hidden.to(hidden.dtype), *others)
+            grads = (None if grad_hidden is None else grad_hidden.to(ctx.dtype), *others)
         return *grads, None, None, None, None
+
+
+def _scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, at_target: Tensor) -> None:
+    """Turn soft-max weights of all tokens and the first columns into d, in place."""
+    tile.mul_((-upstream / total).unsqueeze(1))
+    column = targets.clamp(max=tile.shape[1] - 1).unsqueeze(1)
+    # one column a row, so read and written without the clash that would make a scattered sum's order matter
+    value = torch.where(
+        (targets < tile.shape[1]).unsqueeze(1), at_target.unsqueeze(1).to(tile.dtype), tile.gather(1, column)
+    )
+    tile.scatter_(1, column, value)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 from dpo_scale.logprobs import BY_PRODUCTS, choose_implementation, token_logps  # noqa: E402
-from dpo_scale.logprobs.triton_logps import Blocks, triton_token_logps  # noqa: E402
+from dpo_scale.logprobs.triton_blocks import Blocks  # noqa: E402
+from dpo_scale.logprobs.triton_logps import triton_token_logps  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -137,7 +138,8 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(path.TritonHead, "statistics", counted("logits", path.TritonHead.statistics))
     monkeypatch.setattr(path.TritonHead, "_logit_gradient", counted("logits again", path.TritonHead._logit_gradient))
-    monkeypatch.setattr(torch, "mm", counted("product", torch.mm))
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, counted("product", getattr(torch, name)))
     return made
 
 
@@ -146,14 +148,16 @@ def passes(monkeypatch):
     [
         ((False, False), ["logits"], []),
         ((True, False), ["logits", "product"], []),
-        ((True, True), ["logits"], ["logits again", "product", "product"]),
-        ((False, True), ["logits"], ["logits again", "product"]),
+        ((True, True), ["logits"], ["product", "product", "logits again", "product", "product"]),
+        ((False, True), ["logits"], ["product", "logits again", "product"]),
     ],
 )
 def test_only_the_passes_that_are_needed_are_made(passes, trained, forward, backward):
-    hidden, weight, _, targets = make(torch.bfloat16)
+    """2048 columns; where the head is trained, there is memory for the soft-max of 1024."""
+    hidden, weight, _, targets = make(torch.float32, vocabulary=2048)
     hidden.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
-    logps = token_logps(hidden, weight, targets, implementation="triton")
+    memory_bytes = 4 * TOKENS * (1024 + HIDDEN) + 100 if trained[1] else 10**9
+    logps, _ = triton_token_logps(hidden, weight, targets, None, 1.0, None, (), memory_bytes=memory_bytes)
     assert passes == forward
     assert logps.requires_grad == any(trained)
     if any(trained):
@@ -180,6 +184,17 @@ def test_a_trained_head_saves_the_weight_itself_and_nothing_of_the_logits_size()
     kept = [t for t in saved if t.data_ptr() not in (hidden.data_ptr(), weight.data_ptr())]
     assert any(t.data_ptr() == weight.data_ptr() for t in saved)
     assert sum(t.numel() for t in kept) == 3 * TOKENS
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    """The first overwrites the soft-max that was kept."""
+    hidden, weight, bias, targets = make(torch.float32)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    logps, _ = triton_token_logps(hidden, weight, targets, bias, 1.0, None, (), blocks=SMALL)
+    first = torch.autograd.grad(logps.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(logps.sum(), inputs)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_and_trained_heads_give_the_same_log_probs_and_by_products():
@@ -246,13 +261,13 @@ def test_kernels_compile_for_gpus_into_their_matrix_instructions_and_shared_memo
     assert found.returncode == 0, found.stderr
     kernels = [json.loads(line) for line in found.stdout.splitlines()]
     shared_limit, instruction = GPUS[gpu]
-    assert {k["kernel"] for k in kernels} == {"forward", "combine", "rescale", "gradient"}
+    assert {k["kernel"] for k in kernels} == {"reference", "forward", "combine", "rescale", "gradient"}
     for kernel in kernels:
         assert kernel["shared"] <= shared_limit, kernel
         if kernel["kernel"] in ("forward", "gradient"):
-            assert instruction in kernel["ptx"], kernel["call"]
-            assert "cp.async" in kernel["ptx"], kernel["call"]
-        if kernel["call"] == "nothing trained":
-            assert kernel["spilled"] == 0, kernel["kernel"]
-        # what does not fit into registers is little, and outside of the loop over products
-        assert kernel["spilled"] <= 512, kernel
+            assert instruction in kernel["ptx"], kernel
+            if kernel["call"] != "everything, odd":
+                assert "cp.async" in kernel["ptx"], kernel
+        # registers that do not fit: with three fourths of them in the accumulator a few, around the stored weights
+        most_spilled = {"nothing trained": 16, "frozen": 256, "trained": 256, "everything, odd": 2048}
+        assert kernel["spilled"] <= most_spilled[kernel["call"]], kernel
