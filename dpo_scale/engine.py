@@ -103,6 +103,12 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def device_name() -> str:
+    """The accelerator's name as its maker writes it, or "cpu"."""
+    place = device()
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+
+
 def peak_memory_bytes() -> int:
     """Largest memory held so far by this rank: the accelerator's allocator, or the process on a CPU."""
     from deepspeed.accelerator import get_accelerator
@@ -303,11 +309,12 @@ def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
     engine.backward(loss * (1.0 + 0.0 * loss.detach()), scale_wrt_gas=False)
 
 
-def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[float, bool]:
+def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
     """Clip, update the weights, clear the gradients. A gradient that is not finite on any rank changes nothing.
 
     Returns:
-        The gradient's global 2-norm before clipping, and whether fp16's loss scale was too large for the gradient.
+        The gradient's global 2-norm before clipping, a scalar that the device may still be working on, and whether
+        fp16's loss scale was too large for the gradient.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -315,14 +322,14 @@ def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> t
     if engine.zero_optimization_stage() == 0 and not engine.fp16_enabled():
         # DeepSpeed tells no norm for a plain optimizer; the gradients are whole and reduced here
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
-        if not math.isfinite(norm):  # as its ZeRO and fp16 optimizers do by themselves
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm.item()):  # as its ZeRO and fp16 optimizers do by themselves
             engine.optimizer.zero_grad()
             return norm, False
     engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else float("nan")
+        norm = torch.as_tensor(float("nan") if norm is None else norm)
     overflowed = engine.fp16_enabled() and bool(getattr(engine.optimizer, "overflow", False))
     return norm, overflowed
 

@@ -8,12 +8,11 @@ the next step (order, learning rate) is a pure function of the step's number; wh
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from dpo_scale import bad_numbers, engine, preemption
@@ -33,33 +32,47 @@ from dpo_scale.checkpoint import (
 )
 from dpo_scale.config import CONFIG_FILE, Config
 from dpo_scale.config_reader import to_mapping
-from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
+from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
+from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
-from dpo_scale.data.layout import padded_slots, padded_tokens
+from dpo_scale.devices import peak_flops
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
-from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
+from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_loss_by_pair
 from dpo_scale.export import export_model
 from dpo_scale.finished import finished_step, mark_finished, unmark_finished
+from dpo_scale.flops import forward_flops
 from dpo_scale.identity import RATE_SETTINGS, Identity, check_identity, model_fingerprint, package_versions
 from dpo_scale.metrics import MetricSums
 from dpo_scale.metrics_file import METRICS_FILE, read_metrics
-from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source
+from dpo_scale.models.load import (
+    check_logprobs,
+    check_vocabulary,
+    load_policy,
+    load_tokenizers,
+    policy_source,
+    reference_source,
+    settle_layout,
+)
+from dpo_scale.profiler import StepProfiler
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
 from dpo_scale.run_lock import hold_run_dir
 from dpo_scale.schedule import learning_rate
+from dpo_scale.steps import MicroStep, Planner, make_planner, micro_steps_of_run
+from dpo_scale.timing import StepTimer
 from dpo_scale.tracking import Tracker, check_trackers
 from dpo_scale.watchdog import Watchdog, beat
 
 
-def train(config: Config, resume: str | None = None) -> Path:
+def train(config: Config, resume: str | None = None, profile: range | None = None) -> Path:
     """Train a policy and return the run folder; every rank calls it.
 
     Args:
         config: a validated config.
         resume: what `--resume` says, see `checkpoint.find_checkpoints`; None starts afresh.
+        profile: optimizer steps (from 1) of which a profiler's trace is written into the run folder.
 
     Raises:
         UserError: for anything that the config, the data, a model folder or a checkpoint gets wrong, before any
@@ -70,8 +83,10 @@ def train(config: Config, resume: str | None = None) -> Path:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
+    peak = peak_flops_of(config)
     run_dir, found = agree_on_run_dir(config, resume)
     finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
     if finished is not None and not found:
@@ -80,6 +95,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
+    settle_layout(config)
     data = engine.main_first(
         lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
     )
@@ -94,6 +110,11 @@ def train(config: Config, resume: str | None = None) -> Path:
     state = started_from.state if started_from else TrainState()
     if started_from and state.step > total_steps:
         raise CheckpointError(f"{started_from.path}: is at step {state.step}, but this run ends at step {total_steps}")
+    if profile and not state.step < profile.start <= profile[-1] <= total_steps:
+        raise ConfigError(
+            f"--profile: steps {profile.start} to {profile[-1]} are not all among those to come, {state.step + 1} to "
+            f"{total_steps}"
+        )
     if state.best_step is not None and not checkpoint_path(run_dir, state.best_step).exists():
         engine.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
         state.best_step = state.best_metric = None
@@ -106,13 +127,13 @@ def train(config: Config, resume: str | None = None) -> Path:
             config.save(run_dir / CONFIG_FILE)
         except OSError as error:
             raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be written: {error.strerror}") from None
-    micro_steps = micro_steps_of(
-        min(config.train.global_batch_size, len(data.train)), config.train.micro_batch_size, engine.world_size()
-    )
+    flops = forward_flops(model_config, trust_remote_code=config.model.trust_remote_code)
+    planner = make_planner(config, flops, data.train.lengths)
+    plans = planner.first_plans(schedule, total_steps)
     engine.log(f"run folder {run_dir}")
     engine.log(
         f"{len(data.train)} pairs to train on, {len(data.eval) if data.eval else 0} held out; {total_steps} steps of "
-        f"{config.train.global_batch_size} pairs: {micro_steps} micro-steps x {engine.world_size()} ranks"
+        f"{config.train.global_batch_size} pairs: {planner.describe(plans, data.train)}"
     )
     # before the policy is in memory: filling the store may take the reference's model
     seen = data.train.select(schedule.pairs_of_run(total_steps))
@@ -121,7 +142,7 @@ def train(config: Config, resume: str | None = None) -> Path:
         stored = ColumnReference(config.data, tokenizer, engine.log)
     if config.loss.needs_reference and config.reference.mode == "store":
         stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
-    policy = load_policy(config, micro_steps)
+    policy = load_policy(config, max(len(plan.micro_steps) for plan in plans))
     reference = make_reference(config, policy, stored)
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
@@ -130,12 +151,29 @@ def train(config: Config, resume: str | None = None) -> Path:
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
-    run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
+    by_pair, reason = takes_loss_by_pair(config, policy)
+    engine.log(f"loss and gradient {'pair by pair' if by_pair else 'by way of log-probs'}: {reason}")
+    run = Run(
+        config,
+        run_dir,
+        policy,
+        reference,
+        by_pair,
+        tokenizer,
+        schedule,
+        total_steps,
+        data.train,
+        data.eval,
+        identity,
+        planner,
+        peak,
+    )
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     preemption.allow(config.checkpoint.preempt_grace_seconds, run_dir, looks_for_file=engine.is_main())
     try:
-        with Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), engine.world_size()):
-            last_is_saved = run_steps(run, state, tracker)
+        watchdog = Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), engine.world_size())
+        with watchdog, StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
+            last_is_saved = run_steps(run, state, tracker, profiler)
     finally:
         if tracker is not None:
             tracker.close()
@@ -166,30 +204,47 @@ class Run:
     run_dir: Path
     policy: Any
     reference: Any
+    by_pair: bool  # loss and gradient are taken pair by pair
     tokenizer: Any
     schedule: Schedule
     total_steps: int
     train_data: PairDataset
     eval_data: PairDataset | None
     identity: Identity
+    planner: Planner
+    peak_flops: float | None  # of one rank's device
 
 
-def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> bool:
+def run_steps(run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler) -> bool:
     """The loop. Advances `state` to the last step; False if that step's checkpoint was due and could not be saved."""
-    settings = run.config.train
-    saved = True
-    if settings.eval_on_start and state.step == 0:
+    if run.config.train.eval_on_start and state.step == 0:
         held_out_metrics(run, state, tracker)
-    epoch, order = -1, np.empty(0, dtype=np.int64)
+    to_come = micro_steps_of_run(
+        run.planner,
+        run.schedule,
+        run.train_data,
+        range(state.step, run.total_steps),
+        pad_token_id=run.tokenizer.pad_token_id,
+        reference=run.reference,
+        config=run.config,
+    )
+    with Ahead(to_come, BATCHES_AHEAD) as batches:
+        return step_by_step(run, state, tracker, profiler, batches)
+
+
+def step_by_step(
+    run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler, batches: Iterator[MicroStep]
+) -> bool:
+    """Train, record, evaluate and save, one step after the other; see `run_steps`."""
+    settings, timer = run.config.train, StepTimer(engine.device(), engine.world_size())
     moving = run.reference if isinstance(run.reference, MovingReference) else None
+    saved = True
     state.evaluation_due &= run.eval_data is not None
     # a run that was told to stop does so before the evaluation of its last step, which the resumed run begins with
     while state.step < run.total_steps or state.evaluation_due:
         if not state.evaluation_due:
-            if run.schedule.epoch_of(state.step) != epoch:
-                epoch = run.schedule.epoch_of(state.step)
-                order = run.schedule.epoch_order(epoch)
-            metrics, told_to_stop = train_step(run, state, run.schedule.global_batch(state.step, order))
+            with profiler.step(state.step + 1):
+                metrics, told_to_stop = train_step(run, state, batches, timer)
             if moving is not None and state.step % run.config.reference.sync_steps == 0:
                 moving.move()
             if tracker is not None:
@@ -242,51 +297,63 @@ def save_and_stop(run: Run, state: TrainState, tracker: Tracker | None, moving: 
     )
 
 
-def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> tuple[dict[str, float], bool]:
-    """One optimizer step on the global batch `pairs` [G]; advances `state`.
+def train_step(
+    run: Run, state: TrainState, batches: Iterator[MicroStep], timer: StepTimer
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step on the next global batch of `batches`; advances `state`.
 
     Returns:
         The step's metrics, and whether any rank was told that the run should stop.
     """
-    started = time.perf_counter()
-    settings, lengths = run.config.train, run.train_data.lengths
-    layout = split_among_ranks(
-        pairs, lengths, micro_batch_size=settings.micro_batch_size, world_size=engine.world_size()
-    )
-    chosen_tokens = mean_chosen_tokens(pairs, lengths)
-    scale = engine.loss_scale_for_mean(len(pairs))
+    timer.start()
+    settings, loss_settings = run.config.train, run.config.loss
     sums = MetricSums()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for k, ranks in enumerate(layout):
-        beat(f"step {state.step + 1}, micro-step {k + 1} of {len(layout)}")
-        batch = load_batch(
-            run.train_data, ranks[engine.rank()], run.tokenizer.pad_token_id, run.reference, run.config.loss
-        )
-        most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-        total, losses, metrics = pair_losses(
-            run.policy, run.reference, batch, run.config.loss, chosen_tokens, most_pairs
-        )
-        engine.backward(run.policy, total * scale, last_micro_step=k == len(layout) - 1)
-        sums.add({"loss": losses, **metrics}, batch.weights)
-        seen.append((batch.row_ids, losses.detach()))
-    wants_to_stop = preemption.reason_to_stop(settings.max_hours) is not None
-    means, (peak_memory, stops) = sums.reduce(engine.peak_memory_bytes(), wants_to_stop)
+    is_last = False
+    while not is_last:
+        beat(f"step {state.step + 1}, micro-step {len(seen) + 1}")
+        with timer.phase("data"):
+            micro = next(batches)
+            batch = micro.batch.to(engine.device())
+        plan, is_last = micro.plan, micro.is_last
+        with timer.phase("reference"):  # before the policy's activations exist
+            batch = replace(batch, reference_logps=reference_logps(run.reference, batch, loss_settings))
+        with timer.phase("forward"):
+            total, losses, metrics = pair_losses(
+                run.policy,
+                None,
+                batch,
+                loss_settings,
+                plan.mean_chosen_tokens,
+                micro.most_pairs,
+                by_pair=run.by_pair,
+            )
+            sums.add({"loss": losses, **metrics}, batch.weights)
+            seen.append((batch.row_ids, losses.detach()))
+        with timer.phase("backward"):
+            scale = engine.loss_scale_for_mean(len(plan.pairs))
+            engine.backward(run.policy, total * scale, last_micro_step=is_last)
+    with timer.phase("communication"):
+        wants_to_stop = preemption.reason_to_stop(settings.max_hours) is not None
+        reduced = sums.reduce(engine.peak_memory_bytes(), timer.busy_seconds, wants_to_stop)
     beat(f"step {state.step + 1}, optimizer")
-    rate = learning_rate(state.step, run.total_steps, settings)
-    grad_norm, overflowed = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
+    with timer.phase("optimizer"):
+        rate = learning_rate(state.step, run.total_steps, settings)
+        norm, overflowed = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
+        # the one time that the host waits for the device, so that neither loss nor norm costs a wait of its own
+        means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
     if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or overflowed):
         bad_numbers.handle(
             settings, run.run_dir, run.train_data, state.step + 1, seen, grad_norm, state.nonfinite_steps
         )
         state.nonfinite_steps += 1
 
-    tokens = int(lengths[pairs].sum())
-    slots = sum(padded_slots(micro.indices, lengths) for ranks in layout for micro in ranks)
-    filled = sum(padded_tokens(micro.indices, lengths) for ranks in layout for micro in ranks if micro.weights.any())
+    times = timer.shares()
     state.step += 1
-    state.pairs += len(pairs)
-    state.tokens += tokens
-    seconds = time.perf_counter() - started
+    state.pairs += len(plan.pairs)
+    state.tokens += plan.tokens
+    seconds = times["step_seconds"]
+    used = {} if run.peak_flops is None else {"mfu": plan.useful_flops / seconds / run.peak_flops / len(busy)}
     return {
         **means,
         "grad_norm": grad_norm,
@@ -294,12 +361,14 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> tuple[dict[str
         "epoch": state.step / run.schedule.steps_per_epoch,
         "tokens": state.tokens,
         "pairs": state.pairs,
-        "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "pairs_per_second": len(pairs) / seconds,
-        "padding_fraction": 1.0 - filled / slots,
-        "peak_memory_bytes": peak_memory,
-    }, stops > 0
+        "tokens_per_second": plan.tokens / seconds,
+        "pairs_per_second": len(plan.pairs) / seconds,
+        **used,
+        "padding_fraction": plan.padding_fraction,
+        "rank_idle": float(1.0 - busy.mean() / busy.max()) if busy.any() else 0.0,
+        "peak_memory_bytes": peaks.max(),
+        **times,
+    }, bool(stops.any())
 
 
 def held_out_metrics(run: Run, state: TrainState, tracker: Tracker | None) -> dict[str, float]:
@@ -361,6 +430,22 @@ def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Che
     return run_dir, found
 
 
+def peak_flops_of(config: Config) -> float | None:
+    """What one rank's device could do at most, for `mfu`; None if nobody knows.
+
+    Raises:
+        ConfigError: if the console is to show a utilisation that can't be computed.
+    """
+    named = config.logging.peak_tflops
+    peak = peak_flops(engine.device_name()) if named is None else named * 1e12
+    if peak is None:
+        missing = f"no peak is known of the device {engine.device_name()!r}; logging.peak_tflops says it"
+        if "mfu" in config.logging.console_metrics:
+            raise ConfigError(f"logging.console_metrics = 'mfu': {missing}")
+        engine.log(f"mfu is left out of the metrics: {missing}")
+    return peak
+
+
 def make_schedule(config: Config, data: PairDataset) -> Schedule:
     """The order of pairs over the run."""
     settings = config.train
@@ -390,8 +475,13 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
         **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
     }
-    if config.lora.enabled:  # a checkpoint has only the adapter, so the weights under it must be the same ones
+    # weights that a checkpoint does not hold, and that must still be the same ones behind their path
+    if config.lora.enabled:
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
+    has_weights = config.loss.needs_reference and config.reference.mode != "columns"
+    if has_weights and config.reference.sync_steps is None:
+        named = "model.path" if config.reference.model is None else "reference.model"
+        settings[f"the reference's weights ({named})"] = source_fingerprint(config, reference_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
         model_fingerprint(model_config),

@@ -47,8 +47,8 @@ class MovingReference:
             for name, parameter in reference.module.named_parameters()
         }
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.reference(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.reference(*inputs, **named)
 
     @torch.no_grad()
     def move(self) -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     engine.init_distributed(5)
     engine.quiet_libraries()
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
-        config = load_config(None, job["overrides"])
+        config = load_config(None, [*job["overrides"], "data.layout=padded"])
         policy, reference = load_policy(config, micro_steps=1), load_reference(config)
         moving = MovingReference(reference, policy, config.reference.sync_mixup)
         seen = {}

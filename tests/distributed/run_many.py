@@ -1,8 +1,9 @@
 """Run many training jobs in one launch, since starting ranks costs more than these runs: `run_many.py JOBS.json`.
 
-JOBS.json is a list of `{"overrides": [...], "resume": null, "refused": false, "full_disk": null}`. A job that must be
-refused leaves the message of its UserError in `JOBS.json.messages`, in the order of the jobs. `full_disk: [rank, step]`
-lets that rank write no file above 4 KiB while it saves the checkpoint of that step.
+JOBS.json is a list of {"overrides": [...], "resume": null or text, "profile": [first, last step] if any, "full_disk":
+[rank, step] if that rank is to write no file above 4 KiB while it saves the checkpoint of that step, "refused": true
+where a `UserError` is expected, on every rank}; every rank runs them one after another. `JOBS.json.messages` gets the
+errors' messages, null for a run that ended well.
 """
 
 import json
@@ -28,7 +29,9 @@ def main() -> None:
         resume = job.get("resume")
         trainer.save_checkpoint = on_a_full_disk(*job["full_disk"]) if job.get("full_disk") else save_checkpoint
         try:
-            trainer.train(load_config(None, job["overrides"], resume=resume), resume=resume)
+            first, last = job.get("profile", (0, -1))
+            profile = range(first, last + 1)
+            trainer.train(load_config(None, job["overrides"], resume=resume), resume=resume, profile=profile)
             messages.append(None)
         except UserError as error:
             if not job.get("refused"):
