@@ -17,11 +17,9 @@ import torch
 
 from dpo_scale import bad_numbers, engine, preemption
 from dpo_scale.checkpoint import (
-    Checkpoint,
     TrainState,
     checkpoint_path,
     choose_checkpoint,
-    find_checkpoints,
     load_checkpoint,
     load_weights,
     names_a_checkpoint,
@@ -58,7 +56,7 @@ from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
-from dpo_scale.run_lock import hold_run_dir
+from dpo_scale.run_folder import agree_on_run_dir
 from dpo_scale.schedule import learning_rate
 from dpo_scale.steps import MicroStep, Planner, make_planner, micro_steps_of_run
 from dpo_scale.timing import StepTimer
@@ -405,29 +403,6 @@ def results_of(run_dir: Path, exported: TrainState) -> dict[str, Any]:
         evaluations = {r["step"]: r for r in read_metrics(run_dir / METRICS_FILE) if r["phase"] == "eval"}
         results |= {"before": evaluations.get(0), "after": evaluations.get(exported.step)}
     return results
-
-
-def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
-    """The run folder, made by rank 0, and the checkpoints that the run may start from, the best first."""
-    # ranks that start in different seconds would name different folders
-    config.output_dir = engine.from_main(config.output_dir)
-    assert config.output_dir is not None
-    run_dir = Path(config.output_dir)
-    grace = config.checkpoint.preempt_grace_seconds
-    if resume and engine.is_main() and run_dir.is_dir():
-        hold_run_dir(run_dir, grace)  # until a run that is saving its last checkpoint is done
-    engine.barrier()
-    found = find_checkpoints(resume, run_dir) if resume else []
-    in_run_dir = bool(found) and found[0].path.resolve().parents[1] == run_dir.resolve()
-    continues = in_run_dir or resume in ("latest", "auto")
-    if engine.is_main():
-        if not continues and (run_dir / CONFIG_FILE).exists():
-            raise ConfigError(
-                f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
-            )
-        hold_run_dir(run_dir, grace if continues else 0.0)
-    engine.barrier()
-    return run_dir, found
 
 
 def peak_flops_of(config: Config) -> float | None:

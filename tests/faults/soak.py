@@ -18,6 +18,7 @@ def soak(folder: Path, steps: int) -> Outcome:
     outcome = Outcome(f"{steps} steps with a checkpoint every 50")
     run_dir = folder / "soak"
     more = (f"train.max_steps={steps}", "checkpoint.save_steps=50", f"train.eval_steps={steps // 4}")
+    more += ("train.global_batch_size=2", "train.micro_batch_size=1")
     forks = Forks(folder, overrides(folder, f"output_dir={run_dir}", *more))
     samples: list[tuple[int, list[int], list[int]]] = []
     while forks.running() and steps_done(run_dir) < steps - 5:

@@ -38,7 +38,7 @@ def test_the_requeue_script_takes_a_preempted_run_to_its_end(folder):
 
 @pytest.mark.distributed
 def test_a_kill_inside_a_save_leaves_a_usable_checkpoint(folder):
-    nothing_lost(cases.kills_in_saves(folder, random.Random(SEED), 2))
+    nothing_lost(cases.kills_in_saves(folder, random.Random(SEED), 0.1))
 
 
 @pytest.mark.distributed

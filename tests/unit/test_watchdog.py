@@ -11,7 +11,7 @@ from tiny import ROOT
 
 from dpo_scale import watchdog
 from dpo_scale.errors import ConfigError
-from dpo_scale.run_lock import hold_run_dir
+from dpo_scale.run_folder import hold_run_dir
 from dpo_scale.watchdog import EXIT_HANGING, Watchdog
 
 RANK = """
@@ -74,7 +74,7 @@ def test_a_killed_rank_is_lost_and_one_that_failed_has_its_last_word(tmp_path):
 
 def test_a_run_folder_has_one_run_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from dpo_scale.run_lock import hold_run_dir;"
+        "import sys, time; from pathlib import Path; from dpo_scale.run_folder import hold_run_dir;"
         "hold_run_dir(Path(sys.argv[1]), 0); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

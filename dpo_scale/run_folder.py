@@ -1,4 +1,4 @@
-"""One run at a time in a run folder.
+"""Which folder a run writes to, and one run at a time in it.
 
 A queue may start a job again while the ranks of the last try are still saving, and a person may start it twice. So
 rank 0 holds a lock on `logs/lock` for as long as its process lives; the kernel gives it back whatever happens to the
@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from typing import IO
 
+from dpo_scale import engine
+from dpo_scale.checkpoint import Checkpoint, find_checkpoints
+from dpo_scale.config import CONFIG_FILE, Config
 from dpo_scale.errors import ConfigError
 from dpo_scale.watchdog import LOGS_DIR
 
@@ -21,6 +24,29 @@ LOCK_FILE = "lock"
 POLL_SECONDS = 0.2
 
 _held: tuple[Path, IO[str]] | None = None
+
+
+def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
+    """The run folder, made by rank 0, and the checkpoints that the run may start from, the best first."""
+    # ranks that start in different seconds would name different folders
+    config.output_dir = engine.from_main(config.output_dir)
+    assert config.output_dir is not None
+    run_dir = Path(config.output_dir)
+    grace = config.checkpoint.preempt_grace_seconds
+    if resume and engine.is_main() and run_dir.is_dir():
+        hold_run_dir(run_dir, grace)  # until a run that is saving its last checkpoint is done
+    engine.barrier()
+    found = find_checkpoints(resume, run_dir) if resume else []
+    in_run_dir = bool(found) and found[0].path.resolve().parents[1] == run_dir.resolve()
+    continues = in_run_dir or resume in ("latest", "auto")
+    if engine.is_main():
+        if not continues and (run_dir / CONFIG_FILE).exists():
+            raise ConfigError(
+                f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
+            )
+        hold_run_dir(run_dir, grace if continues else 0.0)
+    engine.barrier()
+    return run_dir, found
 
 
 def hold_run_dir(run_dir: Path, wait_seconds: float) -> None:
