@@ -6,12 +6,14 @@ import builtins
 import os
 import resource
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 
-def _during_saves(before: object, after: object, number: int | None) -> None:
-    """Call `before()` and `after()` around the `number`th save of this process (None: every one)."""
+def _during_saves(before: Callable[[], object], after: Callable[[], object], number: int) -> None:
+    """Call `before()` and `after()` around the `number`th save of this process."""
     from dpo_scale import trainer
 
     real, count = trainer.save_checkpoint, 0
@@ -19,7 +21,7 @@ def _during_saves(before: object, after: object, number: int | None) -> None:
     def save_checkpoint(*arguments, **keywords):
         nonlocal count
         count += 1
-        if number is not None and count != number:
+        if count != number:
             return real(*arguments, **keywords)
         before()
         try:
@@ -35,17 +37,17 @@ class KillInSave:
     """SIGKILL at the boundary of a file: before the `event`th opening for writing, sync, rename or removal of a save.
 
     Attributes:
-        rank: the rank that is killed.
-        event: counted from 1, in the second save of the process; 0 counts only.
-        counted: a file that gets the number of events of the save.
+        rank: the rank that is killed; None for none, to count only.
+        event: counted from 1, in the second save of the process.
+        counted: a folder that gets a file of each rank with the number of events of the save.
     """
 
-    rank: int
+    rank: int | None
     event: int
     counted: Path
 
     def __call__(self, rank: int) -> None:
-        if rank != self.rank:
+        if self.rank not in (rank, None):
             return
         active, events = False, 0
 
@@ -53,7 +55,7 @@ class KillInSave:
             nonlocal events
             if active:
                 events += 1
-                if events == self.event:
+                if self.rank is not None and events == self.event:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         def wrap(real):
@@ -81,55 +83,52 @@ class KillInSave:
         def stop() -> None:
             nonlocal active
             active = False
-            self.counted.write_text(str(events))
+            (self.counted / str(rank)).write_text(str(events))
 
         _during_saves(start, stop, number=2)
 
 
+@contextmanager
+def _files_no_larger_than(limit_bytes: int) -> Iterator[None]:
+    """What a full disk, or a quota, does to this process's files; those that are larger already can't grow either."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+
+
 @dataclass(frozen=True)
 class DiskFull:
-    """No file of this rank may grow beyond `limit_bytes`, during its second save, or throughout."""
+    """No room on one rank's disk, beyond some bytes a file, while it does something.
+
+    Attributes:
+        during: `save` (its second one), `export`, or `store` (when it writes to the reference store).
+    """
 
     rank: int
     limit_bytes: int
-    throughout: bool = False
+    during: str
 
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-
-        def set_to(limit: int) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-
-        if self.throughout:
-            set_to(self.limit_bytes)
-        else:
-            _during_saves(lambda: set_to(self.limit_bytes), lambda: set_to(resource.RLIM_INFINITY), number=2)
-
-
-@dataclass(frozen=True)
-class DiskFullInExport:
-    """No file of rank 0 may grow beyond `limit_bytes` while the model is exported."""
-
-    limit_bytes: int
-
-    def __call__(self, rank: int) -> None:
-        if rank:
-            return
         from dpo_scale import trainer
+        from dpo_scale.reference import shard
 
-        real = trainer.export_model
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        if self.during == "save":
+            limited = _files_no_larger_than(self.limit_bytes)
+            _during_saves(limited.__enter__, lambda: limited.__exit__(None, None, None), number=2)
+            return
+        module, name = {"export": (trainer, "export_model"), "store": (shard, "write_atomically")}[self.during]
+        real = getattr(module, name)
 
-        def export_model(*arguments, **keywords):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit_bytes, hard))
-            try:
+        def limited_call(*arguments, **keywords):
+            with _files_no_larger_than(self.limit_bytes):
                 return real(*arguments, **keywords)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
 
-        trainer.export_model = export_model
+        setattr(module, name, limited_call)
 
 
 @dataclass(frozen=True)

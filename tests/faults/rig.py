@@ -22,7 +22,7 @@ from typing import Any
 
 from tiny import ROOT, free_port, read_metrics, run_overrides, without_timings
 
-STEPS = 16
+STEPS = 12
 SAVE_STEPS = 2
 RANKS = 2
 SECONDS_TO_END = 60  # a bound for everything here that has to end by itself
