@@ -178,7 +178,8 @@ class LoraSettings:
 class LogprobSettings:
     """How token log-probs are computed from hidden states (see `dpo_scale.logprobs`)."""
 
-    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    implementation: Literal["auto", "naive", "chunked", "triton"] = "auto"
+    pair_loss: Literal["auto", "fused", "tokens"] = "auto"  # in training: loss and gradient pair by pair, or log-probs
 
 
 @dataclass
@@ -364,6 +365,12 @@ class Config:
             0,
             "1, 2 or 3 with model.dtype bfloat16 (DeepSpeed's stage 0 updates bf16 weights wrongly); "
             "stage 0 trains in float32 or float16",
+        )
+        _check(
+            self.logprobs.pair_loss != "fused" or self.loss.is_pairwise,
+            "logprobs.pair_loss",
+            "fused",
+            "auto or tokens with this loss: aot and aot_unpaired need all pairs, loss.use_weighting needs by-products",
         )
         if self.model.compile:
             self._check_compile()

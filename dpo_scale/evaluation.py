@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,12 @@ from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
 from dpo_scale.data.batching import MicroBatch, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
+from dpo_scale.logprobs.pair_loss import PairLoss
 from dpo_scale.loss_settings import LossSettings
-from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
+from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import (
+    check_logprobs,
     check_vocabulary,
     load_reference,
     load_scoring_model,
@@ -25,6 +28,7 @@ from dpo_scale.models.load import (
     policy_source,
     settle_layout,
 )
+from dpo_scale.models.scorer import backbone_and_head
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 
@@ -56,32 +60,73 @@ def reference_logps(reference: Any, batch: PairBatch, settings: LossSettings) ->
         return sequence_logps(reference, batch, settings)[0]
 
 
+def takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
+    """Whether training takes loss and gradient pair by pair (`logprobs.pair_loss`), and why, for the log."""
+    option, implementation = config.logprobs.pair_loss, config.logprobs.implementation
+    if option != "auto":
+        return option == "fused", "asked for by name"
+    if not config.loss.is_pairwise:
+        return False, "the loss is no function of each pair's sums alone"
+    if implementation != "auto":
+        return False, f"logprobs.implementation asks for {implementation} log-probs"
+    _, head = backbone_and_head(policy.module.model)
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return False, "the head is frozen, so neither way computes logits twice"
+    return True, "computes logits once, where log-probs and then their gradient would compute them twice"
+
+
 def pair_losses(
-    policy: Any, reference: Any, batch: PairBatch, settings: LossSettings, mean_chosen_tokens: float, most_pairs: int
+    policy: Any,
+    reference: Any,
+    batch: PairBatch,
+    settings: LossSettings,
+    mean_chosen_tokens: float,
+    most_pairs: int,
+    *,
+    by_pair: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Losses and metrics of one micro-batch.
 
     Args:
         mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
         most_pairs: most pairs that any rank has in this micro-step.
+        by_pair: take loss and gradient together, pair by pair (`logprobs.pair_loss`): same numbers, one pass less.
 
     Returns:
         The sum to differentiate, the per-pair losses [P] as reported, and per-pair metrics, each [P].
     """
     # the reference first, before the policy's activations exist
     reference_sums = reference_logps(reference, batch, settings)
+
+    def losses_of(sums: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return preference_loss(
+            sums,
+            reference_sums,
+            batch.lengths,
+            settings,
+            mean_chosen_tokens=mean_chosen_tokens,
+            pair_weights=weights,
+        )
+
+    if by_pair:
+        total, sums = _loss_by_pair(policy, batch, settings, lambda sums: losses_of(sums, None)[0] * batch.weights)
+        return total, *losses_of(sums, None)
     policy_sums, wpo = sequence_logps(policy, batch, settings)
     if settings.needs_batch:
         return _losses_across_ranks(policy_sums, reference_sums, wpo, batch, settings, mean_chosen_tokens, most_pairs)
-    losses, metrics = preference_loss(
-        policy_sums,
-        reference_sums,
-        batch.lengths,
-        settings,
-        mean_chosen_tokens=mean_chosen_tokens,
-        pair_weights=wpo,
-    )
+    losses, metrics = losses_of(policy_sums, wpo)
     return (losses * batch.weights).sum(), losses, metrics
+
+
+def _loss_by_pair(
+    policy: Any, batch: PairBatch, settings: LossSettings, loss_of_sums: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the pairs' losses, with its gradient made, and the policy's sums [P, 2], detached."""
+    weights = None
+    if settings.ld_alpha is not None:
+        weights = ld_token_weights(batch.score_segments, batch.num_pairs, batch.lengths, settings.ld_alpha)
+    pair_loss = PairLoss(batch.score_segments, batch.num_pairs, loss_of_sums, weights)
+    return policy(**batch.scorer_inputs, pair_loss=pair_loss)
 
 
 def _losses_across_ranks(
@@ -199,6 +244,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     settle_layout(config)

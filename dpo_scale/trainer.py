@@ -34,11 +34,19 @@ from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.devices import peak_flops
 from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
-from dpo_scale.evaluation import evaluate, pair_losses, reference_logps
+from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_loss_by_pair
 from dpo_scale.export import export_model
 from dpo_scale.flops import forward_flops
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source, settle_layout
+from dpo_scale.models.load import (
+    check_logprobs,
+    check_vocabulary,
+    load_policy,
+    load_tokenizers,
+    policy_source,
+    reference_source,
+    settle_layout,
+)
 from dpo_scale.profiler import StepProfiler
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
@@ -66,6 +74,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
     peak = peak_flops_of(config)
@@ -118,11 +127,14 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
+    by_pair, reason = takes_loss_by_pair(config, policy)
+    engine.log(f"loss and gradient {'pair by pair' if by_pair else 'by way of log-probs'}: {reason}")
     run = Run(
         config,
         run_dir,
         policy,
         reference,
+        by_pair,
         tokenizer,
         schedule,
         total_steps,
@@ -159,6 +171,7 @@ class Run:
     run_dir: Path
     policy: Any
     reference: Any
+    by_pair: bool  # loss and gradient are taken pair by pair
     tokenizer: Any
     schedule: Schedule
     total_steps: int
@@ -227,7 +240,13 @@ def train_step(run: Run, state: TrainState, batches: Iterator[MicroStep], timer:
             batch = replace(batch, reference_logps=reference_logps(run.reference, batch, loss_settings))
         with timer.phase("forward"):
             total, losses, metrics = pair_losses(
-                run.policy, None, batch, loss_settings, plan.mean_chosen_tokens, micro.most_pairs
+                run.policy,
+                None,
+                batch,
+                loss_settings,
+                plan.mean_chosen_tokens,
+                micro.most_pairs,
+                by_pair=run.by_pair,
             )
             sums.add({"loss": losses, **metrics}, batch.weights)
             seen.append((batch.row_ids, losses.detach()))
@@ -380,8 +399,13 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
         **{f"train.{name}": value for name, value in train.items()},
     }
-    if config.lora.enabled:  # a checkpoint has only the adapter, so the weights under it must be the same ones
+    # weights that a checkpoint does not hold, and that must still be the same ones behind their path
+    if config.lora.enabled:
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
+    has_weights = config.loss.needs_reference and config.reference.mode != "columns"
+    if has_weights and config.reference.sync_steps is None:
+        named = "model.path" if config.reference.model is None else "reference.model"
+        settings[f"the reference's weights ({named})"] = source_fingerprint(config, reference_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
         model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage

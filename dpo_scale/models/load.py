@@ -17,12 +17,28 @@ from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
-from dpo_scale.errors import ModelError
+from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.layouts import check_layout, choose_layout, install_attention
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
+
+
+def check_logprobs(config: Config) -> None:
+    """Log how log-probs will be computed on this device, and why; every entry point calls it once.
+
+    Raises:
+        ConfigError: if the implementation asked for does not run here.
+    """
+    try:
+        name, reason = choose_implementation(
+            config.logprobs.implementation, engine.device(), getattr(torch, config.model.dtype)
+        )
+    except ValueError as error:
+        raise ConfigError(f"logprobs.implementation = {config.logprobs.implementation!r}: {error}") from error
+    engine.log(f"log-probs: {name} ({reason})")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from dpo_scale.config import Config
 
 # Implementations of a class agree to rounding in fp32; see `dpo_scale.logprobs`.
-PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits"}
+PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits", "triton": "fp32 logits"}
 # Those whose code computes the numbers. A patch release repairs; a minor one may change a kernel or a model.
 LIBRARIES = ("torch", "transformers")
 

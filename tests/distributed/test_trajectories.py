@@ -20,6 +20,7 @@ VARIANTS_ON_2_RANKS = {
     "stage3": ["deepspeed.stage=3"],
     "micro1": ["deepspeed.stage=2", "train.micro_batch_size=1"],
     "micro4": ["deepspeed.stage=3", "train.micro_batch_size=4"],
+    "log_probs_first": ["deepspeed.stage=2", "logprobs.pair_loss=tokens"],
     "naive": ["deepspeed.stage=3", "logprobs.implementation=naive"],
     "gradient_checkpointing": ["deepspeed.stage=3", "model.gradient_checkpointing=true"],
     "sharded_reference": ["deepspeed.stage=1", "reference.stage=3", "reference.offload_param=cpu"],

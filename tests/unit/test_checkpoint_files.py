@@ -3,8 +3,10 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tiny import save_model
 from transformers import LlamaConfig
 
 from dpo_scale.checkpoint import (
@@ -19,6 +21,8 @@ from dpo_scale.checkpoint import (
 )
 from dpo_scale.config import load_config
 from dpo_scale.errors import CheckpointError
+from dpo_scale.models.load import load_model_config
+from dpo_scale.trainer import identity_of
 
 IDENTITY = Identity("model", "data", {"loss.beta": 0.1, "train.seed": 42}, world_size=2, stage=3)
 
@@ -177,3 +181,39 @@ class TestWhichRunContinues:
     def test_a_missing_folder_is_named(self):
         with pytest.raises(CheckpointError, match="runs/none: no such folder"):
             self.output_dir("runs/none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "overwritten", "refused_for"),
+    [
+        ([], "start", "model.path"),
+        (["reference.mode=store"], "start", "model.path"),
+        (["reference.model={folder}/other"], "other", "reference.model"),
+        # the checkpoint has the policy's weights, and the reference is another model
+        (["reference.model={folder}/other"], "start", None),
+        (["loss.loss_type=simpo"], "start", None),
+        # a reference that moves is in the checkpoint
+        (["reference.sync_steps=2"], "start", None),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_weights_behind_the_references_path(
+    tmp_path, monkeypatch, overrides, overwritten, refused_for
+):
+    monkeypatch.setenv("DPO_SCALE_CACHE", str(tmp_path / "cache"))
+    for name in ("start", "other"):
+        save_model(tmp_path / name)
+    overrides = [text.replace("{folder}", str(tmp_path)) for text in overrides]
+    config = load_config(None, [f"model.path={tmp_path / 'start'}", "data.train=x.jsonl", *overrides])
+
+    def identity():
+        return identity_of(config, load_model_config(config.model.path), SimpleNamespace(fingerprint="data"))
+
+    path = save_checkpoint(FakeEngine(), TrainState(step=1), identity(), tmp_path, keep=None)
+    assert read_state(path, identity()).step == 1
+    save_model(tmp_path / overwritten, seed=1)
+    if refused_for is None:
+        assert read_state(path, identity()).step == 1
+    else:
+        message = rf"step-1: saved with other settings: the reference's weights \({refused_for}\) was '\w+', is '\w+'$"
+        with pytest.raises(CheckpointError, match=message):
+            read_state(path, identity())
