@@ -81,8 +81,8 @@ def write_rows(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for prompt, chosen, rejected in lengths:
             row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            texts = {name: " ".join(words.choices(WORDS, k=int(size))) for name, size in row.items()}
-            file.write(json.dumps(texts | {"rejected": "no " + texts["rejected"]}) + "\n")
+            texts = {name: " " + " ".join(words.choices(WORDS, k=int(size))) for name, size in row.items()}
+            file.write(json.dumps(texts | {"rejected": " no" + texts["rejected"]}) + "\n")
 
 
 def run(folder: Path, overrides: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
