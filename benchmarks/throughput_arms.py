@@ -14,18 +14,18 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.config import Config, load_config
-from dpo_scale.data.dataset import PairDataset, load_pairs
+from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_tokenizers
-from dpo_scale.precompute import precompute
-from dpo_scale.reference.modes import open_book
+from dpo_scale.reference.modes import fill_for, open_book
 from dpo_scale.tracking import METRICS_FILE, read_metrics
 from dpo_scale.trainer import train
 
 # one token each in most vocabularies
-WORDS = (
-    "the of and to in is that for it was on are as with they at be this from have or by one had not but what".split()
-)
+WORDS = "the of and to in is that for it was on are as with they at be this from have or by one had not".split()
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+SHOWN = ("mfu", "padding_fraction", "rank_idle")
 
 
 def main() -> None:
@@ -50,11 +50,6 @@ def config_of(job: dict[str, Any], *overrides: str) -> Config:
     )  # fmt: skip
 
 
-def pairs_of(config: Config) -> PairDataset:
-    tokenizer = load_tokenizers(config)[0]
-    return load_pairs(config.data, tokenizer, seed=config.train.seed, log=lambda line: None).train
-
-
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Make rows (and a model, where a shape is asked for) if they are to be made; fill the store; save both for TRL."""
     folder = Path(job["folder"])
@@ -66,9 +61,14 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     )
     job["data"]["path"] = rows
     config = config_of(job)
-    precompute(config)
-    data = pairs_of(config)
-    seen = data.select(np.arange(min(wanted, len(data))))
+    engine.init_distributed(config.deepspeed.timeout_minutes)
+    tokenizer = load_tokenizers(config)[0]
+    data = load_pairs(config.data, tokenizer, seed=config.train.seed, log=lambda line: None).train
+    if len(data) < wanted:
+        raise SystemExit(f"{rows}: {len(data)} pairs, but {wanted} are needed; take fewer steps or smaller ones")
+    seen = data.select(np.arange(wanted))
+    book = open_book(config)
+    fill_for(config, book, [seen], tokenizer.pad_token_id)
     has_trl = True
     try:
         import trl  # noqa: F401
@@ -78,10 +78,8 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         from datasets import Dataset
 
         pairs = [seen[i] for i in range(len(seen))]
-        columns = {
-            name: [getattr(p, name).tolist() for p in pairs] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        }
-        sums = open_book(config).lookup(seen.pair_keys).sums
+        columns = {name: [getattr(p, name).tolist() for p in pairs] for name in ID_COLUMNS}
+        sums = book.lookup(seen.pair_keys).sums
         columns |= {"ref_chosen_logps": sums[:, 0].tolist(), "ref_rejected_logps": sums[:, 1].tolist()}
         Dataset.from_dict(columns).save_to_disk(folder / "rows_for_trl")
     return {
@@ -140,9 +138,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     counted = steps[1:]
     assert len(counted) == job["steps"]
     seconds = sum(step["step_seconds"] for step in counted)
-    shown = [
-        name for name in counted[-1] if name.startswith("time/") or name in ("mfu", "padding_fraction", "rank_idle")
-    ]
+    shown = [name for name in counted[-1] if name.startswith("time/") or name in SHOWN]
     return {
         "pairs_per_second": (steps[-1]["pairs"] - steps[0]["pairs"]) / seconds,
         "tokens_per_second": (steps[-1]["tokens"] - steps[0]["tokens"]) / seconds,
@@ -212,7 +208,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.train()
     seconds = ends.times[-1] - ends.times[0]
-    lengths = np.array([[len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in rows])
+    lengths = np.array([[len(row[name]) for name in ID_COLUMNS] for row in rows])
     first, last = job["global_batch_size"], job["global_batch_size"] * (job["steps"] + 1)
     return {
         "pairs_per_second": len(lengths[first:last]) / seconds,

@@ -27,8 +27,8 @@ def table(report: dict[str, Any]) -> str:
         "# Training throughput",
         "",
         f"{report['model']} in {report['dtype']}, at most {report['max_length']} tokens, {report['global_batch_size']} "
-        f"pairs a step, {report['steps']} steps counted after a warm-up, median of {report['repeats']}; micro-batches of "
-        f"at most {report['max_tokens']:,} tokens; {report['ranks']} process(es); gradient checkpointing "
+        f"pairs a step, {report['steps']} steps counted after a warm-up, median of {report['repeats']}; micro-batches "
+        f"of at most {report['max_tokens']:,} tokens; {report['ranks']} process(es); gradient checkpointing "
         f"{'on' if report['gradient_checkpointing'] else 'off'}. {describe_circumstances(report)} Made by "
         "`python benchmarks/throughput.py`, whose text says what is counted.",
     ]
@@ -82,8 +82,8 @@ def sweep_table(report: dict[str, Any]) -> str:
     lines = [
         "# How cost grows",
         "",
-        f"dpo_scale, shared_prefix, stored reference; where nothing else is said {report['model']} in {report['dtype']}, "
-        f"generated rows, {report['global_batch_size']} pairs a step, {report['ranks']} process(es). "
+        f"dpo_scale, shared_prefix, stored reference; where nothing else is said {report['model']} in "
+        f"{report['dtype']}, generated rows, {report['global_batch_size']} pairs a step, {report['ranks']} process(es). "
         f"{describe_circumstances(report)} Made by `python benchmarks/throughput.py --sweep`.",
         "",
     ]
