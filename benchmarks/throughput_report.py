@@ -83,8 +83,8 @@ def sweep_table(report: dict[str, Any]) -> str:
         "# How cost grows",
         "",
         f"dpo_scale, shared_prefix, stored reference; where nothing else is said {report['model']} in "
-        f"{report['dtype']}, generated rows, {report['global_batch_size']} pairs a step, {report['ranks']} process(es). "
-        f"{describe_circumstances(report)} Made by `python benchmarks/throughput.py --sweep`.",
+        f"{report['dtype']}, generated rows, {report['global_batch_size']} pairs a step, {report['ranks']} "
+        f"process(es). {describe_circumstances(report)} Made by `python benchmarks/throughput.py --sweep`.",
         "",
     ]
     rows = [
