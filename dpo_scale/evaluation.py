@@ -11,14 +11,23 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.config import Config
-from dpo_scale.data.batching import MicroBatch, split_among_ranks
+from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
+from dpo_scale.data.batching import MicroBatch, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
-from dpo_scale.data.layout import PairBatch, padded_batch
+from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.logprobs.pair_loss import PairLoss
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_reference, load_scoring_model, load_tokenizers, policy_source
+from dpo_scale.models.load import (
+    check_logprobs,
+    check_vocabulary,
+    load_reference,
+    load_scoring_model,
+    load_tokenizers,
+    policy_source,
+    settle_layout,
+)
 from dpo_scale.models.scorer import backbone_and_head
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
@@ -31,7 +40,7 @@ def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tup
         ([P, 2] fp32 with chosen in column 0, [P] or None).
     """
     by_products = ("log_sum_p2",) if settings.use_weighting else ()
-    scored = scorer(batch.input_ids, batch.score_index, batch.score_targets, by_products)
+    scored = scorer(**batch.scorer_inputs, by_products=by_products)
     token_values, extra = scored if by_products else (scored, {})
     sums = sum_token_logps(
         token_values, batch.score_segments, batch.num_pairs, batch.lengths, ld_alpha=settings.ld_alpha
@@ -117,7 +126,7 @@ def _loss_by_pair(
     if settings.ld_alpha is not None:
         weights = ld_token_weights(batch.score_segments, batch.num_pairs, batch.lengths, settings.ld_alpha)
     pair_loss = PairLoss(batch.score_segments, batch.num_pairs, loss_of_sums, weights)
-    return policy(batch.input_ids, batch.score_index, batch.score_targets, pair_loss=pair_loss)
+    return policy(**batch.scorer_inputs, pair_loss=pair_loss)
 
 
 def _losses_across_ranks(
@@ -167,14 +176,19 @@ def mean_chosen_tokens(pairs: np.ndarray, lengths: np.ndarray) -> float:
 
 
 def load_batch(
-    dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int, reference: Any, settings: LossSettings
+    dataset: PairDataset,
+    micro_batch: MicroBatch,
+    pad_token_id: int,
+    reference: Any,
+    settings: LossSettings,
+    layout: Layout,
 ) -> PairBatch:
-    """One rank's micro-batch on the device; a stored reference's values come with it."""
+    """One rank's micro-batch on the host, ready to be copied; a stored reference's values come with it."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
-    batch = padded_batch(pairs, micro_batch.weights, pad_token_id)
+    batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
     if isinstance(reference, (StoredReference, ColumnReference)):
         batch = replace(batch, reference_logps=reference.logps(dataset, micro_batch.indices, settings))
-    return batch.to(engine.device())
+    return batch.pinned() if engine.device().type == "cuda" else batch
 
 
 @torch.no_grad()
@@ -185,21 +199,40 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
     was_training = policy.module.training
     policy.eval()
     sums = MetricSums()
-    batches = split_among_ranks(
+    chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    plan = evaluation_plan(config, pairs, lengths)
+    to_come = (
+        load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
+        for ranks in plan
+    )
+    with Ahead(to_come, BATCHES_AHEAD) as batches:
+        for ranks, batch in zip(plan, batches, strict=True):
+            batch = batch.to(engine.device())
+            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
+            _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
+            sums.add({"loss": losses, **metrics}, batch.weights)
+    policy.train(was_training)
+    means, _, _ = sums.reduce().read()
+    return {**means, "pairs": float(len(dataset))}
+
+
+def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray) -> list[list[MicroBatch]]:
+    """How held-out pairs are laid out: by the training's budget of tokens, or by pairs where that is what is set."""
+    settings = config.train
+    if settings.eval_micro_batch_size is None and settings.max_tokens_per_micro_batch is not None:
+        return forward_batches(
+            pairs,
+            lengths,
+            max_tokens=settings.max_tokens_per_micro_batch,
+            world_size=engine.world_size(),
+            layout=config.data.layout,
+        )
+    return split_among_ranks(
         pairs,
         lengths,
-        micro_batch_size=config.train.eval_micro_batch_size or config.train.micro_batch_size,
+        micro_batch_size=settings.eval_micro_batch_size or settings.micro_batch_size,
         world_size=engine.world_size(),
     )
-    for ranks in batches:
-        batch = load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss)
-        most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-        chosen_tokens = mean_chosen_tokens(pairs, lengths)
-        _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
-        sums.add({"loss": losses, **metrics}, batch.weights)
-    policy.train(was_training)
-    means, _ = sums.reduce()
-    return {**means, "pairs": float(len(dataset))}
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -211,8 +244,10 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
+    settle_layout(config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
     data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
     policy = load_scoring_model(config, policy_source(config))

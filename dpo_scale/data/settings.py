@@ -75,7 +75,7 @@ class DataSettings:
     on_bad_row: Literal["error", "skip"] = "error"
     num_proc: int | None = None  # tokenizing processes; null: one for small data, else one a core
     cache_dir: str | None = None  # null: $DPO_SCALE_CACHE, else ~/.cache/dpo_scale
-    layout: Literal["padded"] = "padded"
+    layout: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"  # of tokens in a forward pass
 
     def for_source(self, source: SourceSettings) -> SourceSettings:
         """The source with the section's schema and columns where it names none itself."""

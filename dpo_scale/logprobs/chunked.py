@@ -175,12 +175,13 @@ class _ChunkedTokenLogps(torch.autograd.Function):
                 tiles = Tiles(hidden, weight, bias, *ctx.options)
                 grad = grad.to(tiles.dtype) * tiles.logit_scale
                 kept = (gradient, first_peaks, held[: len(held) // 2], held[len(held) // 2 :])
-                logit_gradients = _LogitGradients(tiles, targets, logsumexp, target_gradient, grad, kept)
-                grads = _gradients(tiles, logit_gradients, ctx.needs_input_grad[:3], gradient)
+                logit_gradients = LogitGradients(tiles, targets, logsumexp, target_gradient, grad, kept)
+                grad_hidden, *others = head_gradients(tiles, logit_gradients, ctx.needs_input_grad[:3], gradient)
+            grads = (None if grad_hidden is None else grad_hidden.to(ctx.dtype), *others)
         return *grads, *(None,) * 7
 
 
-class _LogitGradients:
+class LogitGradients:
     """d, tile by tile: out of what is kept of the soft-max, otherwise out of logits computed again."""
 
     def __init__(
@@ -190,13 +191,14 @@ class _LogitGradients:
         logsumexp: Tensor,
         target_gradient: Tensor,
         grad: Tensor,
-        kept: tuple[Tensor | None, Tensor, Sequence[Tensor], Sequence[Tensor]],
+        kept: tuple[Tensor | None, Tensor, Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
-        """Args: kept, what `_Held` was given and what it kept."""
+        """Args: kept, what `_Held` was given and what it kept; None for nothing."""
         self._tiles, self._targets, self._logsumexp = tiles, targets, logsumexp
         self._grad = grad.unsqueeze(1)
         self._at_target = grad * target_gradient
-        self._kept, self._first = kept, kept[1].shape[1]
+        self._kept = kept or (None, targets.new_empty((len(tiles.vocabulary_runs), 0)), (), ())
+        self._first = self._kept[1].shape[1]
 
     def __call__(self, index: int, tokens: slice, vocabulary: slice, weight_rows: Tensor) -> Tensor:
         """[tokens, vocabulary] d of the index-th run of the vocabulary, in the dtype of the gradient products."""
@@ -230,10 +232,10 @@ class _LogitGradients:
         return None
 
 
-def _gradients(
-    tiles: Tiles, logit_gradients: _LogitGradients, needs: Sequence[bool], grad_weight: Tensor | None
+def head_gradients(
+    tiles: Tiles, logit_gradients: LogitGradients, needs: Sequence[bool], grad_weight: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their own dtypes; None for those not needed.
+    """Gradients of hidden, in fp32 or fp64, and of weight and bias in their own dtypes; None for those not needed.
 
     grad_weight: memory for that of the weight, if there is any yet.
     """
@@ -262,7 +264,7 @@ def _gradients(
             grad_weight[vocabulary] = weight_sum
         if grad_bias is not None and bias_sum is not None:
             grad_bias[vocabulary] = bias_sum
-    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _sum(total: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:

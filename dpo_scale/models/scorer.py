@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_scale.data.layout import Layout, Segment
 from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
+from dpo_scale.models.attention import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,16 @@ class PairScorer(nn.Module):
         model: a transformers causal LM, or a peft model around one; its head is rebound, so `model(...)` no longer
             returns logits.
         implementation: how log-probs are computed (`dpo_scale.logprobs`).
+        layout: of the batches that it is meant to be given, for whoever makes them.
 
     Raises:
         ModelError: if the model has no separable backbone and linear head.
     """
 
-    def __init__(self, model: nn.Module, implementation: str = "auto") -> None:
+    def __init__(self, model: nn.Module, implementation: str = "auto", layout: Layout = "padded") -> None:
         super().__init__()
         _, head = backbone_and_head(model)
-        self.model = model
+        self.model, self.layout = model, layout
         transform = head_transform(causal_lm(model).config)
 
         def score(
@@ -120,19 +123,31 @@ class PairScorer(nn.Module):
         score_targets: torch.Tensor,
         by_products: tuple[str, ...] = (),
         pair_loss: PairLoss | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
+        segments: tuple[Segment, ...] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of `score_targets`, fp32 [S]; with `pair_loss` the loss and [P, 2] sums (`fused_pair_loss`).
 
         Args:
-            input_ids: [B, T] int64, padded on the right: under a causal mask no real token sees the padding, so no
-                attention mask is needed.
+            input_ids: [B, T] int64. Without `segments` padded on the right: under a causal mask no real token sees
+                the padding, so no attention mask is needed.
             score_index: [S] int64, flat positions (b * T + t) whose hidden state predicts a scored token.
             score_targets: [S] int64, those tokens.
             by_products: extra per-token values, see `dpo_scale.logprobs.token_logps`.
             pair_loss: how the log-probs of each pair become its loss, to be done here with its gradient.
+            position_ids, document_ids, branch_ids, segments: a row of many sequences, as in `PairBatch`; the model's
+                attention must be one of `dpo_scale.models.attention`.
         """
         backbone, head = backbone_and_head(self.model)
-        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        row: dict[str, Any] = {}
+        if segments is not None:
+            assert position_ids is not None and document_ids is not None and branch_ids is not None
+            plan = AttentionPlan(position_ids, document_ids, branch_ids, segments)
+            row = {"position_ids": position_ids, "attention_plan": plan}
+        hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
         scored = hidden.flatten(0, 1).index_select(0, score_index)
         return head(scored, score_targets, by_products, pair_loss)
 

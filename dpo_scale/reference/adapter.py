@@ -20,11 +20,11 @@ class AdapterReference:
         """Args: policy, the engine around a `PairScorer` of a peft model."""
         self.policy = policy
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         module = self.policy.module
         was_training = module.training
         self.policy.eval()  # a reference has no dropout
         with torch.no_grad(), in_reference_state(module.model):
-            scored = self.policy(*inputs)
+            scored = self.policy(*inputs, **named)
         self.policy.train(was_training)
         return scored

@@ -37,7 +37,7 @@ def main() -> None:
     engine.init_distributed(5)
     engine.quiet_libraries()
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
-        config = load_config(None, job["overrides"])
+        config = load_config(None, [*job["overrides"], "data.layout=padded"])
         policy, reference = load_policy(config, micro_steps=1), load_reference(config)
         moving = MovingReference(reference, policy, config.reference.sync_mixup)
         seen = {}
@@ -59,7 +59,7 @@ def main() -> None:
         restored = MovingReference(other, policy, config.reference.sync_mixup)
         with torch.no_grad():
             score(restored)
-        restored.restore(state)
+        restored.restore(engine.gather_objects(state))
         seen |= whole(other, "restored.")
         restored.move()
         moving.move()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_scale.data.batching import Schedule, forward_batches, micro_steps_of, split_among_ranks
-from dpo_scale.data.layout import padded_slots, padded_tokens
+from dpo_scale.data.layout import filled_slots, slots
 
 
 def random_lengths(count, seed=0):
@@ -70,8 +70,8 @@ def test_sorting_by_length_pads_less_than_the_given_order():
     pairs = np.arange(64)
 
     def padding(batches):
-        slots = sum(padded_slots(b, lengths) for b in batches)
-        return 1 - sum(padded_tokens(b, lengths) for b in batches) / slots
+        computed = sum(slots("padded", b, lengths) for b in batches)
+        return 1 - sum(filled_slots("padded", b, lengths) for b in batches) / computed
 
     laid_out = split_among_ranks(pairs, lengths, micro_batch_size=4, world_size=2)
     ours = padding([m.indices for ranks in laid_out for m in ranks])
@@ -95,7 +95,7 @@ def test_forward_batches_hold_every_pair_once_within_the_budget(count, budget, w
     assert all(len(ranks) == world for ranks in layout)
     real = [m.indices for ranks in layout for m in ranks if m.weights.any()]
     assert sorted(np.concatenate(real)) == sorted(pairs)
-    assert all(padded_slots(m, lengths) <= budget or len(m) == 1 for m in real)
+    assert all(slots("padded", m, lengths) <= budget or len(m) == 1 for m in real)
     if count >= world:
         assert all(any(ranks[r].weights.any() for ranks in layout) for r in range(world)), "a rank without work"
 
