@@ -20,12 +20,9 @@ precision, in the same run. Results go to `benchmarks/results/<device>/precomput
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -33,14 +30,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import accelerator, circumstances, cores, describe_circumstances, matmul_flops_per_second, write_results
 
-from dpo_scale import __version__, engine
+from dpo_scale import engine
 from dpo_scale.config import Config, load_config
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.models.builtin import resolve_model_path
@@ -80,13 +77,7 @@ def main() -> None:
         arguments.pairs, arguments.repeats = arguments.pairs or QUICK_PAIRS, 1
     with tempfile.TemporaryDirectory() as folder:
         report = measure(arguments, Path(folder))
-    output = arguments.output or Path(__file__).parent / "results" / re.sub("[^a-z0-9]+", "-", device().lower()).strip(
-        "-"
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "precompute.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (output / "precompute.md").write_text(table(report), encoding="utf-8")
-    print(table(report), end="")
+    write_results("precompute", report, table(report), arguments.output)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -107,7 +98,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         between = -(-len(theirs) // len(jobs))
         # ours and theirs take turns, so that a slow spell of the machine meets both
         jobs = [one for i, job in enumerate(jobs) for one in (job, *theirs[i * between : (i + 1) * between])]
-    load = os.getloadavg()[0]  # what else the machine was doing
+    machine = circumstances(accelerator(), "torch", "transformers", "deepspeed", "trl")
     runs: list[list[dict[str, Any]]] = [[] for _ in jobs]
     peaks = []
     for _ in range(arguments.repeats):
@@ -138,7 +129,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     sums = {job["who"]: np.array(results[0]["sums"]) for job, results in zip(jobs, runs, strict=True)}
     apart = np.abs(sums["ours"] - sums["trl"]) / lengths[:, 1:] if trl else None
-    names = ("torch", "transformers", "deepspeed", *(["trl"] if trl else []))
     return {
         "pairs": len(dataset),
         "data_tokens": tokens,
@@ -153,15 +143,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model_flops": flops,
         "matmul_flops_per_second": peak,
         "shape": shape,
-        "device": device(),
-        "cores": cores(),
-        "load_before": load,
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "dpo_scale": __version__,
-            "python": platform.python_version(),
-            **{n: version(n) for n in names},
-        },
+        **machine,
     }
 
 
@@ -305,19 +287,8 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_matmul(job: dict[str, Any]) -> dict[str, Any]:
     """The most FLOPs a second that a large product of matrices reaches here."""
-    on_gpu = torch.cuda.is_available()
-    size = 8192 if on_gpu else 2048
-    place = torch.device("cuda" if on_gpu else "cpu")
-    dtype = getattr(torch, job["dtype"])
-    inputs, weight = (torch.randn(size, size, device=place).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + MATMUL_SECONDS
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        torch.nn.functional.linear(inputs, weight)
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return {"flops_per_second": 2 * size**3 / best}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"flops_per_second": matmul_flops_per_second(device, getattr(torch, job["dtype"]), MATMUL_SECONDS)}
 
 
 def model_flops(lengths: np.ndarray, shape: dict[str, int]) -> int:
@@ -333,20 +304,6 @@ def model_flops(lengths: np.ndarray, shape: dict[str, int]) -> int:
         + 4 * shape["layers"] * shape["attention_width"] * attended
         + 2 * shape["hidden_size"] * shape["vocabulary"] * completions.sum()
     )
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def device() -> str:
-    """The accelerator's name, or the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def describe(job: dict[str, Any]) -> str:
@@ -366,9 +323,7 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{report['pairs']} pairs of {report['data']} ({report['data_tokens']:,} tokens, prompts once; "
         f"max_length {report['max_length']}), {report['model']} in {report['dtype']}, median of {report['repeats']}. "
-        f"{report['device']}, {report['cores']} cores, load before {report['load_before']:.1f}, {report['date']}; "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + ". Made by `python benchmarks/precompute.py`, which says what is counted.",
+        f"{describe_circumstances(report)} Made by `python benchmarks/precompute.py`, which says what is counted.",
         "",
         "| what | seconds (fastest to slowest) | tokens/s | FLOP utilisation | whole process, s |",
         "|---|---|---|---|---|",

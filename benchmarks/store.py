@@ -12,11 +12,7 @@ but the first. Resident memory is the reading process's peak, with all that it h
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import circumstances, describe_circumstances, markdown_table, processor, write_results
 
-from dpo_scale import __version__
 from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.upkeep import compact_book, verify_book
@@ -53,26 +49,14 @@ def main() -> None:
     if arguments.read is not None:
         print(json.dumps(read(arguments.read, pairs, seconds)))
         return
-    load = os.getloadavg()[0]  # what else the machine was doing
+    machine = circumstances(processor(), "numpy")
     with tempfile.TemporaryDirectory() as folder:
         results = fill(Path(folder), pairs)
         size = ["--quick"] if arguments.quick else ["--pairs", str(pairs)]
         command = [sys.executable, __file__, *size, "--read", str(ReferenceStore(folder).book_folders()[0])]
         results |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    report = {
-        "pairs": pairs,
-        **results,
-        "device": device(),
-        "cores": os.cpu_count(),
-        "load_before": load,
-        "date": datetime.date.today().isoformat(),
-        "versions": {"dpo_scale": __version__, "python": platform.python_version(), "numpy": np.__version__},
-    }
-    output = arguments.output or Path(__file__).parent / "results" / device_folder()
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "store.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (output / "store.md").write_text(table(report), encoding="utf-8")
-    print(table(report), end="")
+    report = {"pairs": pairs, **results, **machine}
+    write_results("store", report, table(report), arguments.output)
 
 
 def keys_of(numbers: np.ndarray) -> np.ndarray:
@@ -159,18 +143,6 @@ def peak_memory() -> int:
     raise RuntimeError("/proc/self/status states no VmHWM")
 
 
-def device() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def device_folder() -> str:
-    return re.sub("[^a-z0-9]+", "-", device().lower()).strip("-")
-
-
 def table(report: dict[str, Any]) -> str:
     rows = [
         ("size on disk", f"{report['bytes_per_pair']:.1f} bytes a pair, {report['gigabytes']:.2f} GB"),
@@ -188,16 +160,12 @@ def table(report: dict[str, Any]) -> str:
         (f"compact {report['shards_before']} shards", f"{report['compact_seconds']:.1f} s"),
         ("verify everything", f"{report['verify_seconds']:.1f} s"),
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"# Reference store, {report['pairs']:,} pairs",
         "",
-        f"{report['device']}, {report['cores']} cores (load {report['load_before']:.1f} before), {report['date']}; "
-        f"{versions}. Made by `python benchmarks/store.py`.",
+        f"{describe_circumstances(report)} Made by `python benchmarks/store.py`.",
         "",
-        "| what | measured |",
-        "|---|---|",
-        *(f"| {what} | {value} |" for what, value in rows),
+        *markdown_table(("what", "measured"), rows),
     ]
     return "\n".join(lines) + "\n"
 

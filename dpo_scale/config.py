@@ -30,10 +30,15 @@ from dpo_scale.deepspeed_config import (
     zero_settings_of,
 )
 from dpo_scale.errors import CheckpointError, ConfigError
+from dpo_scale.identity import RATE_SETTINGS, may_be_allowed
 from dpo_scale.loss_settings import LossSettings
 
+# parts of a step whose share of its time is measured, in their order (`dpo_scale.timing`)
+PHASES = ("data", "reference", "forward", "backward", "optimizer", "communication")
 CONFIG_FILE = "config.yaml"  # of a run folder
-STATE_FILE = "state.json"  # of a complete checkpoint
+MANIFEST_FILE = "manifest.json"  # of a complete checkpoint
+FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
+FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
 CHECKPOINTS_DIR = "checkpoints"
 # what a training step measures beside the loss's own metrics
 STEP_METRICS = (
@@ -45,8 +50,11 @@ STEP_METRICS = (
     "step_seconds",
     "tokens_per_second",
     "pairs_per_second",
+    "mfu",  # where the device's peak is known
     "padding_fraction",
+    "rank_idle",
     "peak_memory_bytes",
+    *(f"time/{phase}" for phase in PHASES),
 )
 
 
@@ -65,11 +73,19 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attn_implementation: str | None = None  # transformers' name: eager, sdpa, flash_attention_2, ...
     gradient_checkpointing: bool = False
+    gradient_checkpointing_offload: bool = False  # keep what it keeps in host memory
+    compile: bool = False  # torch.compile of the layers
     disable_dropout: bool = True
     trust_remote_code: bool = False
 
     def validate(self) -> None:
         _check(bool(self.path), "model.path", self.path, "a model folder, hub id or builtin: name")
+        _check(
+            self.gradient_checkpointing or not self.gradient_checkpointing_offload,
+            "model.gradient_checkpointing_offload",
+            True,
+            "model.gradient_checkpointing=true with it: it moves what that keeps",
+        )
 
 
 @dataclass
@@ -165,7 +181,8 @@ class LoraSettings:
 class LogprobSettings:
     """How token log-probs are computed from hidden states (see `dpo_scale.logprobs`)."""
 
-    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    implementation: Literal["auto", "naive", "chunked", "triton"] = "auto"
+    pair_loss: Literal["auto", "fused", "tokens"] = "auto"  # in training: loss and gradient pair by pair, or log-probs
 
 
 @dataclass
@@ -174,7 +191,8 @@ class TrainSettings:
 
     global_batch_size: int = 64  # pairs an optimizer step sees, over all ranks and micro-steps
     micro_batch_size: int = 1  # pairs of one forward pass on one rank
-    eval_micro_batch_size: int | None = None  # null: micro_batch_size
+    max_tokens_per_micro_batch: int | None = None  # instead: tokens of one forward pass, as data.layout computes them
+    eval_micro_batch_size: int | None = None  # pairs; null: as in training
     num_train_epochs: float = 1.0
     max_steps: int | None = None  # overrides num_train_epochs
     drop_last: bool = False  # drop an epoch's last, incomplete global batch instead of using it
@@ -198,7 +216,13 @@ class TrainSettings:
     def validate(self) -> None:
         for name in ("global_batch_size", "micro_batch_size"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1 pair")
-        for name in ("eval_micro_batch_size", "max_steps", "eval_steps"):
+        _check(
+            self.max_tokens_per_micro_batch is None or self.micro_batch_size == 1,
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            "no value with train.max_tokens_per_micro_batch, which decides how many pairs go together",
+        )
+        for name in ("max_tokens_per_micro_batch", "eval_micro_batch_size", "max_steps", "eval_steps"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"train.{name}", value, "null or at least 1")
         _check(self.num_train_epochs > 0, "train.num_train_epochs", self.num_train_epochs, "more than 0")
@@ -278,8 +302,12 @@ class CheckpointSettings:
     metric_for_best_model: str | None = None  # a metric of the held-out data, e.g. rewards/accuracies
     greater_is_better: bool = True
     load_best_model_at_end: bool = False  # write model/ from the best checkpoint, not from the last step
+    allow_changes: list[str] = field(default_factory=list)  # settings that may differ from the checkpoint's on resume
 
     def validate(self) -> None:
+        for name in self.allow_changes:
+            expected = f"{', '.join(RATE_SETTINGS)} or a setting of loss"
+            _check(may_be_allowed(name), "checkpoint.allow_changes", name, expected)
         for name in ("save_steps", "save_total_limit"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"checkpoint.{name}", value, "null or at least 1")
@@ -302,9 +330,11 @@ class LoggingSettings:
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, mlflow, ... (accelerate's names)
     project_name: str = "dpo_scale"
     progress_bar: bool = True  # only where the console is a terminal
+    peak_tflops: float | None = None  # of one rank's device, for mfu; null: by the device's name, where it is known
 
     def validate(self) -> None:
         _check(self.logging_steps >= 1, "logging.logging_steps", self.logging_steps, "at least 1")
+        _check(self.peak_tflops is None or self.peak_tflops > 0, "logging.peak_tflops", self.peak_tflops, "more than 0")
 
 
 @dataclass
@@ -343,6 +373,14 @@ class Config:
             "1, 2 or 3 with model.dtype bfloat16 (DeepSpeed's stage 0 updates bf16 weights wrongly); "
             "stage 0 trains in float32 or float16",
         )
+        _check(
+            self.logprobs.pair_loss != "fused" or self.loss.is_pairwise,
+            "logprobs.pair_loss",
+            "fused",
+            "auto or tokens with this loss: aot and aot_unpaired need all pairs, loss.use_weighting needs by-products",
+        )
+        if self.model.compile:
+            self._check_compile()
         has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
         policy_deepspeed_config(self, micro_steps=1)  # refuses a DeepSpeed JSON that contradicts the settings
         for key, value in (
@@ -397,6 +435,19 @@ class Config:
                 expected = f"null: loss.loss_type {self.loss.loss_type!r} uses no reference model"
                 _check(value is None, f"reference.{name}", value, expected)
 
+    def _check_compile(self) -> None:
+        """Refuse what compiled layers do not go with."""
+        hooks = "ZeRO-3 gathers and frees weights in hooks of every module, which a compiled layer does not run"
+        _check(self.deepspeed.stage != 3, "deepspeed.stage", 3, f"0, 1 or 2 with model.compile: {hooks}")
+        needs_model = self.loss.needs_reference and self.reference.mode != "adapter"
+        _check(not needs_model or self.reference.stage != 3, "reference.stage", 3, f"0 with model.compile: {hooks}")
+        _check(
+            not self.model.gradient_checkpointing_offload,
+            "model.gradient_checkpointing_offload",
+            True,
+            "false with model.compile: a compiled layer decides itself what it keeps",
+        )
+
     def save(self, path: Path) -> None:
         """Write the resolved tree as YAML; `load_config(path)` gives an equal tree."""
         path.write_text(yaml.safe_dump(to_mapping(self), sort_keys=False, width=100), encoding="utf-8")
@@ -440,13 +491,14 @@ def _run_to_continue(resume: str, name: str) -> str | None:
     """The run folder that `--resume` means where no `output_dir` is given; None for a new one.
 
     Args:
-        resume: "latest" or "auto" for the newest `runs/<name>-<time>` that has a checkpoint; or a run or checkpoint
-            folder.
+        resume: "latest" or "auto" for the newest `runs/<name>-<time>` that has a checkpoint or is finished; or a run
+            or checkpoint folder.
     """
     if resume in ("latest", "auto"):
         named = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
-        checkpoints = Path("runs").glob(f"*/{CHECKPOINTS_DIR}/step-*/{STATE_FILE}")
-        runs = {file.parents[2] for file in checkpoints if named.fullmatch(file.parents[2].name)}
+        runs = {file.parents[2] for file in Path("runs").glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")}
+        runs |= {file.parent for file in Path("runs").glob(f"*/{FINISHED_FILE}")}
+        runs = {run for run in runs if named.fullmatch(run.name)}
         if not runs and resume == "latest":
             raise CheckpointError(
                 f"--resume: no runs/{name}-<time> has a checkpoint; name a run with output_dir=FOLDER"

@@ -102,6 +102,12 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def device_name() -> str:
+    """The accelerator's name as its maker writes it, or "cpu"."""
+    place = device()
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+
+
 def peak_memory_bytes() -> int:
     """Largest memory held so far by this rank: the accelerator's allocator, or the process on a CPU."""
     from deepspeed.accelerator import get_accelerator
@@ -223,6 +229,14 @@ def _without_prints() -> redirect_stdout:
     return redirect_stdout(io.StringIO())
 
 
+def trained_parameters(module: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """The parameters that are trained, by name, as the optimizer groups them: matrices, then norms and biases."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    # a ZeRO-3 shard is flat, so its true rank is read from the shape it stands for
+    is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for _, p in trained]
+    return [[pair for pair, matrix in zip(trained, is_matrix, strict=True) if matrix is kind] for kind in (True, False)]
+
+
 def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float) -> Any:
     """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual.
 
@@ -231,15 +245,13 @@ def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any],
     """
     import deepspeed
 
-    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    # a ZeRO-3 shard is flat, so its true rank is read from the shape it stands for
-    is_matrix = {name: len(getattr(p, "ds_shape", p.shape)) >= 2 for name, p in trainable}
+    matrices, others = trained_parameters(module)
     groups = [
-        {"params": [p for name, p in trainable if is_matrix[name]], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if not is_matrix[name]], "weight_decay": 0.0},
+        {"params": [parameter for _, parameter in pairs], "weight_decay": decay}
+        for pairs, decay in ((matrices, weight_decay), (others, 0.0))
+        if pairs
     ]
-    groups = [group for group in groups if group["params"]]
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in matrices + others)
     deepspeed_config = with_fitting_buckets(deepspeed_config, num_parameters)
     try:
         with _without_prints():
@@ -292,11 +304,12 @@ def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[float, bool]:
+def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
     """Clip, update the weights, clear the gradients.
 
     Returns:
-        The gradient's global 2-norm before clipping, and whether the step was skipped (fp16 overflow).
+        The gradient's global 2-norm before clipping, a scalar that the device may still be working on, and whether the
+        step was skipped (fp16 overflow).
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -304,12 +317,13 @@ def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> t
     if engine.zero_optimization_stage() == 0 and not engine.fp16_enabled():
         # DeepSpeed tells no norm for a plain optimizer; the gradients are whole and reduced here
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+        norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else float("nan")
-    skipped = bool(getattr(engine.optimizer, "overflow", False))
+        norm = torch.as_tensor(float("nan") if norm is None else norm)
+    # stage 3 drops a step of a gradient that is not finite in every precision; only fp16 recovers from it
+    skipped = engine.fp16_enabled() and bool(getattr(engine.optimizer, "overflow", False))
     return norm, skipped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.config import Config
-from dpo_scale.data.batching import MicroBatch, split_among_ranks
+from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
+from dpo_scale.data.batching import MicroBatch, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
+from dpo_scale.logprobs.pair_loss import PairLoss
 from dpo_scale.loss_settings import LossSettings
-from dpo_scale.losses import preference_loss, sum_token_logps, wpo_weights
+from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import (
+    check_logprobs,
     check_vocabulary,
     load_reference,
     load_scoring_model,
@@ -24,6 +28,7 @@ from dpo_scale.models.load import (
     policy_source,
     settle_layout,
 )
+from dpo_scale.models.scorer import backbone_and_head
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 
@@ -55,32 +60,73 @@ def reference_logps(reference: Any, batch: PairBatch, settings: LossSettings) ->
         return sequence_logps(reference, batch, settings)[0]
 
 
+def takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
+    """Whether training takes loss and gradient pair by pair (`logprobs.pair_loss`), and why, for the log."""
+    option, implementation = config.logprobs.pair_loss, config.logprobs.implementation
+    if option != "auto":
+        return option == "fused", "asked for by name"
+    if not config.loss.is_pairwise:
+        return False, "the loss is no function of each pair's sums alone"
+    if implementation != "auto":
+        return False, f"logprobs.implementation asks for {implementation} log-probs"
+    _, head = backbone_and_head(policy.module.model)
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return False, "the head is frozen, so neither way computes logits twice"
+    return True, "computes logits once, where log-probs and then their gradient would compute them twice"
+
+
 def pair_losses(
-    policy: Any, reference: Any, batch: PairBatch, settings: LossSettings, mean_chosen_tokens: float, most_pairs: int
+    policy: Any,
+    reference: Any,
+    batch: PairBatch,
+    settings: LossSettings,
+    mean_chosen_tokens: float,
+    most_pairs: int,
+    *,
+    by_pair: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Losses and metrics of one micro-batch.
 
     Args:
         mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
         most_pairs: most pairs that any rank has in this micro-step.
+        by_pair: take loss and gradient together, pair by pair (`logprobs.pair_loss`): same numbers, one pass less.
 
     Returns:
         The sum to differentiate, the per-pair losses [P] as reported, and per-pair metrics, each [P].
     """
     # the reference first, before the policy's activations exist
     reference_sums = reference_logps(reference, batch, settings)
+
+    def losses_of(sums: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return preference_loss(
+            sums,
+            reference_sums,
+            batch.lengths,
+            settings,
+            mean_chosen_tokens=mean_chosen_tokens,
+            pair_weights=weights,
+        )
+
+    if by_pair:
+        total, sums = _loss_by_pair(policy, batch, settings, lambda sums: losses_of(sums, None)[0] * batch.weights)
+        return total, *losses_of(sums, None)
     policy_sums, wpo = sequence_logps(policy, batch, settings)
     if settings.needs_batch:
         return _losses_across_ranks(policy_sums, reference_sums, wpo, batch, settings, mean_chosen_tokens, most_pairs)
-    losses, metrics = preference_loss(
-        policy_sums,
-        reference_sums,
-        batch.lengths,
-        settings,
-        mean_chosen_tokens=mean_chosen_tokens,
-        pair_weights=wpo,
-    )
+    losses, metrics = losses_of(policy_sums, wpo)
     return (losses * batch.weights).sum(), losses, metrics
+
+
+def _loss_by_pair(
+    policy: Any, batch: PairBatch, settings: LossSettings, loss_of_sums: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the pairs' losses, with its gradient made, and the policy's sums [P, 2], detached."""
+    weights = None
+    if settings.ld_alpha is not None:
+        weights = ld_token_weights(batch.score_segments, batch.num_pairs, batch.lengths, settings.ld_alpha)
+    pair_loss = PairLoss(batch.score_segments, batch.num_pairs, loss_of_sums, weights)
+    return policy(**batch.scorer_inputs, pair_loss=pair_loss)
 
 
 def _losses_across_ranks(
@@ -137,12 +183,12 @@ def load_batch(
     settings: LossSettings,
     layout: Layout,
 ) -> PairBatch:
-    """One rank's micro-batch on the device; a stored reference's values come with it."""
+    """One rank's micro-batch on the host, ready to be copied; a stored reference's values come with it."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
     batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
     if isinstance(reference, (StoredReference, ColumnReference)):
         batch = replace(batch, reference_logps=reference.logps(dataset, micro_batch.indices, settings))
-    return batch.to(engine.device())
+    return batch.pinned() if engine.device().type == "cuda" else batch
 
 
 @torch.no_grad()
@@ -153,21 +199,40 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
     was_training = policy.module.training
     policy.eval()
     sums = MetricSums()
-    batches = split_among_ranks(
+    chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    plan = evaluation_plan(config, pairs, lengths)
+    to_come = (
+        load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
+        for ranks in plan
+    )
+    with Ahead(to_come, BATCHES_AHEAD) as batches:
+        for ranks, batch in zip(plan, batches, strict=True):
+            batch = batch.to(engine.device())
+            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
+            _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
+            sums.add({"loss": losses, **metrics}, batch.weights)
+    policy.train(was_training)
+    means, _, _ = sums.reduce().read()
+    return {**means, "pairs": float(len(dataset))}
+
+
+def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray) -> list[list[MicroBatch]]:
+    """How held-out pairs are laid out: by the training's budget of tokens, or by pairs where that is what is set."""
+    settings = config.train
+    if settings.eval_micro_batch_size is None and settings.max_tokens_per_micro_batch is not None:
+        return forward_batches(
+            pairs,
+            lengths,
+            max_tokens=settings.max_tokens_per_micro_batch,
+            world_size=engine.world_size(),
+            layout=config.data.layout,
+        )
+    return split_among_ranks(
         pairs,
         lengths,
-        micro_batch_size=config.train.eval_micro_batch_size or config.train.micro_batch_size,
+        micro_batch_size=settings.eval_micro_batch_size or settings.micro_batch_size,
         world_size=engine.world_size(),
     )
-    for ranks in batches:
-        batch = load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
-        most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-        chosen_tokens = mean_chosen_tokens(pairs, lengths)
-        _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
-        sums.add({"loss": losses, **metrics}, batch.weights)
-    policy.train(was_training)
-    means, _ = sums.reduce()
-    return {**means, "pairs": float(len(dataset))}
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -179,6 +244,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     settle_layout(config)

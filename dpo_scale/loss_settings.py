@@ -114,6 +114,11 @@ class LossSettings:
         return not all(LOSSES[name].separable for name in self.loss_types)
 
     @property
+    def is_pairwise(self) -> bool:
+        """Whether a pair's loss is a function of its own (weighted) sums of log-probs, and of nothing else."""
+        return not self.needs_batch and not self.use_weighting
+
+    @property
     def needs_token_values(self) -> bool:
         """Whether sums per sequence are not enough, and per-token log-probs are needed."""
         return self.ld_alpha is not None or self.use_weighting

@@ -344,12 +344,18 @@ def sum_token_logps(
     assert token_logps.ndim == 1 and segments.shape == token_logps.shape, (token_logps.shape, segments.shape)
     values = token_logps.double()
     if ld_alpha is not None:
-        assert lengths.shape == (num_pairs, 2), (lengths.shape, num_pairs)
-        shared = lengths.min(dim=1).values.repeat_interleave(2)
-        index_in_segment = torch.arange(segments.numel(), device=segments.device)
-        index_in_segment = index_in_segment - _segment_starts(segments, 2 * num_pairs)[:-1][segments]
-        values = torch.where(index_in_segment < shared[segments], values, ld_alpha * values)
-    return _segment_sums(values, segments, num_pairs).to(token_logps.dtype)
+        values = values * ld_token_weights(segments, num_pairs, lengths, ld_alpha)
+    return segment_sums(values, segments, num_pairs).to(token_logps.dtype)
+
+
+def ld_token_weights(segments: Tensor, num_pairs: int, lengths: Tensor, ld_alpha: float) -> Tensor:
+    """LD-DPO's factors of token log-probs, fp64 [S]: 1 for the first min(n_c, n_r) tokens, ld_alpha for the rest."""
+    assert lengths.shape == (num_pairs, 2), (lengths.shape, num_pairs)
+    shared = lengths.min(dim=1).values.repeat_interleave(2)
+    index_in_segment = torch.arange(segments.numel(), device=segments.device)
+    index_in_segment = index_in_segment - _segment_starts(segments, 2 * num_pairs)[:-1][segments]
+    weights = torch.ones(segments.shape, dtype=torch.float64, device=segments.device)
+    return weights.masked_fill_(index_in_segment >= shared[segments], ld_alpha)
 
 
 @torch.no_grad()
@@ -360,7 +366,7 @@ def wpo_weights(token_logps: Tensor, log_sum_p2: Tensor, segments: Tensor, num_p
     segments: as in `sum_token_logps`. Returns [num_pairs], detached. A completion without tokens has w = 1.
     """
     counts = _segment_starts(segments, 2 * num_pairs).diff().clamp(min=1).view(num_pairs, 2)
-    sums = _segment_sums(token_logps.double() - log_sum_p2.double(), segments, num_pairs)
+    sums = segment_sums(token_logps.double() - log_sum_p2.double(), segments, num_pairs)
     return torch.exp((sums / counts).sum(1)).to(token_logps.dtype)
 
 
@@ -369,7 +375,8 @@ def _segment_starts(segments: Tensor, num_segments: int) -> Tensor:
     return torch.searchsorted(segments, torch.arange(num_segments + 1, device=segments.device, dtype=segments.dtype))
 
 
-def _segment_sums(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
+def segment_sums(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
+    """[num_pairs, 2] sums of values [S] over the runs that ascending segments [S] name."""
     counts = _segment_starts(segments, 2 * num_pairs).diff()
     # unsafe: the check that the counts add up to S, true by construction, makes the host wait for the GPU.
     sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0.0)

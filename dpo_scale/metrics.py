@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from dpo_scale import engine
@@ -29,16 +32,41 @@ class MetricSums:
         sums = torch.stack([*columns, weights.sum()])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def reduce(self, per_rank: float = 0.0) -> tuple[dict[str, float], float]:
-        """Means over all ranks, and the largest of the ranks' `per_rank` values.
+    def reduce(self, *per_rank: float) -> Reduction:
+        """Sum over all ranks, without waiting for the result; every rank must call it.
 
-        The largest value travels in the same all-reduce (each rank fills a slot of its own), which keeps this the
-        step's one synchronisation.
+        Args:
+            per_rank: this rank's own values of something; they travel in the same all-reduce, each rank filling slots
+                of its own.
         """
         assert self._sums is not None
-        slots = torch.zeros(engine.world_size(), dtype=torch.float64, device=self._sums.device)
-        slots[engine.rank()] = per_rank
-        packed = engine.sum_over_ranks(torch.cat([self._sums, slots])).tolist()
-        count = packed[len(self._names)]
-        means = {name: packed[i] / count for i, name in enumerate(self._names)}
-        return means, max(packed[len(self._names) + 1 :])
+        slots = torch.zeros(engine.world_size(), len(per_rank), dtype=torch.float64)
+        slots[engine.rank()] = torch.tensor(per_rank, dtype=torch.float64)
+        packed = torch.cat([self._sums, slots.flatten().to(self._sums.device, non_blocking=True)])
+        return Reduction(self._names, engine.sum_over_ranks(packed), len(per_rank))
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Sums over all ranks that the device may still be working on."""
+
+    names: list[str]
+    values: torch.Tensor
+    num_per_rank: int
+
+    def read(self, *more: torch.Tensor) -> tuple[dict[str, float], np.ndarray, list[float]]:
+        """Wait for the device and read everything at once.
+
+        Args:
+            more: further scalars that are wanted in the same transfer.
+
+        Returns:
+            Means over the pairs of all ranks, the ranks' own values [n, ranks], and the values of `more`.
+        """
+        device = self.values.device
+        scalars = [value.detach().to(device, torch.float64, non_blocking=True).reshape(1) for value in more]
+        values = torch.cat([self.values, *scalars]).tolist()
+        split, end = len(self.names) + 1, len(self.values)
+        means = {name: value / values[split - 1] for name, value in zip(self.names, values, strict=False)}
+        per_rank = np.array(values[split:end]).reshape(engine.world_size(), self.num_per_rank)
+        return means, per_rank.T, values[end:]

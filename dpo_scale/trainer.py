@@ -8,50 +8,69 @@ the next step (order, learning rate) is a pure function of the step's number; wh
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dpo_scale import engine
 from dpo_scale.checkpoint import (
-    Identity,
+    Checkpoint,
     TrainState,
     checkpoint_path,
-    find_checkpoint,
+    choose_checkpoint,
+    find_checkpoints,
     load_checkpoint,
     load_weights,
-    model_fingerprint,
-    read_state,
+    names_a_checkpoint,
+    open_checkpoint,
+    remove_leftovers,
+    require_whole,
     save_checkpoint,
 )
 from dpo_scale.config import CONFIG_FILE, Config
 from dpo_scale.config_reader import to_mapping
-from dpo_scale.data.batching import Schedule, micro_steps_of, split_among_ranks
+from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
+from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
-from dpo_scale.data.layout import filled_slots, slots
+from dpo_scale.devices import peak_flops
 from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
-from dpo_scale.evaluation import evaluate, load_batch, mean_chosen_tokens, pair_losses
+from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_loss_by_pair
 from dpo_scale.export import export_model
+from dpo_scale.finished import finished_step, mark_finished, unmark_finished
+from dpo_scale.flops import forward_flops
+from dpo_scale.identity import RATE_SETTINGS, Identity, check_identity, model_fingerprint, package_versions
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models.load import check_vocabulary, load_policy, load_tokenizers, policy_source, settle_layout
+from dpo_scale.metrics_file import METRICS_FILE, read_metrics
+from dpo_scale.models.load import (
+    check_logprobs,
+    check_vocabulary,
+    load_policy,
+    load_tokenizers,
+    policy_source,
+    reference_source,
+    settle_layout,
+)
+from dpo_scale.profiler import StepProfiler
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
 from dpo_scale.schedule import learning_rate
-from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
+from dpo_scale.steps import MicroStep, Planner, make_planner, micro_steps_of_run
+from dpo_scale.timing import StepTimer
+from dpo_scale.tracking import Tracker, check_trackers
 
 
-def train(config: Config, resume: str | None = None) -> Path:
+def train(config: Config, resume: str | None = None, profile: range | None = None) -> Path:
     """Train a policy and return the run folder; every rank calls it.
 
     Args:
         config: a validated config.
-        resume: what `--resume` says, see `checkpoint.find_checkpoint`; None starts afresh.
+        resume: what `--resume` says, see `checkpoint.find_checkpoints`; None starts afresh.
+        profile: optimizer steps (from 1) of which a profiler's trace is written into the run folder.
 
     Raises:
         UserError: for anything that the config, the data, a model folder or a checkpoint gets wrong, before any
@@ -61,9 +80,15 @@ def train(config: Config, resume: str | None = None) -> Path:
     engine.init_distributed(config.deepspeed.timeout_minutes)
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
-    run_dir, started_from = agree_on_run_dir(config, resume)
+    peak = peak_flops_of(config)
+    run_dir, found = agree_on_run_dir(config, resume)
+    finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
+    if finished is not None and not found:
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
@@ -74,22 +99,37 @@ def train(config: Config, resume: str | None = None) -> Path:
     schedule = make_schedule(config, data.train)
     total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
     identity = identity_of(config, model_config, data.train)
-    state = read_state(started_from, identity) if started_from else TrainState()
-    if state.step > total_steps:
-        raise CheckpointError(f"{started_from}: is at step {state.step}, but this run ends at step {total_steps}")
+    if finished is not None and finished == total_steps:
+        check_identity(found[0].path, found[0].identity, identity, config.checkpoint.allow_changes)
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
+    started_from = choose_checkpoint(found, identity, config.checkpoint.allow_changes)
+    state = started_from.state if started_from else TrainState()
+    if started_from and state.step > total_steps:
+        raise CheckpointError(f"{started_from.path}: is at step {state.step}, but this run ends at step {total_steps}")
+    if profile and not state.step < profile.start <= profile[-1] <= total_steps:
+        raise ConfigError(
+            f"--profile: steps {profile.start} to {profile[-1]} are not all among those to come, {state.step + 1} to "
+            f"{total_steps}"
+        )
     if state.best_step is not None and not checkpoint_path(run_dir, state.best_step).exists():
         engine.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
         state.best_step = state.best_metric = None
 
     if engine.is_main():
-        config.save(run_dir / CONFIG_FILE)
-    micro_steps = micro_steps_of(
-        min(config.train.global_batch_size, len(data.train)), config.train.micro_batch_size, engine.world_size()
-    )
+        try:
+            unmark_finished(run_dir)
+            remove_leftovers(run_dir)
+            config.save(run_dir / CONFIG_FILE)
+        except OSError as error:
+            raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be written: {error.strerror}") from None
+    flops = forward_flops(model_config, trust_remote_code=config.model.trust_remote_code)
+    planner = make_planner(config, flops, data.train.lengths)
+    plans = planner.first_plans(schedule, total_steps)
     engine.log(f"run folder {run_dir}")
     engine.log(
         f"{len(data.train)} pairs to train on, {len(data.eval) if data.eval else 0} held out; {total_steps} steps of "
-        f"{config.train.global_batch_size} pairs: {micro_steps} micro-steps x {engine.world_size()} ranks"
+        f"{config.train.global_batch_size} pairs: {planner.describe(plans, data.train)}"
     )
     # before the policy is in memory: filling the store may take the reference's model
     seen = data.train.select(schedule.pairs_of_run(total_steps))
@@ -98,19 +138,36 @@ def train(config: Config, resume: str | None = None) -> Path:
         stored = ColumnReference(config.data, tokenizer, engine.log)
     if config.loss.needs_reference and config.reference.mode == "store":
         stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
-    policy = load_policy(config, micro_steps)
+    policy = load_policy(config, max(len(plan.micro_steps) for plan in plans))
     reference = make_reference(config, policy, stored)
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
-        engine.log(f"resumed from {started_from} at step {state.step}")
+        engine.log(f"resumed from {started_from.path} at step {state.step}")
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
-    run = Run(config, run_dir, policy, reference, tokenizer, schedule, total_steps, data.train, data.eval, identity)
+    by_pair, reason = takes_loss_by_pair(config, policy)
+    engine.log(f"loss and gradient {'pair by pair' if by_pair else 'by way of log-probs'}: {reason}")
+    run = Run(
+        config,
+        run_dir,
+        policy,
+        reference,
+        by_pair,
+        tokenizer,
+        schedule,
+        total_steps,
+        data.train,
+        data.eval,
+        identity,
+        planner,
+        peak,
+    )
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     try:
-        run_steps(run, state, tracker)
+        with StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
+            last_is_saved = run_steps(run, state, tracker, profiler)
     finally:
         if tracker is not None:
             tracker.close()
@@ -118,11 +175,18 @@ def train(config: Config, resume: str | None = None) -> Path:
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
         engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
-        best = checkpoint_path(run_dir, state.best_step)
-        exported = read_state(best, identity)
+        best = open_checkpoint(checkpoint_path(run_dir, state.best_step))
+        require_whole(best)
+        exported = best.state
         load_weights(policy, best)
     folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))
     engine.log(f"model saved in {folder}")
+    if not last_is_saved:
+        raise CheckpointError(
+            f"{run_dir}: the model is saved, but the checkpoint of the last step could not be, so the run is not "
+            "marked as finished; --resume takes it to its end again from the checkpoint before"
+        )
+    mark_finished(run_dir, state.step, folder)
     return run_dir
 
 
@@ -134,25 +198,43 @@ class Run:
     run_dir: Path
     policy: Any
     reference: Any
+    by_pair: bool  # loss and gradient are taken pair by pair
     tokenizer: Any
     schedule: Schedule
     total_steps: int
     train_data: PairDataset
     eval_data: PairDataset | None
     identity: Identity
+    planner: Planner
+    peak_flops: float | None  # of one rank's device
 
 
-def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
-    """The loop. Advances `state` to the last step."""
-    settings = run.config.train
-    if settings.eval_on_start and state.step == 0:
+def run_steps(run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler) -> bool:
+    """The loop. Advances `state` to the last step; False if that step's checkpoint was due and could not be saved."""
+    if run.config.train.eval_on_start and state.step == 0:
         held_out_metrics(run, state, tracker)
-    epoch, order = -1, np.empty(0, dtype=np.int64)
+    to_come = micro_steps_of_run(
+        run.planner,
+        run.schedule,
+        run.train_data,
+        range(state.step, run.total_steps),
+        pad_token_id=run.tokenizer.pad_token_id,
+        reference=run.reference,
+        config=run.config,
+    )
+    with Ahead(to_come, BATCHES_AHEAD) as batches:
+        return step_by_step(run, state, tracker, profiler, batches)
+
+
+def step_by_step(
+    run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler, batches: Iterator[MicroStep]
+) -> bool:
+    """Train, record, evaluate and save, one step after the other; whether the last step needed no save or has it."""
+    settings, timer = run.config.train, StepTimer(engine.device(), engine.world_size())
+    saved = True
     while state.step < run.total_steps:
-        if run.schedule.epoch_of(state.step) != epoch:
-            epoch = run.schedule.epoch_of(state.step)
-            order = run.schedule.epoch_order(epoch)
-        metrics = train_step(run, state, run.schedule.global_batch(state.step, order))
+        with profiler.step(state.step + 1):
+            metrics = train_step(run, state, batches, timer)
         moving = run.reference if isinstance(run.reference, MovingReference) else None
         if moving is not None and state.step % run.config.reference.sync_steps == 0:
             moving.move()
@@ -160,64 +242,72 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None) -> None:
             tracker.train(state.step, metrics)
 
         is_last = state.step == run.total_steps
-        improved = False
+        improved, best_before = False, (state.best_metric, state.best_step)
         if run.eval_data and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
             improved = note_best(run.config, state, held_out_metrics(run, state, tracker))
         keep = run.config.checkpoint
         due = keep.save_steps is not None and state.step % keep.save_steps == 0
         if due or improved or (is_last and keep.save_at_end):
+            if tracker is not None:
+                tracker.sync()
             limit = keep.save_total_limit
-            save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving)
+            saved = bool(save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving))
+            if improved and not saved:  # the best is what can be loaded again
+                state.best_metric, state.best_step = best_before
+        else:
+            saved = True
+    return saved
 
 
-def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, float]:
-    """One optimizer step on the global batch `pairs` [G]; advances `state` and returns the step's metrics."""
-    started = time.perf_counter()
-    settings, lengths = run.config.train, run.train_data.lengths
-    layout = split_among_ranks(
-        pairs, lengths, micro_batch_size=settings.micro_batch_size, world_size=engine.world_size()
-    )
-    chosen_tokens = mean_chosen_tokens(pairs, lengths)
-    scale = engine.loss_scale_for_mean(len(pairs))
+def train_step(run: Run, state: TrainState, batches: Iterator[MicroStep], timer: StepTimer) -> dict[str, float]:
+    """One optimizer step on the next global batch of `batches`; advances `state` and returns the step's metrics."""
+    timer.start()
+    settings, loss_settings = run.config.train, run.config.loss
     sums = MetricSums()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for k, ranks in enumerate(layout):
-        batch = load_batch(
-            run.train_data,
-            ranks[engine.rank()],
-            run.tokenizer.pad_token_id,
-            run.reference,
-            run.config.loss,
-            run.policy.module.layout,
-        )
-        most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-        total, losses, metrics = pair_losses(
-            run.policy, run.reference, batch, run.config.loss, chosen_tokens, most_pairs
-        )
-        engine.backward(run.policy, total * scale, last_micro_step=k == len(layout) - 1)
-        sums.add({"loss": losses, **metrics}, batch.weights)
-        seen.append((batch.row_ids, losses.detach()))
-    means, peak_memory = sums.reduce(per_rank=engine.peak_memory_bytes())
+    is_last = False
+    while not is_last:
+        with timer.phase("data"):
+            micro = next(batches)
+            batch = micro.batch.to(engine.device())
+        plan, is_last = micro.plan, micro.is_last
+        with timer.phase("reference"):  # before the policy's activations exist
+            batch = replace(batch, reference_logps=reference_logps(run.reference, batch, loss_settings))
+        with timer.phase("forward"):
+            total, losses, metrics = pair_losses(
+                run.policy,
+                None,
+                batch,
+                loss_settings,
+                plan.mean_chosen_tokens,
+                micro.most_pairs,
+                by_pair=run.by_pair,
+            )
+            sums.add({"loss": losses, **metrics}, batch.weights)
+            seen.append((batch.row_ids, losses.detach()))
+        with timer.phase("backward"):
+            scale = engine.loss_scale_for_mean(len(plan.pairs))
+            engine.backward(run.policy, total * scale, last_micro_step=is_last)
+    with timer.phase("communication"):
+        reduced = sums.reduce(engine.peak_memory_bytes(), timer.busy_seconds)
+    with timer.phase("optimizer"):
+        rate = learning_rate(state.step, run.total_steps, settings)
+        norm, skipped = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
+        # the one time that the host waits for the device, so that neither loss nor norm costs a wait of its own
+        means, (peaks, busy), (grad_norm,) = reduced.read(norm)
     if not math.isfinite(means["loss"]):
         raise non_finite_error(run, state.step + 1, seen)
-
-    rate = learning_rate(state.step, run.total_steps, settings)
-    grad_norm, skipped = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
     if not math.isfinite(grad_norm) and not skipped:
         raise TrainingError(
             f"step {state.step + 1}: the gradient's norm is {grad_norm}; nothing was saved of this step"
         )
 
-    tokens = int(lengths[pairs].sum())
-    computed, filled = 0, 0
-    for micro in (micro for ranks in layout for micro in ranks):
-        computed += slots(run.policy.module.layout, micro.indices, lengths)
-        if micro.weights.any():
-            filled += filled_slots(run.policy.module.layout, micro.indices, lengths)
+    times = timer.shares()
     state.step += 1
-    state.pairs += len(pairs)
-    state.tokens += tokens
-    seconds = time.perf_counter() - started
+    state.pairs += len(plan.pairs)
+    state.tokens += plan.tokens
+    seconds = times["step_seconds"]
+    used = {} if run.peak_flops is None else {"mfu": plan.useful_flops / seconds / run.peak_flops / len(busy)}
     return {
         **means,
         "grad_norm": grad_norm,
@@ -225,11 +315,13 @@ def train_step(run: Run, state: TrainState, pairs: np.ndarray) -> dict[str, floa
         "epoch": state.step / run.schedule.steps_per_epoch,
         "tokens": state.tokens,
         "pairs": state.pairs,
-        "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "pairs_per_second": len(pairs) / seconds,
-        "padding_fraction": 1.0 - filled / computed,
-        "peak_memory_bytes": peak_memory,
+        "tokens_per_second": plan.tokens / seconds,
+        "pairs_per_second": len(plan.pairs) / seconds,
+        **used,
+        "padding_fraction": plan.padding_fraction,
+        "rank_idle": float(1.0 - busy.mean() / busy.max()) if busy.any() else 0.0,
+        "peak_memory_bytes": peaks.max(),
+        **times,
     }
 
 
@@ -274,17 +366,17 @@ def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.T
     bad = [pair for ranks in engine.gather_objects(own) for pair in ranks if not math.isfinite(pair[1])]
     named = "; ".join(f"{run.train_data.describe(row)}: loss {value}" for row, value in bad[:10])
     more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-    return TrainingError(f"step {step}: the loss is not finite for {named}{more}; the weights were not updated")
+    return TrainingError(f"step {step}: the loss is not finite for {named}{more}; nothing was saved of this step")
 
 
-def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | None]:
-    """The run folder, made by rank 0, and the checkpoint to start from."""
+def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
+    """The run folder, made by rank 0, and the checkpoints that the run may start from, the best first."""
     # ranks that start in different seconds would name different folders
-    config.output_dir = engine.gather_objects(config.output_dir)[0]
+    config.output_dir = engine.from_main(config.output_dir)
     assert config.output_dir is not None
     run_dir = Path(config.output_dir)
-    started_from = find_checkpoint(resume, run_dir) if resume else None
-    in_run_dir = started_from is not None and started_from.resolve().parents[1] == run_dir.resolve()
+    found = find_checkpoints(resume, run_dir) if resume else []
+    in_run_dir = bool(found) and found[0].path.resolve().parents[1] == run_dir.resolve()
     continues = in_run_dir or resume in ("latest", "auto")
     if engine.is_main():
         if not continues and (run_dir / CONFIG_FILE).exists():
@@ -296,7 +388,23 @@ def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | N
         except OSError as error:
             raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be made: {error.strerror}") from None
     engine.barrier()
-    return run_dir, started_from
+    return run_dir, found
+
+
+def peak_flops_of(config: Config) -> float | None:
+    """What one rank's device could do at most, for `mfu`; None if nobody knows.
+
+    Raises:
+        ConfigError: if the console is to show a utilisation that can't be computed.
+    """
+    named = config.logging.peak_tflops
+    peak = peak_flops(engine.device_name()) if named is None else named * 1e12
+    if peak is None:
+        missing = f"no peak is known of the device {engine.device_name()!r}; logging.peak_tflops says it"
+        if "mfu" in config.logging.console_metrics:
+            raise ConfigError(f"logging.console_metrics = 'mfu': {missing}")
+        engine.log(f"mfu is left out of the metrics: {missing}")
+    return peak
 
 
 def make_schedule(config: Config, data: PairDataset) -> Schedule:
@@ -313,7 +421,9 @@ def make_schedule(config: Config, data: PairDataset) -> Schedule:
 def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
     """What a checkpoint of this run will say it is of."""
     tree = to_mapping(config)
-    train = {name: tree["train"][name] for name in ("global_batch_size", "seed", "shuffle", "drop_last", "optim")}
+    order = ("global_batch_size", "seed", "shuffle", "drop_last")
+    optimizer = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    rate = tuple(name.removeprefix("train.") for name in RATE_SETTINGS)
     moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
     adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
     settings = {
@@ -324,11 +434,22 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"reference.{name}": value for name, value in moving.items() if config.reference.sync_steps},
         **{f"lora.{name}": value for name, value in adapters.items() if config.lora.enabled},
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
-        **{f"train.{name}": value for name, value in train.items()},
+        **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
     }
-    if config.lora.enabled:  # a checkpoint has only the adapter, so the weights under it must be the same ones
+    # weights that a checkpoint does not hold, and that must still be the same ones behind their path
+    if config.lora.enabled:
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
+    has_weights = config.loss.needs_reference and config.reference.mode != "columns"
+    if has_weights and config.reference.sync_steps is None:
+        named = "model.path" if config.reference.model is None else "reference.model"
+        settings[f"the reference's weights ({named})"] = source_fingerprint(config, reference_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
-        model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage
+        model_fingerprint(model_config),
+        data.fingerprint,
+        settings,
+        {f"train.{name}": tree["train"][name] for name in ("num_train_epochs", "max_steps")},
+        engine.world_size(),
+        config.deepspeed.stage,
+        package_versions(),
     )

@@ -19,6 +19,11 @@ def main() -> None:
         help="latest (the default): the newest checkpoint of output_dir, or of the newest runs/<config name>-<time>; "
         "auto: the same, or a fresh start if there is none; or a checkpoint or run folder",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="write a profiler's trace of these optimizer steps (3, or 3-5) into the run folder, one file a rank",
+    )
     arguments = parser.parse_args()
     if arguments.resume is not None and "=" in arguments.resume:  # `--resume section.key=value`
         arguments.overrides.insert(0, arguments.resume)
@@ -26,9 +31,10 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides, resume=arguments.resume)
     if arguments.print_config:
         return print_config(config)
+    from dpo_scale.profiler import parse_steps
     from dpo_scale.trainer import train
 
-    train(config, resume=arguments.resume)
+    train(config, resume=arguments.resume, profile=parse_steps(arguments.profile) if arguments.profile else None)
 
 
 if __name__ == "__main__":

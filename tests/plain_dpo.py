@@ -77,6 +77,14 @@ def score(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> t
     return of_tokens, torch.logsumexp(2 * logps.detach(), dim=-1)
 
 
+@torch.no_grad()
+def summed_logps(model: Path, pairs: list[PlainPair], weights_in: torch.dtype = torch.float32) -> Tensor:
+    """Log-probs of the completions, fp32 [pairs, 2] with chosen in column 0; the weights rounded, the rest in fp32."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=weights_in).float().eval()
+    sums = [[score(whole, pair.prompt, side)[0].sum() for side in (pair.chosen, pair.rejected)] for pair in pairs]
+    return torch.tensor(sums)
+
+
 def score_batch(policy: torch.nn.Module, reference: torch.nn.Module, pairs: list[PlainPair], indices: range) -> Batch:
     batch = Batch(indices, [], [], [], [])
     for pair in (pairs[i] for i in indices):

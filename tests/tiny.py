@@ -104,6 +104,32 @@ def save_model(folder: Path, architecture: str = "llama", *, tied: bool = False,
     return folder
 
 
+def save_adapter(model: Path, folder: Path) -> Path:
+    """A LoRA adapter for a model of ours, in peft's format, that changes what the model says."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.constant_(parameter, 0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def save_sharded(model: Path, folder: Path) -> Path:
+    """The same weights and tokenizer, spread over many files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(folder, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
 def preference_rows(count: int, seed: int = 0) -> list[dict]:
     """Rows whose prompts and completions differ much in length."""
     rng = random.Random(seed)
@@ -138,17 +164,52 @@ def run_overrides(folder: Path, *, architecture: str = "llama") -> list[str]:
 
 
 def run_jobs(folder: Path, jobs: list[dict], *, ranks: int = 2) -> list[str | None]:
-    """Train all jobs of `distributed/run_many.py` in one launch; the messages of those that must be refused."""
+    """Train all jobs of `distributed/run_many.py` in one launch; the messages of those that must be refused.
+
+    What was printed is appended to `folder / "log.txt"`.
+    """
+    return _run_jobs(folder, jobs, ranks)[0]
+
+
+def run_named_jobs(folder: Path, common: list[str], jobs: dict[str, list[str] | dict], *, ranks: int = 2) -> dict:
+    """Train runs of those names, each in its own folder there, in one launch.
+
+    Args:
+        common: overrides of all runs.
+        jobs: further overrides of each, or a job of `distributed/run_many.py` with these.
+
+    Returns:
+        What each run printed once it had its folder, and its refusal.
+    """
+    described = [{"overrides": job} if isinstance(job, list) else job for job in jobs.values()]
+    described = [
+        {**job, "overrides": [*common, *job["overrides"], f"output_dir={folder / name}"]}
+        for name, job in zip(jobs, described, strict=True)
+    ]
+    messages, printed = _run_jobs(folder, described, ranks)
+    said = {}
+    for name, message in zip(jobs, messages, strict=True):
+        _, _, after = printed.partition(f"run folder {folder / name}\n")
+        said[name] = after.partition("run folder ")[0] + (message or "")
+    return said
+
+
+def _run_jobs(folder: Path, jobs: list[dict], ranks: int) -> tuple[list[str | None], str]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = launch("tests/distributed/run_many.py", folder / "jobs.json", ranks=ranks)
+    with (folder / "log.txt").open("a") as log:
+        log.write(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((folder / "jobs.json.messages").read_text())
+    return json.loads((folder / "jobs.json.messages").read_text()), done.stdout
 
 
 def without_timings(records: list[dict]) -> list[dict]:
     """Metrics without those that differ between two runs of the same numbers."""
-    timings = {"step_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes"}
-    return [{name: value for name, value in record.items() if name not in timings} for record in records]
+    timings = {"step_seconds", "tokens_per_second", "pairs_per_second", "mfu", "rank_idle", "peak_memory_bytes"}
+    return [
+        {name: value for name, value in record.items() if name not in timings and not name.startswith("time/")}
+        for record in records
+    ]
 
 
 def launch(

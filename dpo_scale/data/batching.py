@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo_scale.data.layout import pair_tokens
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -100,9 +102,9 @@ def split_among_ranks(
 
 
 def forward_batches(
-    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int
+    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int, layout: str = "padded"
 ) -> list[list[MicroBatch]]:
-    """Lay pairs out for forward passes alone: by length, as many a micro-batch as fit a budget of token slots.
+    """Lay pairs out for forward passes alone: by length, as many a micro-batch as fit a budget of tokens.
 
     Without a gradient the order does not matter, so rows of one length go together and nearly nothing is padding;
     neighbours in length go to different ranks of the same micro-step, so the ranks finish together.
@@ -110,21 +112,31 @@ def forward_batches(
     Args:
         pairs: [n] indices into the dataset.
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
-        max_tokens: most token slots (rows times width) of a micro-batch; a longer pair gets one of its own.
+        max_tokens: most tokens of a micro-batch as the layout computes them (where rows are padded: rows times
+            width); a longer pair gets one of its own.
         world_size: number of ranks.
+        layout: how pairs become rows (`dpo_scale.data.layout`).
 
     Returns:
         `result[micro_step][rank]`, longest first.
     """
     of_pairs = lengths[pairs]
-    longest_row = (of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).astype(np.int64)
-    order = np.lexsort((pairs, -longest_row))
+    if layout == "padded":
+        tokens = 2 * (of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).astype(np.int64)
+    else:
+        tokens = pair_tokens(of_pairs, layout)
+    order = np.lexsort((pairs, -tokens))
+    before = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens of all pairs before each in order
     share = -(-len(pairs) // world_size)  # few pairs are spread over the ranks all the same
     runs = []
     start = 0
     while start < len(order):
-        # sorted longest first, so the first pair's row is the width of the whole run
-        count = min(share, max(1, int(max_tokens // (2 * longest_row[order[start]]))))
+        if layout == "padded":  # sorted longest first, so the first pair's row is the width of the whole run
+            fit = int(max_tokens // tokens[order[start]])
+        else:
+            fit = int(np.searchsorted(before, before[start] + max_tokens, side="right")) - 1 - start
+        left_for_others = len(order) - start - max(0, world_size - len(runs) - 1)
+        count = max(1, min(share, fit, left_for_others))
         runs.append(pairs[order[start : start + count]])
         start += count
     batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs]

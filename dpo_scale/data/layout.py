@@ -86,6 +86,10 @@ class PairBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
+    def pinned(self) -> PairBatch:
+        """The batch in page-locked memory, from which `to` copies without holding up the host."""
+        return self.map_tensors(torch.Tensor.pin_memory)
+
 
 def make_batch(layout: Layout, pairs: Sequence[Pair], weights: np.ndarray, pad_token_id: int) -> PairBatch:
     """Lay pairs out for one forward pass.

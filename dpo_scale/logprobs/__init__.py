@@ -2,6 +2,10 @@
 
     naive     full logits, log_softmax, gather: the yardstick
     chunked   plain torch in bounded tiles of the logits, any device
+    triton    Triton kernels that keep logits in registers, and cuBLAS: CUDA, 16 bits or fp32
+
+Training with a loss that is a function of each pair's sums alone goes further while the tiles are there, and takes loss
+and gradient pair by pair: `dpo_scale.logprobs.pair_loss`.
 
 Letters: S scored tokens, H hidden size, V vocabulary. Only positions that predict a completion token come in.
 """
@@ -9,7 +13,9 @@ Letters: S scored tokens, H hidden size, V vocabulary. Only positions that predi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import overload
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,21 +28,70 @@ Implementation = Callable[
     tuple[Tensor, dict[str, Tensor]],
 ]
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"naive": naive_token_logps, "chunked": chunked_token_logps}
+
+def _triton_token_logps(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    # torch's builds for CPUs come without Triton
+    from dpo_scale.logprobs.triton_logps import triton_token_logps
+
+    return triton_token_logps(*arguments)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "naive": naive_token_logps,
+    "chunked": chunked_token_logps,
+    "triton": _triton_token_logps,
+}
 
 BY_PRODUCTS = ("logsumexp", "entropy", "log_sum_p2", "argmax_is_target")
 
 
-def choose_implementation(implementation: str = "auto") -> tuple[str, str]:
+def choose_implementation(
+    implementation: str = "auto", device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[str, str]:
     """The name of the implementation that `implementation` stands for, and the reason, for the caller to log.
 
-    Raises ValueError for a name that is neither "auto" nor in `IMPLEMENTATIONS`.
+    Args:
+        implementation: a name in `IMPLEMENTATIONS`, or "auto".
+        device: where the tensors are; None: CUDA where there is one.
+        dtype: of hidden states and head; None: one of 16 bits.
+
+    Raises:
+        ValueError: for an unknown name, and for "triton" where it cannot run.
     """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if implementation == "auto":
-        return "chunked", "exact on any device, and never holds the full logits"
-    if implementation in IMPLEMENTATIONS:
-        return implementation, "asked for by name"
-    raise ValueError(f"unknown log-prob implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+        if device.type != "cuda":
+            return "chunked", f"exact on any device, this one is a {device.type}, and never holds the full logits"
+        if not _has_triton():
+            return "chunked", "Triton is not installed, or its kernels would be faster"
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            return "chunked", f"products of {dtype} are faster in cuBLAS than in a Triton kernel"
+        return "triton", "on CUDA its kernels never write the logits to memory"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown log-prob implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "triton":
+        _check_triton(device, dtype)
+    return implementation, "asked for by name"
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _check_triton(device: torch.device, dtype: torch.dtype | None) -> None:
+    asked = "log-prob implementation 'triton'"
+    if not _has_triton():
+        raise ValueError(f"{asked}: Triton is not installed; 'auto' and 'chunked' need none")
+    from dpo_scale.logprobs.triton_logps import INTERPRETED
+
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+        raise ValueError(f"{asked}: its kernels run on CUDA, not on a {device.type}; 'auto' and 'chunked' run anywhere")
+    if dtype == torch.float64:
+        raise ValueError(f"{asked}: its statistics are fp32, too little for fp64; 'auto' and 'chunked' take fp64")
 
 
 @overload
@@ -93,14 +148,14 @@ def token_logps(
     On CUDA an out-of-range target is found on the device, without waiting for it, and fails there as an
     assertion.
     """
-    name, _ = choose_implementation(implementation)
-    _check(hidden, head_weight, targets, bias, softcap, by_products)
+    name, _ = choose_implementation(implementation, hidden.device, hidden.dtype)
+    check_arguments(hidden, head_weight, targets, bias, softcap, by_products)
     with torch.autocast(hidden.device.type, enabled=False):
         logps, extras = IMPLEMENTATIONS[name](hidden, head_weight, targets, bias, logit_scale, softcap, by_products)
     return (logps, extras) if by_products else logps
 
 
-def _check(
+def check_arguments(
     hidden: Tensor,
     head_weight: Tensor,
     targets: Tensor,

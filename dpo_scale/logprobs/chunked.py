@@ -19,33 +19,45 @@ into d in place, adds a product to dhidden and writes that tile's rows of dW: on
 tokens, without an fp32 copy of [V, H]. The vocabulary is the outer loop, so that a tile of the weight is
 converted once for all tokens.
 
-Cost. A pass over (S, H, V) is 2SHV flop: 1 pass forward, up to 3 backward (logits again, dhidden, dW; only
-what requires a gradient is computed), beside naive's 1 + 2. Memory beyond inputs and gradients: one fp32 tile
-of logits and on CPU one of the weight, at most `tile_bytes` each; d once more in the operands' dtype; and
-fp32 [S, H] for hidden and its gradient. Naive holds [S, V] several times.
+What is kept of the soft-max needs no second computation: exp(l_v - m) in the operands' dtype and its m give
+p_v = exp(l_v - m) * exp(m - lse). For the first H tokens it is kept in the memory of the weight's gradient, [V, H] as
+well, which has no value before the backward pass: each tile is read before its rows of dW are written. Of the other
+tokens the first tiles are kept, as many as `held_bytes` allows.
 
-Precision. The logits of bf16 and fp16 operands are accumulated and kept in fp32: rounding them to bf16 would
-cost 1e-2 a token. Where a GEMM cannot write fp32 from 16-bit operands (CPU), the operands are converted, tile
-by tile. The two gradient products take d rounded to the operands' dtype where that is the fast path, as the
-gradient that they make is rounded to it too; sums over tiles are fp32.
+Where the head is not trained (LoRA), dhidden = g_s * dlogp_s/dhidden, and that direction is summed in the forward pass
+(`tiles.HiddenDirection`): the backward pass is one multiplication.
+
+Cost. A pass over (S, H, V) is 2SHV flop: 1 pass forward and 2 to 3 backward (logits of what was not kept, dhidden, dW;
+only what requires a gradient is computed), beside naive's 1 + 2; with a head that is not trained 2 and 0; without a
+gradient 1. Memory beyond inputs and gradients: one fp32 tile of logits and on CPU one of the weight, at most
+`tile_bytes` each; d once more in the operands' dtype; what is kept, at most `held_bytes`; and fp32 [S, H] for hidden
+and its gradient. Naive holds [S, V] several times.
+
+Precision. Logits are fp32 throughout, see `tiles`. The two gradient products take d rounded to the operands' dtype
+where that is the fast path, as the gradient that they make is rounded to it too; sums over tiles are fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bounds one tile of logits. CPU: stays near the last-level cache, and well below what naive holds for some
-# hundred tokens; measured, 8, 16 and 32 MiB are equally fast and 64 is slower. On GPUs a launch must be worth
-# its while, so tiles are larger; that number is reasoned, not measured.
-CPU_TILE_BYTES = 8 * 2**20
-DEVICE_TILE_BYTES = 256 * 2**20
-# Tokens are split too when a tile of all of them would be narrower than this: thin products are slow.
-MIN_TILE_WIDTH = 1024
+from dpo_scale.logprobs.tiles import (
+    HiddenDirection,
+    Tiles,
+    block_in,
+    default_tile_bytes,
+    exact_bf16_products,
+    held_bytes,
+    in_tile,
+    product_dtype,
+    rows_in,
+    statistics,
+)
 
 
 def chunked_token_logps(
@@ -57,114 +69,59 @@ def chunked_token_logps(
     softcap: float | None,
     by_products: Sequence[str],
     tile_bytes: int | None = None,
+    most_held: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Arguments, checked, and results as in `dpo_scale.logprobs.token_logps`; tile_bytes bounds a tile."""
+    """Arguments, checked, and results as in `dpo_scale.logprobs.token_logps`.
+
+    tile_bytes bounds a tile, and most_held what is kept for the backward pass so as not to be computed again, beside
+    what is kept in the memory of the weight's gradient; with 0 nothing is. Where that memory is used, a second backward
+    pass through the same graph is refused by autograd.
+    """
     if tile_bytes is None:
-        tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
+        tile_bytes = default_tile_bytes(hidden.device)
+    if most_held is None:
+        most_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
+    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
+    mode = "direction" if trained == [True, False, False] else "hold" if any(trained) else "values"
     logps, *extras = _ChunkedTokenLogps.apply(
-        hidden, head_weight, bias, targets, logit_scale, softcap, tuple(by_products), tile_bytes
+        hidden, head_weight, bias, targets, logit_scale, softcap, tuple(by_products), tile_bytes, most_held, mode
     )
     return logps, dict(zip(by_products, extras, strict=True))
 
 
-class _Tiles:
-    """The tiles of one call: logits of a run of tokens and a run of the vocabulary, in reused memory."""
+class _Held:
+    """What is kept of the soft-max, exp(l - peak) * dl/dz in the operands' dtype, and the peaks.
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-        tile_bytes: int,
+    The first tokens in the memory of the weight's gradient; of the others the first tiles, as many as fit.
+    """
+
+    def __init__(self, tiles: Tiles, gradient: Tensor | None, in_gradient: int, most_bytes: int) -> None:
+        self._tiles, self._gradient, self._first, self._bytes_left = tiles, gradient, in_gradient, most_bytes
+        self.first_peaks = tiles.given.new_empty((len(tiles.vocabulary_runs), in_gradient), dtype=tiles.dtype)
+        self.exponentials: list[Tensor] = []
+        self.peaks: list[Tensor] = []
+        self._vocabulary: slice | None = None
+
+    def __call__(
+        self, tile: Tensor, tokens: slice, vocabulary: slice, weight_rows: Tensor, peak: Tensor, shrink: Tensor
     ) -> None:
-        self.weight, self.bias, self.logit_scale, self.softcap = weight, bias, logit_scale, softcap
-        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        # Only CUDA has a GEMM of 16-bit operands with an fp32 result; elsewhere the operands are converted.
-        self.mixed_gemm = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
-        self.hidden = hidden if self.mixed_gemm else hidden.to(self.dtype)
-        (tokens, width), vocabulary = hidden.shape, weight.shape[0]
-        numbers = tile_bytes // self.dtype.itemsize
-        rows = min(tokens, max(1, numbers // MIN_TILE_WIDTH))
-        # The second bound is for the converted tile of the weight.
-        cols = min(vocabulary, max(MIN_TILE_WIDTH, numbers // max(1, rows, width) // 64 * 64))
-        self.token_runs = list(_runs(tokens, rows))
-        self.vocabulary_runs = list(_runs(vocabulary, cols))
-        self._logits = hidden.new_empty(0 if self.mixed_gemm else rows * cols, dtype=self.dtype)
-        convert = not self.mixed_gemm and weight.dtype != self.dtype
-        self._weight = hidden.new_empty((cols, width), dtype=self.dtype) if convert else None
-
-    def weight_rows(self, vocabulary: slice) -> Tensor:
-        """These rows of the weight in the dtype that the logits' product takes; valid until the next call."""
-        rows = self.weight[vocabulary]
-        return rows if self._weight is None else self._weight[: rows.shape[0]].copy_(rows)
-
-    def logits(self, tokens: slice, vocabulary: slice, weight_rows: Tensor) -> Tensor:
-        """[tokens, vocabulary] final logits, fp32 or fp64, to be overwritten; valid until the next call."""
-        hidden = self.hidden[tokens]
-        if self.mixed_gemm:
-            logits = torch.mm(hidden, weight_rows.t(), out_dtype=torch.float32)
-        else:
-            shape = (hidden.shape[0], weight_rows.shape[0])
-            logits = self._logits[: shape[0] * shape[1]].view(shape)
-            torch.mm(hidden, weight_rows.t(), out=logits)
-        if self.bias is not None:
-            logits += self.bias[vocabulary].to(self.dtype)
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-
-def _runs(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, max(1, size)))
-
-
-def _in_tile(targets: Tensor, vocabulary: slice) -> tuple[Tensor, Tensor]:
-    """Whether each target is in the tile, and its column there (any column if it is not): [s] and [s, 1]."""
-    column = targets - vocabulary.start
-    width = vocabulary.stop - vocabulary.start
-    return (column >= 0) & (column < width), column.clamp(0, width - 1).unsqueeze(1)
-
-
-def _forward(tiles: _Tiles, targets: Tensor, by_products: Sequence[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Log-probs, log-sum-exps and by-products, each [S]."""
-    zeros = torch.zeros(targets.shape, dtype=tiles.dtype, device=targets.device)
-    # Running values over the vocabulary, with x = l - peak: sums of exp(x), of x exp(x) and of exp(x)^2. The
-    # peak starts at the lowest finite number, not at -inf, whose product with an empty sum would be NaN.
-    peak = torch.full_like(zeros, torch.finfo(tiles.dtype).min)
-    total, total_x, total_squared = zeros, zeros.clone(), zeros.clone()
-    target_logit = zeros.clone()
-    for vocabulary in tiles.vocabulary_runs:
-        weight_rows = tiles.weight_rows(vocabulary)
-        for tokens in tiles.token_runs:
-            tile = tiles.logits(tokens, vocabulary, weight_rows)
-            inside, column = _in_tile(targets[tokens], vocabulary)
-            target_logit[tokens] = torch.where(inside, tile.gather(1, column).squeeze(1), target_logit[tokens])
-            new_peak = torch.maximum(peak[tokens], tile.amax(1))
-            rise = peak[tokens] - new_peak
-            shrink = rise.exp()
-            tile.sub_(new_peak.unsqueeze(1))
-            x = tile.clone() if "entropy" in by_products else None
-            tile.exp_()
-            if x is not None:
-                total_x[tokens] = shrink * (total_x[tokens] + rise * total[tokens]) + x.mul_(tile).sum(1)
-            total[tokens] = shrink * total[tokens] + tile.sum(1)
-            if "log_sum_p2" in by_products:
-                total_squared[tokens] = shrink.square() * total_squared[tokens] + tile.square_().sum(1)
-            peak[tokens] = new_peak
-    log_total = total.log()
-    values = {
-        "logsumexp": lambda: peak + log_total,
-        "entropy": lambda: log_total - total_x / total,
-        "log_sum_p2": lambda: total_squared.log() - 2 * log_total,
-        "argmax_is_target": lambda: target_logit >= peak,
-    }
-    # Peak and sum are subtracted one by one: their sum would round away digits of a log-prob near 0.
-    logps = (target_logit - peak) - log_total
-    return logps, peak + log_total, [values[name]() for name in by_products]
+        dtype = self._tiles.product_dtype
+        if tokens.start < self._first:
+            assert self._gradient is not None
+            block_in(self._gradient, vocabulary, self._first, dtype)[tokens] = tile
+            self.first_peaks[vocabulary.start // self._tiles.vocabulary_runs[0].stop, tokens] = peak
+            return
+        if vocabulary != self._vocabulary:
+            self._vocabulary = vocabulary
+            shape = (self._tiles.given.shape[0] - self._first, vocabulary.stop - vocabulary.start)
+            self._bytes_left -= shape[0] * shape[1] * dtype.itemsize
+            if self._bytes_left >= 0:
+                self.exponentials.append(tile.new_empty(shape, dtype=dtype))
+                self.peaks.append(tile.new_empty(shape[0]))
+        if self._bytes_left >= 0:
+            here = slice(tokens.start - self._first, tokens.stop - self._first)
+            self.exponentials[-1][here] = tile
+            self.peaks[-1][here] = peak
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):
@@ -179,95 +136,135 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         softcap: float | None,
         by_products: tuple[str, ...],
         tile_bytes: int,
+        most_held: int,
+        mode: str,
     ) -> tuple[Tensor, ...]:
-        tiles = _Tiles(hidden, weight, bias, logit_scale, softcap, tile_bytes)
-        logps, logsumexp, extras = _forward(tiles, targets, by_products)
-        # The parameter itself, no view or copy of it: under ZeRO-3 its storage is released after the head's
-        # forward and filled again before its backward, which only the parameter follows.
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        ctx.options = (logit_scale, softcap, tile_bytes)
-        ctx.mark_non_differentiable(*extras)
-        return logps, *extras
+        with exact_bf16_products(hidden):
+            gradient, in_gradient = None, 0
+            if mode == "hold" and ctx.needs_input_grad[1] and most_held and len(targets):
+                gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                in_gradient = min(rows_in(gradient, product_dtype(hidden)), len(targets))
+            tiles = Tiles(hidden, weight, bias, logit_scale, softcap, tile_bytes, (in_gradient,))
+            direction = HiddenDirection(tiles, targets) if mode == "direction" else None
+            held = _Held(tiles, gradient, in_gradient, most_held) if mode == "hold" else None
+            found = statistics(tiles, targets, by_products, keep=direction or held)
+        if direction is not None:
+            # bf16 has the range of fp32; in fp16 a direction of a near-certain token would be lost
+            kept = direction.result(found)
+            ctx.save_for_backward(kept.to(torch.bfloat16) if hidden.dtype == torch.bfloat16 else kept)
+        elif held is not None:
+            # The parameter itself, no view or copy of it: under ZeRO-3 its storage is released after the head's
+            # forward and filled again before its backward, which only the parameter follows.
+            ctx.save_for_backward(
+                hidden, weight, bias, targets, found.logsumexp, found.target_gradient(softcap),
+                gradient, held.first_peaks, *held.exponentials, *held.peaks,
+            )  # fmt: skip
+        ctx.dtype, ctx.options = hidden.dtype, (logit_scale, softcap, tile_bytes, (in_gradient,))
+        ctx.mark_non_differentiable(*found.by_products)
+        return found.logps, *found.by_products
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden, weight, bias, *ctx.options)
-            grads = _backward(tiles, hidden, targets, logsumexp, grad, ctx.needs_input_grad[:3])
-        return *grads, None, None, None, None, None
+        if len(ctx.saved_tensors) == 1:
+            (direction,) = ctx.saved_tensors
+            grads = ((direction * grad.unsqueeze(1)).to(ctx.dtype), None, None)
+        else:
+            hidden, weight, bias, targets, logsumexp, target_gradient, gradient, first_peaks, *held = ctx.saved_tensors
+            with torch.autocast(hidden.device.type, enabled=False), exact_bf16_products(hidden):
+                tiles = Tiles(hidden, weight, bias, *ctx.options)
+                grad = grad.to(tiles.dtype) * tiles.logit_scale
+                kept = (gradient, first_peaks, held[: len(held) // 2], held[len(held) // 2 :])
+                logit_gradients = LogitGradients(tiles, targets, logsumexp, target_gradient, grad, kept)
+                grad_hidden, *others = head_gradients(tiles, logit_gradients, ctx.needs_input_grad[:3], gradient)
+            grads = (None if grad_hidden is None else grad_hidden.to(ctx.dtype), *others)
+        return *grads, *(None,) * 7
 
 
-def _backward(
-    tiles: _Tiles,
-    hidden: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    grad: Tensor,
-    needs: Sequence[bool],
+class LogitGradients:
+    """d, tile by tile: out of what is kept of the soft-max, otherwise out of logits computed again."""
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        targets: Tensor,
+        logsumexp: Tensor,
+        target_gradient: Tensor,
+        grad: Tensor,
+        kept: tuple[Tensor | None, Tensor, Sequence[Tensor], Sequence[Tensor]] | None = None,
+    ) -> None:
+        """Args: kept, what `_Held` was given and what it kept; None for nothing."""
+        self._tiles, self._targets, self._logsumexp = tiles, targets, logsumexp
+        self._grad = grad.unsqueeze(1)
+        self._at_target = grad * target_gradient
+        self._kept = kept or (None, targets.new_empty((len(tiles.vocabulary_runs), 0)), (), ())
+        self._first = self._kept[1].shape[1]
+
+    def __call__(self, index: int, tokens: slice, vocabulary: slice, weight_rows: Tensor) -> Tensor:
+        """[tokens, vocabulary] d of the index-th run of the vocabulary, in the dtype of the gradient products."""
+        tiles, grad = self._tiles, self._grad[tokens]
+        logsumexp = self._logsumexp[tokens].unsqueeze(1)
+        found = self._exponentials(index, tokens, vocabulary)
+        if found is not None:
+            exponentials, peaks = found
+            d = exponentials.clone()
+            tiles.scale_rows(d, (peaks.unsqueeze(1) - logsumexp).exp_().mul_(-grad))
+        else:
+            tile = tiles.logits(tokens, vocabulary, weight_rows)
+            slope = tiles.slope(tile)
+            d = tile.sub_(logsumexp).exp_().mul_(-grad)
+            d = (d if slope is None else d.mul_(slope)).to(tiles.product_dtype)
+        inside, column = in_tile(self._targets[tokens], vocabulary)
+        # One column a row, so read and written without the clash that would make an added value's order matter.
+        entry = torch.arange(d.shape[0], device=d.device), column.squeeze(1)
+        d[entry] = torch.where(inside, self._at_target[tokens].to(d.dtype), d[entry])
+        return d
+
+    def _exponentials(self, index: int, tokens: slice, vocabulary: slice) -> tuple[Tensor, Tensor] | None:
+        gradient, first_peaks, exponentials, peaks = self._kept
+        if tokens.start < self._first:
+            assert gradient is not None
+            block = block_in(gradient, vocabulary, self._first, self._tiles.product_dtype)
+            return block[tokens], first_peaks[index, tokens]
+        if index < len(exponentials):
+            here = slice(tokens.start - self._first, tokens.stop - self._first)
+            return exponentials[index][here], peaks[index][here]
+        return None
+
+
+def head_gradients(
+    tiles: Tiles, logit_gradients: LogitGradients, needs: Sequence[bool], grad_weight: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their own dtypes; None for those not needed."""
-    weight, bias = tiles.weight, tiles.bias
+    """Gradients of hidden, in fp32 or fp64, and of weight and bias in their own dtypes; None for those not needed.
+
+    grad_weight: memory for that of the weight, if there is any yet.
+    """
+    hidden, weight, bias = tiles.given, tiles.weight, tiles.bias
     needs_hidden, needs_weight, needs_bias = needs
-    grad = grad.to(tiles.dtype) * tiles.logit_scale
     grad_hidden = torch.zeros(hidden.shape, dtype=tiles.dtype, device=hidden.device) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
+    # every row is written below, once; without tokens there is nothing to write
+    make = torch.empty_like if hidden.shape[0] else torch.zeros_like
+    if needs_weight and grad_weight is None:
+        grad_weight = make(weight, memory_format=torch.contiguous_format)
     grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
-    product_dtype = _product_dtype(tiles, hidden)
-    right = hidden if product_dtype == hidden.dtype else tiles.hidden
-    for vocabulary in tiles.vocabulary_runs:
+    for index, vocabulary in enumerate(tiles.vocabulary_runs):
         weight_rows = tiles.weight_rows(vocabulary)
-        left = weight[vocabulary] if product_dtype == weight.dtype else weight_rows
         weight_sum, bias_sum = None, None
         for tokens in tiles.token_runs:
-            d32 = _logit_gradient(tiles, tokens, vocabulary, weight_rows, targets, logsumexp, grad)
-            d = d32.to(product_dtype)
+            d = logit_gradients(index, tokens, vocabulary, weight_rows)
             if grad_hidden is not None:
-                grad_hidden[tokens] += _product(d, left, tiles)
-            if grad_weight is not None:
-                weight_sum = _sum(weight_sum, _product(d.t(), right[tokens], tiles), tiles.dtype)
+                grad_hidden[tokens] += tiles.product(d, tiles.product_weight(vocabulary))
+            if grad_weight is not None and d.dtype == weight.dtype and len(tiles.token_runs) == 1:
+                torch.mm(d.t(), tiles.product_hidden, out=grad_weight[vocabulary])
+            elif grad_weight is not None:
+                weight_sum = _sum(weight_sum, tiles.product(d.t(), tiles.product_hidden[tokens]), tiles.dtype)
             if grad_bias is not None:
-                bias_sum = _sum(bias_sum, d32.sum(0), tiles.dtype)
+                bias_sum = _sum(bias_sum, d.sum(0, dtype=tiles.dtype), tiles.dtype)
         if grad_weight is not None and weight_sum is not None:
             grad_weight[vocabulary] = weight_sum
         if grad_bias is not None and bias_sum is not None:
             grad_bias[vocabulary] = bias_sum
-    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
-
-
-def _logit_gradient(
-    tiles: _Tiles,
-    tokens: slice,
-    vocabulary: slice,
-    weight_rows: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    grad: Tensor,
-) -> Tensor:
-    """d of one tile, before the weight and hidden products: [tokens, vocabulary], in the tile's memory."""
-    tile = tiles.logits(tokens, vocabulary, weight_rows)
-    slope = None if tiles.softcap is None else (tile / tiles.softcap).square_().neg_().add_(1.0)
-    grad = grad[tokens].unsqueeze(1)
-    tile.sub_(logsumexp[tokens].unsqueeze(1)).exp_().mul_(-grad)
-    inside, column = _in_tile(targets[tokens], vocabulary)
-    # One column a row, so read and written without the clash that would make a scattered add's order matter.
-    at_target = tile.gather(1, column)
-    tile.scatter_(1, column, torch.where(inside.unsqueeze(1), at_target + grad, at_target))
-    return tile if slope is None else tile.mul_(slope)
-
-
-def _product_dtype(tiles: _Tiles, hidden: Tensor) -> torch.dtype:
-    """The dtype that the gradient products' operands have: 16 bits where the device multiplies those fast."""
-    if tiles.mixed_gemm:
-        return hidden.dtype
-    if hidden.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return tiles.dtype
-
-
-def _product(left: Tensor, right: Tensor, tiles: _Tiles) -> Tensor:
-    return torch.mm(left, right, out_dtype=torch.float32) if tiles.mixed_gemm else torch.mm(left, right)
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _sum(total: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,11 +17,29 @@ from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
-from dpo_scale.errors import ModelError
+from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
+from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
+from dpo_scale.models.files import check_models
 from dpo_scale.models.layouts import check_layout, choose_layout, install_attention
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
+
+
+def check_logprobs(config: Config) -> None:
+    """Log how log-probs will be computed on this device, and why; every entry point calls it once.
+
+    Raises:
+        ConfigError: if the implementation asked for does not run here.
+    """
+    try:
+        name, reason = choose_implementation(
+            config.logprobs.implementation, engine.device(), getattr(torch, config.model.dtype)
+        )
+    except ValueError as error:
+        raise ConfigError(f"logprobs.implementation = {config.logprobs.implementation!r}: {error}") from error
+    engine.log(f"log-probs: {name} ({reason})")
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,10 @@ def load_model_config(path: str, *, revision: str | None = None, trust_remote_co
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ModelError(
+                f"{path}: needs Python code that comes with it; model.trust_remote_code=true runs it, if you trust it"
+            ) from None
         raise ModelError(f"{path}: not a model that transformers can load: {_first_line(error)}") from None
 
 
@@ -143,13 +165,22 @@ def load_policy(config: Config, micro_steps: int) -> Any:
             lora.add_reference_adapter(model, reference_adapter)
         engine.log(lora.describe(model))
     if config.model.gradient_checkpointing:
-        # non-reentrant: ZeRO-3's hooks and frozen inputs work with it, and dropout is replayed
-        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(causal_lm(model), offload=offloads_checkpoints(config))
+    if config.model.compile:
+        compile_layers(causal_lm(model))
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
     check_layout(policy, causal_lm(model), config)
     return policy
+
+
+def offloads_checkpoints(config: Config) -> bool:
+    """Whether checkpoints are kept on the host; on a CPU they are there anyway."""
+    if config.model.gradient_checkpointing_offload and engine.device().type == "cpu":
+        engine.log("model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already")
+        return False
+    return config.model.gradient_checkpointing_offload
 
 
 def load_reference(config: Config) -> Any:
@@ -167,6 +198,8 @@ def load_scoring_model(config: Config, source: ModelSource) -> Any:
     model = _load_for(config, source, deepspeed_config)
     if source.adapter is not None:
         model = lora.wear_adapter(model, source.adapter)
+    if config.model.compile:  # as the policy, so that equal weights give equal numbers
+        compile_layers(causal_lm(model))
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     reference = engine.initialize_reference(scorer, deepspeed_config)
     check_layout(reference, causal_lm(model), config)
@@ -192,7 +225,8 @@ def _load_for(config: Config, source: ModelSource, deepspeed_config: dict[str, A
 
 def load_tokenizers(config: Config) -> tuple[Any, Any]:
     """The policy's tokenizer, checked against the reference's, and the policy's transformers config."""
-    model = config.model
+    model, adapters = config.model, (config.lora.adapter, config.reference.adapter)
+    check_models([model.path, model.tokenizer, config.reference.model, *(a for a in adapters if a != "none")])
     model_config = load_model_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     path = resolve_model_path(model.tokenizer or model.path)
     revision = None if model.tokenizer else model.revision

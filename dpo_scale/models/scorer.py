@@ -21,6 +21,7 @@ from torch import nn
 from dpo_scale.data.layout import Layout, Segment
 from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
+from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 from dpo_scale.models.attention import AttentionPlan
 
 
@@ -85,7 +86,23 @@ class PairScorer(nn.Module):
         self.model, self.layout = model, layout
         transform = head_transform(causal_lm(model).config)
 
-        def score(linear: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, by_products: tuple[str, ...]):
+        def score(
+            linear: nn.Linear,
+            hidden: torch.Tensor,
+            targets: torch.Tensor,
+            by_products: tuple[str, ...],
+            pair_loss: PairLoss | None,
+        ):
+            if pair_loss is not None:
+                return fused_pair_loss(
+                    hidden,
+                    linear.weight,
+                    targets,
+                    pair_loss,
+                    bias=linear.bias,
+                    logit_scale=transform.logit_scale,
+                    softcap=transform.softcap,
+                )
             return token_logps(
                 hidden,
                 linear.weight,
@@ -105,13 +122,14 @@ class PairScorer(nn.Module):
         score_index: torch.Tensor,
         score_targets: torch.Tensor,
         by_products: tuple[str, ...] = (),
+        pair_loss: PairLoss | None = None,
         *,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         branch_ids: torch.Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probs of `score_targets`, fp32 [S].
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of `score_targets`, fp32 [S]; with `pair_loss` the loss and [P, 2] sums (`fused_pair_loss`).
 
         Args:
             input_ids: [B, T] int64. Without `segments` padded on the right: under a causal mask no real token sees
@@ -119,6 +137,7 @@ class PairScorer(nn.Module):
             score_index: [S] int64, flat positions (b * T + t) whose hidden state predicts a scored token.
             score_targets: [S] int64, those tokens.
             by_products: extra per-token values, see `dpo_scale.logprobs.token_logps`.
+            pair_loss: how the log-probs of each pair become its loss, to be done here with its gradient.
             position_ids, document_ids, branch_ids, segments: a row of many sequences, as in `PairBatch`; the model's
                 attention must be one of `dpo_scale.models.attention`.
         """
@@ -130,7 +149,7 @@ class PairScorer(nn.Module):
             row = {"position_ids": position_ids, "attention_plan": plan}
         hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
         scored = hidden.flatten(0, 1).index_select(0, score_index)
-        return head(scored, score_targets, by_products)
+        return head(scored, score_targets, by_products, pair_loss)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from dpo_scale.config import Config
 
 # Implementations of a class agree to rounding in fp32; see `dpo_scale.logprobs`.
-PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits"}
+PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits", "triton": "fp32 logits"}
 # Those whose code computes the numbers. A patch release repairs; a minor one may change a kernel or a model.
 LIBRARIES = ("torch", "transformers")
 
@@ -27,6 +27,8 @@ def numerics_of(config: Config) -> dict[str, str]:
         # which one is transformers' default follows from its version and the model
         "attention": config.model.attn_implementation or "default",
         "logprobs": PRECISION_CLASSES[implementation],
+        # fused operations round less often; nothing is said where nothing is compiled, so that older books stay valid
+        **({"layers": "compiled"} if config.model.compile else {}),
         **{library: _minor_version(version(library)) for library in LIBRARIES},
     }
 

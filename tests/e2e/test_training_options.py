@@ -71,7 +71,8 @@ def test_every_metric_is_in_every_step(folder):
     }
     for name, loss in settings.items():
         for record in read_metrics(folder / name):
-            assert set(record) == {"phase", "step", *loss.metric_names, *STEP_METRICS}, name
+            # nobody knows a CPU's peak
+            assert set(record) == {"phase", "step", *loss.metric_names, *STEP_METRICS} - {"mfu"}, name
     for record in read_metrics(folder / "two epochs", "eval"):
         assert set(record) == {"phase", "step", "pairs", *LossSettings().metric_names}
 

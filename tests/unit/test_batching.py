@@ -70,8 +70,8 @@ def test_sorting_by_length_pads_less_than_the_given_order():
     pairs = np.arange(64)
 
     def padding(batches):
-        total = sum(slots("padded", b, lengths) for b in batches)
-        return 1 - sum(filled_slots("padded", b, lengths) for b in batches) / total
+        computed = sum(slots("padded", b, lengths) for b in batches)
+        return 1 - sum(filled_slots("padded", b, lengths) for b in batches) / computed
 
     laid_out = split_among_ranks(pairs, lengths, micro_batch_size=4, world_size=2)
     ours = padding([m.indices for ranks in laid_out for m in ranks])

@@ -78,7 +78,18 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
         ("train.eval_steps=5", ["train.eval_steps", "data.eval"]),
         ("deepspeed.offload_param=cpu", ["deepspeed.offload_param", "stage 3"]),
         ("reference.offload_param=cpu", ["reference.offload_param", "reference.stage is 3"]),
+        ("reference.seconds_per_shard=-1", ["reference.seconds_per_shard", "-1", "0 (after every"]),
+        ("reference.seconds_per_shard=.inf", ["reference.seconds_per_shard", "inf", "number"]),
+        ("reference.seconds_per_shard=.nan", ["reference.seconds_per_shard", "nan", "number"]),
+        ("reference.seconds_per_shard=soon", ["reference.seconds_per_shard", "'soon'", "number"]),
+        ("reference.seconds_per_shard=null", ["reference.seconds_per_shard", "None", "number"]),
         ("deepspeed.stage=0", ["deepspeed.stage", "bfloat16"]),
+        ("train.max_tokens_per_micro_batch=0", ["train.max_tokens_per_micro_batch", "0", "at least 1"]),
+        (
+            "model.gradient_checkpointing_offload=true",
+            ["gradient_checkpointing_offload", "gradient_checkpointing=true"],
+        ),
+        ("logging.peak_tflops=0", ["logging.peak_tflops", "more than 0"]),
         ("noequals", ["noequals", "section.key=value"]),
     ],
 )
@@ -86,6 +97,29 @@ def test_refusals_name_key_value_and_what_is_allowed(override, parts):
     message = refusal(override)
     for part in parts:
         assert part in message, message
+
+
+@pytest.mark.parametrize("loss", ("loss.loss_type=aot", "loss.use_weighting=true"))
+def test_the_fused_pair_loss_is_refused_for_a_loss_that_is_no_function_of_a_pairs_sums(loss):
+    assert "logprobs.pair_loss" in refusal("logprobs.pair_loss=fused", loss)
+
+
+def test_a_budget_of_tokens_and_a_number_of_pairs_exclude_each_other():
+    budget = "train.max_tokens_per_micro_batch=4096"
+    assert "train.micro_batch_size = 4" in refusal(budget, "train.micro_batch_size=4")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["deepspeed.stage=3"],
+        ["reference.stage=3"],
+        ["model.gradient_checkpointing=true", "model.gradient_checkpointing_offload=true"],
+    ],
+)
+def test_compiled_layers_are_refused_with_what_they_do_not_go_with(overrides):
+    message = refusal("model.compile=true", *overrides)
+    assert message.startswith(overrides[-1].partition("=")[0]) and "model.compile" in message
 
 
 def test_reference_model_is_refused_for_a_loss_that_needs_none():

@@ -1,4 +1,7 @@
-"""Token log-probs: each implementation against log_softmax written out in fp64."""
+"""Token log-probs: each implementation against log_softmax written out in fp64.
+
+On a GPU if there is one; otherwise on the CPU, where Triton's kernels run in its interpreter.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,14 @@ import itertools
 import pytest
 import torch
 
+from dpo_scale import logprobs
 from dpo_scale.logprobs import BY_PRODUCTS, IMPLEMENTATIONS, choose_implementation, token_logps
-from dpo_scale.logprobs.chunked import MIN_TILE_WIDTH, chunked_token_logps
+from dpo_scale.logprobs.chunked import chunked_token_logps
+from dpo_scale.logprobs.tiles import MIN_TILE_WIDTH
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN = 24
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HEADS = {  # bias, logit_scale, softcap
@@ -24,15 +32,21 @@ HEADS = {  # bias, logit_scale, softcap
 GRADIENT_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
+@pytest.fixture(autouse=True)
+def on_device():
+    with torch.device(DEVICE):
+        yield
+
+
 def make(tokens, vocabulary, dtype=torch.float32, bias=False, seed=0):
     """hidden, weight, bias or None, targets; logits spread by about 5; both ends are hit."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
-    weight = torch.randn(vocabulary, HIDDEN, generator=generator).to(dtype)
-    offsets = torch.randn(vocabulary, generator=generator).to(dtype) if bias else None
-    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, device="cpu").to(dtype)
+    weight = torch.randn(vocabulary, HIDDEN, generator=generator, device="cpu").to(dtype)
+    offsets = torch.randn(vocabulary, generator=generator, device="cpu").to(dtype) if bias else None
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator, device="cpu")
     targets[:1], targets[1:2] = vocabulary - 1, 0
-    return hidden, weight, offsets, targets
+    return tuple(None if t is None else t.to(DEVICE) for t in (hidden, weight, offsets, targets))
 
 
 def exact_logits(hidden, weight, bias, logit_scale, softcap):
@@ -60,6 +74,8 @@ def relative_error(actual, exact):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", HEADS)
 def test_values_and_gradients_agree_with_fp64(implementation, dtype, head):
+    if implementation == "triton" and dtype == torch.float64:
+        pytest.skip("its statistics are fp32; that it refuses fp64 is tested beside its other refusals")
     with_bias, scale, softcap = HEADS[head]
     for tokens, vocabulary in itertools.product((0, 1, 7, 33), (11, 130, 1000)):
         hidden, weight, bias, targets = make(tokens, vocabulary, dtype, with_bias)
@@ -202,7 +218,7 @@ def test_strides_do_not_matter(implementation):
 def test_autocast_changes_nothing(implementation):
     hidden, weight, _, targets = make(7, 130)
     inside, outside = leaves(hidden, weight), leaves(hidden, weight)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         logps = token_logps(*inside, targets, implementation=implementation)
     logps.sum().backward()
     expected = token_logps(*outside, targets, implementation=implementation)
@@ -214,7 +230,7 @@ def test_autocast_changes_nothing(implementation):
 def test_chunked_backward_under_autocast_changes_nothing():
     hidden, weight, _, targets = make(7, 130)
     inside, outside = leaves(hidden, weight), leaves(hidden, weight)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         token_logps(*inside, targets, implementation="chunked").sum().backward()
     token_logps(*outside, targets, implementation="chunked").sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(inside, outside, strict=True))
@@ -236,7 +252,7 @@ def test_chunked_gradient_passes_gradcheck():
     hidden, weight = 0.3 * hidden, 0.3 * weight
 
     def function(*inputs):
-        return chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 4.0, ())[0]
+        return chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 4.0, (), most_held=0)[0]
 
     assert torch.autograd.gradcheck(function, leaves(hidden, weight, bias))
 
@@ -257,30 +273,82 @@ def count_products(monkeypatch):
     return lambda: len(calls)
 
 
-@pytest.mark.parametrize(("trained", "products"), [("hidden weight", 4), ("hidden", 3), ("weight", 3), ("", 1)])
-def test_chunked_makes_only_the_products_that_are_needed(count_products, trained, products):
-    """Forward 1; backward the logits again, and one for each gradient that is required."""
+@pytest.mark.parametrize(
+    ("trained", "held", "products"),
+    [
+        ("hidden weight", 0, 4),
+        ("hidden weight", 2**20, 3),
+        ("weight", 0, 3),
+        ("weight", 2**20, 2),
+        ("hidden", 0, 2),
+        ("", 2**20, 1),
+    ],
+)
+def test_chunked_makes_only_the_products_that_are_needed(count_products, trained, held, products):
+    """Logits forward, again backward where they were not held, one for each gradient; a frozen head's only forward."""
     hidden, weight, _, targets = make(7, 130)
     hidden.requires_grad_("hidden" in trained)
     weight.requires_grad_("weight" in trained)
-    logps = token_logps(hidden, weight, targets, implementation="chunked")
+    logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), most_held=held)
+    made = count_products()
     if trained:
         logps.sum().backward()
     assert count_products() == products
+    assert made == (2 if trained == "hidden" else 1)
     assert (hidden.grad is not None) == ("hidden" in trained)
     assert (weight.grad is not None) == ("weight" in trained)
     assert logps.requires_grad == bool(trained)
 
 
-def test_chunked_saves_the_weight_itself_and_nothing_of_the_logits_size():
-    hidden, weight, _, targets = make(33, 1000, torch.bfloat16)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_with_a_frozen_head_agree_with_fp64(dtype, head):
+    with_bias, scale, softcap = HEADS[head]
+    hidden, weight, bias, targets = make(33, 3000, dtype, with_bias)
+    (ours,), (truth, *rest) = (
+        leaves(hidden),
+        leaves(*(None if t is None else t.double() for t in (hidden, weight, bias))),
+    )
+    logps, _ = chunked_token_logps(ours, weight, targets, bias, scale, softcap, (), 4 * MIN_TILE_WIDTH * 8)
+    upstream = torch.linspace(-1.0, 2.0, 33, dtype=torch.float64)
+    (logps * upstream.to(logps.dtype)).sum().backward()
+    (exact_logps(truth, *rest, targets, scale, softcap) * upstream).sum().backward()
+    assert relative_error(ours.grad, truth.grad) < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_do_not_depend_on_how_much_is_held(dtype, head):
+    with_bias, scale, softcap = HEADS[head]
+    hidden, weight, bias, targets = make(33, 3 * MIN_TILE_WIDTH, dtype, with_bias)
+    found = []
+    for tiles_held in range(4):
+        inputs = leaves(hidden, weight, bias)
+        held = tiles_held * 33 * MIN_TILE_WIDTH * 8
+        options = (scale, softcap, (), 4 * MIN_TILE_WIDTH * 8, held)
+        logps, _ = chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], *options)
+        logps.sum().backward()
+        found.append([t.grad.double() for t in inputs if t is not None])
+    for other in found[1:]:
+        for one, grad in zip(found[0], other, strict=True):
+            assert (one - grad).norm() / one.norm() < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("held", (0, 9 * 1024 * 2, 60000))
+def test_chunked_saves_the_weight_itself_and_no_more_of_the_soft_max_than_allowed(held):
+    hidden, weight, _, targets = make(33, 7000, torch.bfloat16)
     hidden, weight = leaves(hidden, weight)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        token_logps(hidden, weight, targets, implementation="chunked")
+        chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), 4 * MIN_TILE_WIDTH * 8, held)
     kept = [t for t in saved if t.data_ptr() not in (hidden.data_ptr(), weight.data_ptr())]
     assert any(t.data_ptr() == weight.data_ptr() for t in saved)
-    assert sum(t.numel() for t in kept) == 2 * 33  # targets and log-sum-exps
+    # of the first H tokens in the memory of the weight's gradient, of the other 9 in tiles
+    assert [t.dtype for t in kept if t.shape == weight.shape] == ([torch.bfloat16] if held else [])
+    tiles = [t for t in kept if t.ndim == 2 and t.dtype == torch.bfloat16 and t.shape != weight.shape]
+    assert sum(t.numel() * t.itemsize for t in tiles) <= held and len(tiles) == held // (9 * 1024 * 2)
+    # targets, log-sum-exps, gradients at the target, and peaks
+    assert sum(t.numel() for t in kept if t.ndim == 1) == 3 * 33 + 9 * len(tiles)
 
 
 def test_chunked_allocates_a_bounded_tile_whatever_the_number_of_tokens():
@@ -300,7 +368,7 @@ def test_chunked_allocates_a_bounded_tile_whatever_the_number_of_tokens():
     hidden.requires_grad_(), weight.requires_grad_()
     tile_bytes = 4 * MIN_TILE_WIDTH * 64
     with Largest():
-        logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), tile_bytes)
+        logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), tile_bytes, 0)
         logps.sum().backward()
     assert Largest.numel <= max(tile_bytes // 4, weight.numel())
     assert Largest.numel < 300 * 5000 / 10
@@ -327,6 +395,7 @@ def refused(match, hidden=None, weight=None, targets=None, **options):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", (-100, -1, 11))
+@pytest.mark.skipif(DEVICE == "cuda", reason="there it fails on the device, which no later test could use")
 def test_targets_outside_the_vocabulary_are_refused(implementation, bad):
     targets = torch.tensor([0, 1, 2, bad, 4, 5, 10])
     refused(r"targets must be in 0 \.\. 10", targets=targets, implementation=implementation)
@@ -343,14 +412,30 @@ def test_what_does_not_fit_is_refused_by_name():
     refused("one floating-point dtype", bias=torch.zeros(11, dtype=torch.float64))
     refused("softcap must be above 0", softcap=0.0)
     refused("unknown by-product 'entropie'", by_products=["entropie"])
-    refused("unknown log-prob implementation 'fast'; known: auto, naive, chunked", implementation="fast")
+    refused("unknown log-prob implementation 'fast'; known: auto, naive, chunked, triton", implementation="fast")
     refused("on one device", weight=torch.zeros(11, HIDDEN, device="meta"))
 
 
-def test_auto_means_chunked_and_says_why():
-    name, reason = choose_implementation("auto")
-    assert name == "chunked" and "full logits" in reason
+def test_auto_means_triton_on_cuda_in_16_bits_and_chunked_elsewhere(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(logprobs, "_has_triton", lambda: True)
+    for dtype in (None, torch.bfloat16, torch.float16):
+        assert choose_implementation("auto", cuda, dtype)[0] == "triton"
+        assert choose_implementation("auto", cpu, dtype)[0] == "chunked"
+    assert choose_implementation("auto", cuda, torch.float32)[0] == "chunked"
+    assert choose_implementation("auto", cuda, torch.float64)[0] == "chunked"
+    assert "full logits" in choose_implementation("auto", cpu)[1]
     assert choose_implementation("naive") == ("naive", "asked for by name")
+
+    monkeypatch.setattr(logprobs, "_has_triton", lambda: False)
+    name, reason = choose_implementation("auto", cuda, torch.bfloat16)
+    assert name == "chunked" and "Triton is not installed" in reason
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        choose_implementation("triton", cuda)
+
+
+def test_auto_computes_what_it_says():
     hidden, weight, _, targets = make(7, 130)
+    name, _ = choose_implementation("auto", hidden.device, hidden.dtype)
     chosen = token_logps(hidden, weight, targets)
-    assert torch.equal(chosen, token_logps(hidden, weight, targets, implementation="chunked"))
+    assert torch.equal(chosen, token_logps(hidden, weight, targets, implementation=name))

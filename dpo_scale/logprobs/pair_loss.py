@@ -1,0 +1,362 @@
+"""The preference loss of whole pairs, and its gradient, while their soft-max is still there: no second logits pass.
+
+Derivation. Let L be a loss per pair that is a function of that pair's two sums alone, S_k = sum of a_s * logp_s over
+the tokens s of completion k (a_s = 1, or LD-DPO's weights). Then for a token of completion k
+
+    dL/dlogp_s = c_s = a_s * dL/dS_k
+    d_sv = scale * c_s * ([v = t] - p_sv) * dl_v/dz_v,     dhidden = d @ W,   dW = d^T @ hidden,   dbias = sum_s d
+
+(letters as in `chunked`). A token path learns c_s from autograd after the forward pass of all tokens, when the soft-max
+of the first is long gone, and computes the logits again. But c_s depends on nothing outside of its pair. So this walks
+over chunks of whole pairs. One pass over the vocabulary, in fp32 tiles, gives log-sum-exps and log-probs, and leaves
+e_sv = exp(l_v - m) * dl_v/dz_v, m being the largest logit of the token up to this tile. Then the sums, the loss and
+dL/dS (autograd on a [P, 2] function) are there, and e becomes d in place: p_sv = e_sv * exp(m - lse_s), one factor a
+token and tile. The target's own entry is overwritten by c_s * (1 - p_t), whose digits come from the log-prob. Two
+products follow, and the backward pass of autograd only multiplies by its upstream scalar (the share of the global
+batch, the loss scale of fp16).
+
+Exact: log-probs are those of `chunked`, from fp32 logits; e is rounded to the operands' dtype, as every path rounds d,
+which it becomes: two roundings of 16 bits instead of one, on single terms of sums of V.
+
+Cost. 3 passes of 2SHV flop, as naive, where a token path that keeps nothing makes 4. Bytes: e, 2SV in 16-bit training,
+written once, scaled once, read by two products. It needs no memory of its own for the first H tokens: their e lies in
+the memory of the weight's gradient, [V, H] as well, which has no value yet; each tile is copied out before its rows of
+dW are written. Further tokens come in chunks whose e takes at most `most_held`. Beside it there is one fp32 tile of
+logits and, on a CPU, one of the weight. A pair whose e fits neither is split: the logits of the tokens beyond are
+computed again once the loss is known, so it costs between 3 and 4 passes. A head that is not trained needs no e: the
+gradient's direction is summed in the one pass over the vocabulary (`tiles.HiddenDirection`): 2 passes.
+
+The weight's gradient is a sum over chunks. Each adds its product, summed in fp32, to the gradient in the weight's own
+dtype: one rounding a chunk, as gradient accumulation has one a micro-step, and no fp32 copy of [V, H], which is 2.1 GB
+for a head of 4096 x 128256. Beyond `MOST_ROUNDINGS` chunks the error of that would show (it grows with the root of
+their number), and so many tokens dwarf the copy: then the sum is fp32. In fp16, whose range gradients do not fit before
+the loss scale has come, both gradients are kept in fp32, and fp16 operands of the products are scaled to that range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpo_scale.logprobs import check_arguments, choose_implementation
+from dpo_scale.logprobs.tiles import (
+    HiddenDirection,
+    Keep,
+    Tiles,
+    block_in,
+    default_tile_bytes,
+    exact_bf16_products,
+    held_bytes,
+    in_tile,
+    rows_in,
+    statistics,
+)
+from dpo_scale.losses import segment_sums
+
+# Measured: 14 chunks make the error 2.4 times that of one (0.4% of the norm), 40 make it 3.3 times.
+MOST_ROUNDINGS = 24
+# What 1 becomes in fp16 operands: the smallest number is then 4e-12, and sums of two are still in range.
+FP16_ONE = 2.0**14
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """What a batch adds to hidden states and targets for its loss to be taken pair by pair.
+
+    Attributes:
+        segments: [S] int64, ascending: 2i for tokens of pair i's chosen completion, 2i + 1 for its rejected.
+        num_pairs: P.
+        loss_of_sums: from sums [P, 2], fp32 or fp64, to losses [P], each weighted as it is to be added up. Loss i must
+            depend on row i alone; rows whose sums are not known yet come as 0.
+        token_weights: [S] factors of the log-probs in the sums; None for 1.
+    """
+
+    segments: Tensor
+    num_pairs: int
+    loss_of_sums: Callable[[Tensor], Tensor]
+    token_weights: Tensor | None = None
+
+
+def fused_pair_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    pair_loss: PairLoss,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    implementation: str = "auto",
+    tile_bytes: int | None = None,
+    most_held: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the pairs' losses, differentiable once in hidden, head_weight and bias, and their sums of log-probs.
+
+    hidden, head_weight, targets, bias, logit_scale, softcap: as in `dpo_scale.logprobs.token_logps`.
+    implementation: "chunked", or "triton" for bf16 and a head that is trained, see `triton_pair_loss`; "auto" takes the
+        latter where it is for CUDA.
+    tile_bytes, most_held: bounds of the fp32 tile of logits and of the kept soft-max; defaults by device and size.
+
+    Returns a scalar and [P, 2] without gradient, both fp32 (fp64 for fp64 inputs). The gradients are made here, for an
+    upstream of 1, and multiplied in place by the real one: a second backward pass through the same graph is refused by
+    autograd. On CUDA the host waits for the device once, for the pairs' numbers of tokens.
+
+    Raises ValueError as `token_logps` does.
+    """
+    check_arguments(hidden, head_weight, targets, bias, softcap, ())
+    assert pair_loss.segments.shape == targets.shape, (pair_loss.segments.shape, targets.shape)
+    if tile_bytes is None:
+        tile_bytes = default_tile_bytes(hidden.device)
+    if most_held is None:
+        most_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
+    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
+    settings = (pair_loss, targets, bias, logit_scale, softcap, tile_bytes, most_held, trained)
+    job = Job(*settings)
+    for_triton = hidden.dtype == torch.bfloat16 and (trained[1] or trained[2])
+    if for_triton and choose_implementation(implementation, hidden.device, hidden.dtype)[0] == "triton":
+        from dpo_scale.logprobs.triton_pair_loss import TritonJob
+
+        job = TritonJob(*settings)
+    return _FusedPairLoss.apply(hidden, head_weight, bias, job)
+
+
+class _FusedPairLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False), exact_bf16_products(hidden):
+            sums, gradients = job.run(hidden, weight)
+        total = job.pair_loss.loss_of_sums(sums).sum().to(sums.dtype)
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        # As a 0-dimensional tensor it would be rounded to the dtype of what it multiplies. [1] is not, but on a CPU
+        # torch then makes an fp32 copy of the product; on CUDA a Python number would have to be waited for.
+        factor = upstream.item() if upstream.device.type == "cpu" else upstream.reshape(1)
+        return *(None if g is None else g.mul_(factor).to(ctx.dtype) for g in ctx.saved_tensors), None
+
+
+@dataclass
+class Job:
+    """One call: its arguments, and the walk over chunks of pairs."""
+
+    pair_loss: PairLoss
+    targets: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    tile_bytes: int
+    most_held: int
+    trained: Sequence[bool]  # hidden, weight, bias
+
+    def run(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Sums [P, 2], and the gradients of hidden, weight and bias for an upstream of 1, None where not trained."""
+        probe = self._tiles(hidden[:0], weight)
+        sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=probe.dtype)
+        own_rows = max(1, self.most_held // (weight.shape[0] * probe.product_dtype.itemsize))
+        counts = torch.bincount(self.pair_loss.segments // 2, minlength=self.pair_loss.num_pairs).tolist()
+        gradients = _Gradients(hidden, weight, self.bias, self.trained, 1 + sum(counts) // own_rows)
+        free_rows = rows_in(gradients.weight, probe.product_dtype)
+        to_head = self.trained[1] or self.trained[2]
+        needed_rows = min(own_rows, max(0, sum(counts) - free_rows)) if to_head else 0
+        memory = hidden.new_empty(needed_rows * weight.shape[0], dtype=probe.product_dtype)
+        for pairs, tokens in chunks(counts, free_rows + own_rows, own_rows):
+            count = tokens.stop - tokens.start
+            free = min(free_rows if gradients.is_empty else 0, count)
+            held = min(free + own_rows, count)
+            tiles = self._tiles(hidden[tokens], weight, (free, held))
+            targets = self.targets[tokens]
+            parts = []
+            if to_head:
+                parts = [_Rows(tiles, 0, free, gradients.weight), _Rows(tiles, free, held, memory)]
+            direction = HiddenDirection(tiles, targets) if self.trained[0] and not to_head else None
+            found = statistics(tiles, targets, keep=_keep_in(parts) if parts else direction)
+            gradient = self.token_gradient(found.logps, sums, pairs, tokens)
+            if direction is not None:
+                assert gradients.hidden is not None
+                gradients.hidden[tokens] = direction.result(found).mul_(gradient.unsqueeze(1))
+            if not to_head:
+                continue
+            of_target = found.target_gradient(self.softcap)
+            per_token = torch.stack([gradient * self.logit_scale, of_target, found.logsumexp])
+            for part in parts:
+                gradients.add(part, per_token[:, part.run], targets[part.run], tokens.start + part.run.start)
+            for start in range(held, count, own_rows):
+                rest = slice(start, min(start + own_rows, count))
+                part = _Rows(self._tiles(hidden[tokens][rest], weight), 0, rest.stop - rest.start, memory)
+                part.compute(found.logsumexp[rest])
+                gradients.add(part, per_token[:, rest], targets[rest], tokens.start + start)
+        return sums, [gradients.hidden, gradients.weight, gradients.bias]
+
+    def _tiles(self, hidden: Tensor, weight: Tensor, token_ends: Sequence[int] = ()) -> Tiles:
+        return Tiles(hidden, weight, self.bias, self.logit_scale, self.softcap, self.tile_bytes, token_ends)
+
+    def token_gradient(self, logps: Tensor, sums: Tensor, pairs: slice, tokens: slice) -> Tensor:
+        """Write these pairs' rows of `sums`; returns dL/dlogp of their tokens, in the dtype of logps."""
+        segments = self.pair_loss.segments[tokens] - 2 * pairs.start
+        weights = self.pair_loss.token_weights
+        values = logps.double()
+        if weights is not None:
+            values = values * weights[tokens]
+        sums[pairs] = segment_sums(values, segments, pairs.stop - pairs.start).to(sums.dtype)
+        with torch.enable_grad():
+            leaf = sums.clone().requires_grad_()
+            loss = self.pair_loss.loss_of_sums(leaf)[pairs].sum()
+            (of_sums,) = torch.autograd.grad(loss, leaf)
+        gradient = of_sums[pairs].flatten()[segments]
+        return gradient if weights is None else gradient * weights[tokens].to(gradient.dtype)
+
+
+def chunks(counts: Sequence[int], most_in_first: int, most_tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Pairs and their tokens, as many whole pairs at a time as fit; a pair that does not fit comes alone."""
+    first, start, stop, most = 0, 0, 0, most_in_first
+    for pair, count in enumerate(counts):
+        if pair > first and stop + count - start > most:
+            yield slice(first, pair), slice(start, stop)
+            first, start, most = pair, stop, most_tokens
+        stop += count
+    if counts:
+        yield slice(first, len(counts)), slice(start, stop)
+
+
+class _Rows:
+    """The soft-max of a run of tokens over the whole vocabulary, in the products' dtype, tile by tile.
+
+    Each tile is exp(l - peak) * dl/dz, with a peak for each of its tokens; `logit_gradient` turns it into d.
+    """
+
+    def __init__(self, tiles: Tiles, start: int, stop: int, memory: Tensor | None) -> None:
+        """One run.
+
+        Args:
+            start, stop: the run, in the tokens of `tiles`.
+            memory: flat, or the weight's gradient [V, H], whose rows of a tile are then written after the tile is used.
+        """
+        assert memory is not None or start == stop
+        self.tiles, self.run = tiles, slice(start, stop)
+        self._count, self._memory = stop - start, memory
+        self._peaks = tiles.given.new_empty((len(tiles.vocabulary_runs), self._count), dtype=tiles.dtype)
+        self._one = FP16_ONE if tiles.product_dtype == torch.float16 else 1.0
+
+    @property
+    def in_gradient(self) -> bool:
+        return self._memory is not None and self._memory.ndim == 2
+
+    def _block(self, vocabulary: slice) -> Tensor:
+        """[tokens, vocabulary]."""
+        assert self._memory is not None
+        if self.in_gradient:
+            return block_in(self._memory, vocabulary, self._count, self.tiles.product_dtype)
+        flat = self._memory[self._count * vocabulary.start : self._count * vocabulary.stop]
+        return flat.view(self._count, vocabulary.stop - vocabulary.start)
+
+    def keep(self, tile: Tensor, tokens: slice, vocabulary: slice, peak: Tensor) -> None:
+        """Keep what is in a tile of logits; tokens in those of `tiles`."""
+        here = slice(tokens.start - self.run.start, tokens.stop - self.run.start)
+        self._block(vocabulary)[here] = tile if self._one == 1.0 else tile * self._one
+        self._peaks[vocabulary.start // self.tiles.vocabulary_runs[0].stop, here] = peak
+
+    def compute(self, logsumexp: Tensor) -> None:
+        """Fill all rows from logits that are computed again; log-sum-exps [rows] take the place of peaks."""
+        for vocabulary in self.tiles.vocabulary_runs:
+            weight_rows = self.tiles.weight_rows(vocabulary)
+            for tokens in self.tiles.token_runs:
+                tile = self.tiles.logits(tokens, vocabulary, weight_rows)
+                slope = self.tiles.slope(tile)
+                tile.sub_(logsumexp[tokens].unsqueeze(1)).exp_()
+                self.keep(tile if slope is None else tile.mul_(slope), tokens, vocabulary, logsumexp[tokens])
+
+    def unit(self, gradient: Tensor) -> Tensor | None:
+        """What 1 in d stands for, given dL/dlogp * scale [rows]: None for 1, and in fp16 what uses its range."""
+        if self._one == 1.0:
+            return None
+        return gradient.abs().max().clamp(min=torch.finfo(gradient.dtype).tiny) / self._one
+
+    def logit_gradient(self, index: int, per_token: Tensor, targets: Tensor, unit: Tensor | None) -> Tensor:
+        """d of the index-th tile, in `unit`, once: it is made in place.
+
+        Args:
+            per_token: [3, rows] dL/dlogp * scale, dlogp/dz at the target, log-sum-exp.
+            targets: [rows].
+        """
+        gradient, of_target, logsumexp = per_token
+        vocabulary = self.tiles.vocabulary_runs[index]
+        block = self._block(vocabulary)
+        block = block.clone() if self.in_gradient else block
+        if unit is not None:
+            gradient = gradient / (unit * self._one)
+        self.tiles.scale_rows(block, (self._peaks[index] - logsumexp).exp_().mul_(-gradient).unsqueeze(1))
+        inside, column = in_tile(targets, vocabulary)
+        entry = torch.arange(self._count, device=block.device), column.squeeze(1)
+        block[entry] = torch.where(inside, (gradient * of_target * self._one).to(block.dtype), block[entry])
+        return block
+
+
+def _keep_in(parts: Sequence[_Rows]) -> Keep:
+    """The `keep` of `statistics`: each tile, which reaches across no end of a part, goes to its part, if it has one."""
+
+    def keep(tile: Tensor, tokens: slice, vocabulary: slice, weight_rows: Tensor, peak: Tensor, _: Tensor) -> None:
+        for part in parts:
+            if part.run.start <= tokens.start < part.run.stop:
+                part.keep(tile, tokens, vocabulary, peak)
+
+    return keep
+
+
+class _Gradients:
+    """The gradients of one call, for an upstream of 1; None where not trained."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: Sequence[bool], roundings: int
+    ) -> None:
+        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        summed = torch.float32 if roundings > MOST_ROUNDINGS and kept == torch.bfloat16 else kept
+        self.hidden = torch.zeros_like(hidden, dtype=kept) if trained[0] else None
+        # written by the first tokens, so zeroed only where there are none
+        make = torch.empty_like if hidden.shape[0] else torch.zeros_like
+        self.weight = make(weight, dtype=summed, memory_format=torch.contiguous_format) if trained[1] else None
+        self.bias = torch.zeros_like(bias, dtype=summed) if trained[2] and bias is not None else None
+        self.is_empty = True
+
+    def add(self, rows: _Rows, per_token: Tensor, targets: Tensor, first: int) -> None:
+        """Add what these rows give, which are those of tokens first, first + 1, ...; see `_Rows.logit_gradient`."""
+        if not targets.numel():
+            return
+        tiles, unit = rows.tiles, rows.unit(per_token[0])
+        hidden = tiles.product_hidden[rows.run]
+        hidden_sum = hidden.new_zeros(hidden.shape, dtype=tiles.dtype) if self.hidden is not None else None
+        for index, vocabulary in enumerate(tiles.vocabulary_runs):
+            d = rows.logit_gradient(index, per_token, targets, unit)
+            if hidden_sum is not None:
+                hidden_sum += tiles.product(d, tiles.product_weight(vocabulary))
+            if self.weight is not None:
+                self._add_to_weight(tiles, self.weight[vocabulary], d, hidden, unit)
+            if self.bias is not None:
+                self.bias[vocabulary] += _in_unit(d.sum(0, dtype=tiles.dtype), unit)
+        if hidden_sum is not None:
+            assert self.hidden is not None
+            self.hidden[first : first + len(targets)] = _in_unit(hidden_sum, unit)
+        self.is_empty = False
+
+    def _add_to_weight(self, tiles: Tiles, weight: Tensor, d: Tensor, hidden: Tensor, unit: Tensor | None) -> None:
+        if weight.dtype == d.dtype and unit is None:
+            if self.is_empty:
+                torch.mm(d.t(), hidden, out=weight)
+            else:
+                weight.addmm_(d.t(), hidden)
+            return
+        product = _in_unit(tiles.product(d.t(), hidden), unit)
+        weight.copy_(product if self.is_empty else weight + product)
+
+
+def _in_unit(product: Tensor, unit: Tensor | None) -> Tensor:
+    return product if unit is None else product * unit

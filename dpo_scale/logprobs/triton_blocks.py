@@ -1,0 +1,47 @@
+"""How the log-prob kernels are cut into blocks, by GPU: fixed sizes, so that a number never depends on a timing.
+
+Reasoned from what a block needs of shared memory and registers, and checked by compiling (tests/compile_kernels.py);
+none of them was chosen by measuring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut: BLOCK_S tokens x BLOCK_V logits, BLOCK_H products at a time, and how a block is run."""
+
+    tokens: int
+    vocabulary: int
+    width: int
+    warps: int
+    stages: int
+
+
+# By compute capability, for 16-bit operands. One stage holds (tokens + vocabulary) * width * 2 bytes of shared memory;
+# the fp32 accumulator takes tokens * vocabulary / (32 * warps) of each thread's 255 registers. A block of s x v logits
+# reads (s + v) / (s v) numbers per multiplication, so large blocks are what keeps matrix units fed.
+#   sm_80 (A100): 163 KiB a block. 128 x 128 x 64 with 8 warps: 64 registers and 32 KiB a stage; one stage is in
+#     registers, so 4 need 96 KiB. 128 x 256 is at the limit of registers, since mma.sync keeps operands there too:
+#     some versions of Triton spill.
+#   sm_90 (H100, H200): 227 KiB. wgmma reads operands from shared memory, so the 128 registers of 128 x 256 x 64 leave
+#     room for the rest, but for 240 bytes where weights are stored. 48 KiB a stage, 4 stages 192 KiB.
+#   sm_100 (B200): 227 KiB, accumulators in tensor memory. As sm_90.
+#   others (sm_86, sm_89 and sm_120 have 99 KiB, sm_75 64): 128 x 128 x 32, 16 KiB a stage, 3 stages at most 48 KiB.
+# fp32 products don't use matrix units (they would round to tf32): small blocks, registers are what is short.
+BLOCKS = {
+    (8, 0): Blocks(128, 128, 64, warps=8, stages=4),
+    (9, 0): Blocks(128, 256, 64, warps=8, stages=4),
+    (10, 0): Blocks(128, 256, 64, warps=8, stages=4),
+}
+OTHER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3)
+FP32_BLOCKS = Blocks(64, 64, 32, warps=4, stages=3)
+
+
+def default_blocks(capability: tuple[int, int], dtype: torch.dtype) -> Blocks:
+    """The blocks for a device's compute capability and the operands' dtype."""
+    return FP32_BLOCKS if dtype == torch.float32 else BLOCKS.get(capability, OTHER_BLOCKS)

@@ -1,0 +1,424 @@
+"""Token log-probs through Triton kernels and cuBLAS: the fast path on CUDA.
+
+What needs a gradient decides what is done; a pass is one product over (S, H, V), 2SHV flop.
+
+    nothing          1 pass   `forward_kernel`; logits never leave registers, nothing is saved
+    hidden alone     2 passes (frozen head, LoRA) `forward_kernel` also writes exp(l - a) dl/dz of a run of tokens into
+                              a reused tile, and one product of that tile with the weight makes the direction
+                                  dlogp/dhidden = scale ((1 - p_t) dl_t/dz w_t - sum over v != t of p_v dl_v/dz w_v)
+                              which is saved; backward is direction times upstream gradient
+    weight or bias   3 to 4   `forward_kernel`, which also keeps the weights exp(l - a) dl/dz of as many vocabulary
+                              columns as `MEMORY_BYTES` holds. Backward walks over runs of the vocabulary: for the first
+                              run kept weights are turned into d in place, for the others `gradient_kernel` computes
+                              logits again and writes d to the same place. From d come
+                                  dhidden += d @ W (summed over runs in fp32),   dW = d^T @ hidden
+                              each run's rows of dW once, summed over tokens in fp32 inside the product
+
+d and the soft-max weights are rounded to the operands' dtype for their products, as the gradients made of them are;
+log-probs see no rounding below fp32. Memory beyond inputs and gradients: the tile, which a trained head keeps from its
+forward to its backward pass, and fp32 [S, H] for dhidden; `MEMORY_BYTES` together, where S and H allow it.
+
+Every sum has a fixed order: two calls give the same bits. Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpo_scale.logprobs import triton_kernels as kernels
+from dpo_scale.logprobs.triton_blocks import Blocks, default_blocks
+
+# Whether Triton was told, before it was imported, to run kernels in its interpreter: on CPU tensors, slowly.
+INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
+LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+# What the tile and the fp32 sums of dhidden may take together, and the least that is left for the tile. Larger tiles
+# make fewer, longer products, and dhidden is read and written once per tile: at S = 8192, H = 4096 and V = 128256 the
+# tile is 24576 columns wide and those sums are 3% of the product's time.
+MEMORY_BYTES = 512 * 2**20
+LEAST_TILE_BYTES = 64 * 2**20
+# A program walks over at most this many vocabulary tiles: enough to make its few stored statistics negligible, few
+# enough that the last programs to finish do not keep the device waiting. MOST_RUNS bounds what is combined.
+MOST_TILES_PER_RUN, MOST_RUNS = 8, 128
+# Hidden states of the token blocks that run together: a third of the smallest L2 of the GPUs below.
+GROUP_BYTES = 12 * 2**20
+
+
+def triton_token_logps(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    by_products: Sequence[str],
+    blocks: Blocks | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Arguments, checked, and results as in `dpo_scale.logprobs.token_logps`; bf16, fp16 or fp32.
+
+    blocks: instead of the ones chosen for the device. memory_bytes: see `MEMORY_BYTES`.
+    """
+    head = TritonHead(hidden, head_weight, bias, logit_scale, softcap, blocks, memory_bytes)
+    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
+    logps, *extras = _TritonTokenLogps.apply(hidden, head_weight, bias, targets, head, tuple(by_products), trained)
+    return logps, dict(zip(by_products, extras, strict=True))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The rows of `combine_kernel`'s result, fp32 [S] each; anchor and total in units of log 2."""
+
+    logps: Tensor
+    logsumexp: Tensor
+    target_logit: Tensor
+    peak: Tensor
+    anchor: Tensor
+    total: Tensor
+    entropy: Tensor
+    log_sum_p2: Tensor
+
+    def by_product(self, name: str) -> Tensor:
+        return self.target_logit >= self.peak if name == "argmax_is_target" else getattr(self, name)
+
+    def target_gradient(self, softcap: float | None) -> Tensor:
+        """dlogp/dl_t dl_t/dz = (1 - p_t) dl_t/dz."""
+        gradient = -torch.expm1(self.logps)
+        return gradient if softcap is None else gradient * (1.0 - (self.target_logit / softcap).square())
+
+
+class TritonHead:
+    """An output head and how its kernels are launched; holds no tensors."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        blocks: Blocks | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self.logit_scale, self.softcap, self.memory_bytes = logit_scale, softcap, memory_bytes
+        device = hidden.device
+        if blocks is None:
+            capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+            blocks = default_blocks(capability, hidden.dtype)
+        self.blocks = blocks
+        self.processors = _processors(device)
+        self.width = hidden.shape[1]
+        group = GROUP_BYTES // (blocks.tokens * max(1, self.width) * hidden.element_size())
+        self._meta = {
+            "HAS_BIAS": bias is not None,
+            "SOFTCAP": softcap is not None,
+            "EVEN_H": self.width % blocks.width == 0,
+            "UPCAST": INTERPRETED,
+            "GROUP": 2 ** int(math.log2(min(max(group, 1), 32))),
+            "BLOCK_S": blocks.tokens,
+            "BLOCK_V": blocks.vocabulary,
+            "BLOCK_H": blocks.width,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+        }
+        self._factors = (0.0, logit_scale * LOG2E)
+        if softcap is not None:
+            self._factors = (2.0 * LOG2E * logit_scale / softcap, softcap * LOG2E)
+
+    def statistics(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        by_products: Sequence[str] = (),
+        tile: Tensor | None = None,
+    ) -> Statistics:
+        """One pass over the logits.
+
+        Args:
+            tile: [S, columns] in the operands' dtype, columns in whole blocks, or None; filled with soft-max weights of
+                these first columns: exp(l - anchor) dl/dz, 0 at the target. p dl/dz = weight / total but for that.
+        """
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        options = {"ENTROPY": "entropy" in by_products, "SUM_P2": "log_sum_p2" in by_products}
+        flags = {name: self._meta[name] for name in ("HAS_BIAS", "SOFTCAP")}
+        blocks, tiles = _ceil(tokens, self.blocks.tokens), _ceil(vocabulary, self.blocks.vocabulary)
+        tiles_per_run = min(MOST_TILES_PER_RUN, max(1, blocks * tiles // (4 * self.processors)))
+        tiles_per_run = max(tiles_per_run, _ceil(tiles, MOST_RUNS))
+        runs = _ceil(tiles, tiles_per_run)
+        partials = hidden.new_empty((6, runs, tokens), dtype=torch.float32)
+        out = hidden.new_empty((8, tokens), dtype=torch.float32)
+        found = Statistics(*out)
+        if tokens == 0:
+            return found
+        operands = hidden, weight, weight if bias is None else bias, targets
+        layout = *hidden.stride(), *weight.stride(), *self._factors
+        stored = 0 if tile is None else tile.shape[1] // self.blocks.vocabulary
+        reference = hidden.new_empty(tokens, dtype=torch.float32)
+        shifts = hidden.new_empty((max(1, stored), tokens), dtype=torch.float32)
+        target_tile = hidden if tile is None else tile
+        # bf16 has the range of fp32: weights and their sums stay far inside. fp16 ends at 2^16 and loses digits below
+        # 2^-14: there the target is put at 2^14, so that what is 2^-28 as likely keeps its digits.
+        headroom, limit = (14, 15) if hidden.dtype == torch.float16 else (0, 48)
+        with _on(hidden.device):
+            if tile is not None:
+                kernels.reference_kernel[(tokens,)](
+                    *operands, reference, self.width, *layout, HEADROOM=headroom, BLOCK_H=512, **flags
+                )
+            kernels.forward_kernel[(blocks * runs,)](
+                *operands, reference, partials, target_tile, shifts,
+                tokens, vocabulary, self.width, runs, tiles_per_run, stored, target_tile.stride(0), *layout,
+                STORE_WEIGHTS=tile is not None, LIMIT=limit,
+                **options, **self._meta,
+            )  # fmt: skip
+            kernels.combine_kernel[(_ceil(tokens, 16),)](
+                partials, out, tokens, runs, LN2, BLOCK_S=16, BLOCK_RUNS=triton.next_power_of_2(runs), **options
+            )
+            if tile is not None:
+                kernels.rescale_kernel[(_ceil(tokens, 32), stored)](
+                    tile, shifts, reference, found.anchor, tokens, tile.stride(0),
+                    BLOCK_S=32, BLOCK_V=self.blocks.vocabulary,
+                )  # fmt: skip
+        return found
+
+    def tile_to_keep(self, hidden: Tensor, weight: Tensor, trained: Sequence[bool]) -> Tensor | None:
+        """Memory for the soft-max weights of all tokens and of as many columns as fit; None where that is too few."""
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        hidden_sum = 4 * hidden.numel() if trained[0] else 0
+        fitting = self._tile_bytes(hidden_sum) // (max(1, tokens) * hidden.element_size())
+        columns = min(fitting // self._step * self._step, self.columns(vocabulary))
+        return hidden.new_empty((tokens, columns)) if tokens and columns else None
+
+    @property
+    def _step(self) -> int:
+        """What a tile's columns are a multiple of, unless all of them fit: whole blocks, and no thin products."""
+        return self.blocks.vocabulary * _ceil(1024, self.blocks.vocabulary)
+
+    def columns(self, vocabulary: int) -> int:
+        """All columns, in whole blocks."""
+        return _ceil(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary
+
+    def direction(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, by_products: Sequence[str]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """logps, dlogp/dhidden and by-products, over runs of tokens."""
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        # fp16 has not the range for the direction of a token that is all but certain
+        kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+        direction = torch.empty(hidden.shape, dtype=kept, device=hidden.device)
+        columns = self.columns(vocabulary)
+        fitting = self._tile_bytes(direction.nbytes) // (columns * hidden.element_size())
+        rows = max(self.blocks.tokens, fitting // self.blocks.tokens * self.blocks.tokens)
+        tile = hidden.new_empty((min(rows, tokens), columns))
+        parts = []
+        for run in list(_runs(tokens, rows)) or [slice(0, 0)]:
+            part, here = hidden[run], tile[: min(rows, tokens - run.start)]
+            found = self.statistics(part, weight, bias, targets[run], by_products, here)
+            others = product(here[:, :vocabulary], weight).div_(-found.total.unsqueeze(1))
+            others.addcmul_(weight[targets[run]].float(), found.target_gradient(self.softcap).unsqueeze(1))
+            direction[run] = others.mul_(self.logit_scale)
+            parts.append((found.logps, *(found.by_product(name) for name in by_products)))
+        logps, *extras = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logps, direction, extras
+
+    def gradients(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logsumexp: Tensor,
+        target_gradient: Tensor,
+        upstream: Tensor,
+        needs: Sequence[bool],
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden, in fp32, and of weight and bias in their own dtypes; None for those not needed.
+
+        upstream, target_gradient: fp32 [S], of the log-probs, and `Statistics.target_gradient`.
+        kept: the tile that `statistics` filled and `Statistics.total`; its columns become d in place.
+        """
+        needs_hidden, needs_weight, needs_bias = needs
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        upstream = upstream.float() * self.logit_scale
+        vectors = (logsumexp, upstream, upstream * target_gradient)
+        hidden_sum = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
+        if kept is not None:  # d of the columns after these takes their place
+            tile, rows, columns = kept[0].view(-1), tokens, kept[0].shape[1]
+        else:
+            fitting = self._tile_bytes(0 if hidden_sum is None else hidden_sum.nbytes) // hidden.element_size()
+            # tokens are split too only where a narrow tile of all of them would not fit
+            most_rows = fitting // self._step // self.blocks.tokens * self.blocks.tokens
+            rows = min(tokens, max(self.blocks.tokens, most_rows))
+            columns = min(self.columns(vocabulary), max(1, fitting // max(1, rows) // self._step) * self._step)
+            tile = hidden.new_empty(rows * columns)
+        for first in range(0, vocabulary, columns):
+            span = slice(first, min(first + columns, vocabulary))
+            weight_sum: Tensor | None = None
+            bias_sum: Tensor | None = None
+            for index, run in enumerate(_runs(tokens, rows)):
+                part = hidden[run]
+                own = tuple(v[run] for v in vectors)
+                d = tile[: part.shape[0] * columns].view(part.shape[0], columns)
+                if kept is not None and first == 0:
+                    scale_kept(d, kept[1], targets, *own[1:])
+                    of_bias = d.sum(0, dtype=torch.float32)[: span.stop] if grad_bias is not None else None
+                else:
+                    of_bias = self.logit_gradient(
+                        part, weight, bias, targets[run], *own, d, span, grad_bias is not None
+                    )
+                d = d[:, : span.stop - span.start]
+                if hidden_sum is not None:
+                    product(d, weight[span], hidden_sum[run], add=first > 0)
+                if grad_weight is not None and rows == tokens:
+                    product_in_place(d.t(), part, grad_weight[span])
+                elif grad_weight is not None:
+                    weight_sum = product(d.t(), part, weight_sum, add=index > 0)
+                if of_bias is not None:
+                    bias_sum = of_bias if bias_sum is None else bias_sum + of_bias
+            if grad_weight is not None and weight_sum is not None:
+                grad_weight[span] = weight_sum
+            if grad_bias is not None and bias_sum is not None:
+                grad_bias[span] = bias_sum
+        if tokens == 0:
+            for gradient in (grad_weight, grad_bias):
+                if gradient is not None:
+                    gradient.zero_()
+        return hidden_sum, grad_weight, grad_bias
+
+    def logit_gradient(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logsumexp: Tensor,
+        upstream: Tensor,
+        at_target: Tensor,
+        tile: Tensor,
+        span: slice,
+        bias_gradient: bool,
+    ) -> Tensor | None:
+        """Fill the tile with d of these vocabulary columns; their sums over tokens, fp32, if asked for."""
+        columns, blocks = span.stop - span.start, _ceil(hidden.shape[0], self.blocks.tokens)
+        partials = tile.new_empty((blocks, columns) if bias_gradient else 1, dtype=torch.float32)
+        with _on(hidden.device):
+            kernels.gradient_kernel[(blocks * _ceil(columns, self.blocks.vocabulary),)](
+                hidden, weight, weight if bias is None else bias, targets, logsumexp, upstream, at_target, tile,
+                partials, hidden.shape[0], span.start, span.stop, self.width, tile.stride(0),
+                *hidden.stride(), *weight.stride(), *self._factors, LOG2E,
+                BIAS_GRADIENT=bias_gradient, **self._meta,
+            )  # fmt: skip
+        return partials.sum(0) if bias_gradient else None
+
+    def _tile_bytes(self, others: int) -> int:
+        """What is left for the tile beside other memory."""
+        return max(self.memory_bytes - others, min(LEAST_TILE_BYTES, self.memory_bytes))
+
+
+class _TritonTokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: TritonHead,
+        by_products: tuple[str, ...],
+        trained: Sequence[bool],
+    ) -> tuple[Tensor, ...]:
+        bias = None if bias is None else bias.contiguous()
+        targets = targets.contiguous()
+        ctx.head, ctx.frozen, ctx.dtype = head, list(trained) == [True, False, False], hidden.dtype
+        if ctx.frozen:
+            logps, direction, extras = head.direction(hidden, weight, bias, targets, by_products)
+            ctx.save_for_backward(direction)
+        else:
+            tile = head.tile_to_keep(hidden, weight, trained) if any(trained) else None
+            found = head.statistics(hidden, weight, bias, targets, by_products, tile)
+            logps, extras = found.logps, [found.by_product(name) for name in by_products]
+            ctx.kept = None if tile is None else (tile, found.total)
+            # The parameter itself, no view or copy of it: under ZeRO-3 its storage is released after the head's
+            # forward and filled again before its backward, which only the parameter follows.
+            ctx.save_for_backward(hidden, weight, bias, targets, found.logsumexp, found.target_gradient(head.softcap))
+        ctx.mark_non_differentiable(*extras)
+        return logps, *extras
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads: tuple[Tensor | None, ...]
+        if ctx.frozen:
+            (direction,) = ctx.saved_tensors
+            grads = ((direction * grad.unsqueeze(1)).to(ctx.dtype), None, None)
+        else:
+            hidden, weight, bias, targets, logsumexp, target_gradient = ctx.saved_tensors
+            kept, ctx.kept = ctx.kept, None  # overwritten, so of no use to a second backward pass
+            with torch.autocast(hidden.device.type, enabled=False):
+                grad_hidden, *others = ctx.head.gradients(
+                    hidden, weight, bias, targets, logsumexp, target_gradient, grad, ctx.needs_input_grad[:3], kept
+                )
+            grads = (None if grad_hidden is None else grad_hidden.to(ctx.dtype), *others)
+        return *grads, None, None, None, None
+
+
+def scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, at_target: Tensor) -> None:
+    """Turn soft-max weights of all tokens and the first columns into d, in place."""
+    tile.mul_((-upstream / total).unsqueeze(1))
+    column = targets.clamp(max=tile.shape[1] - 1).unsqueeze(1)
+    # one column a row, so read and written without the clash that would make a scattered sum's order matter
+    value = torch.where(
+        (targets < tile.shape[1]).unsqueeze(1), at_target.unsqueeze(1).to(tile.dtype), tile.gather(1, column)
+    )
+    tile.scatter_(1, column, value)
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """left @ right in fp32, into out if given, on top of what is there with add."""
+    if left.is_cuda and left.dtype != torch.float32:
+        if add:
+            return torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+        if out is None:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    left, right = left.float(), right.float()
+    return torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+
+
+def product_in_place(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right in out's dtype, summed in fp32: by cuBLAS, which splits no product with this many results."""
+    if left.is_cuda:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(product(left, right))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _ceil(total: int, size: int) -> int:
+    return -(-total // size)
+
+
+def _runs(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, max(1, size)))

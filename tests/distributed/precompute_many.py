@@ -1,0 +1,32 @@
+"""Several precomputes in one launch: `precompute_many.py jobs.json`.
+
+`jobs.json` is a list of {"overrides": [...], "copy": null or [from, to]}; a file is copied before its job. The numbers
+of rows that were computed go to `jobs.json.computed`.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from dpo_scale import engine
+from dpo_scale.cli import run
+from dpo_scale.config import load_config
+from dpo_scale.precompute import precompute
+
+
+def main() -> None:
+    path = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))
+    engine.init_distributed(5)
+    computed = []
+    for job in json.loads(Path(path).read_text()):
+        if job["copy"] and engine.is_main():
+            shutil.copyfile(*job["copy"])
+        engine.barrier()
+        computed.append(precompute(load_config(None, job["overrides"])))
+    if engine.is_main():
+        Path(path + ".computed").write_text(json.dumps(computed))
+
+
+if __name__ == "__main__":
+    run(main)
