@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_scale.logprobs import check_arguments
+from dpo_scale.logprobs import check_arguments, choose_implementation
 from dpo_scale.logprobs.tiles import (
     HiddenDirection,
     Keep,
@@ -91,12 +91,15 @@ def fused_pair_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    implementation: str = "auto",
     tile_bytes: int | None = None,
     most_held: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum of the pairs' losses, differentiable once in hidden, head_weight and bias, and their sums of log-probs.
 
     hidden, head_weight, targets, bias, logit_scale, softcap: as in `dpo_scale.logprobs.token_logps`.
+    implementation: "chunked", or "triton" for bf16 and a head that is trained, see `triton_pair_loss`; "auto" takes the
+        latter where it is for CUDA.
     tile_bytes, most_held: bounds of the fp32 tile of logits and of the kept soft-max; defaults by device and size.
 
     Returns a scalar and [P, 2] without gradient, both fp32 (fp64 for fp64 inputs). The gradients are made here, for an
@@ -112,13 +115,19 @@ def fused_pair_loss(
     if most_held is None:
         most_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
-    job = _Job(pair_loss, targets, bias, logit_scale, softcap, tile_bytes, most_held, trained)
+    settings = (pair_loss, targets, bias, logit_scale, softcap, tile_bytes, most_held, trained)
+    job = Job(*settings)
+    for_triton = hidden.dtype == torch.bfloat16 and (trained[1] or trained[2])
+    if for_triton and choose_implementation(implementation, hidden.device, hidden.dtype)[0] == "triton":
+        from dpo_scale.logprobs.triton_pair_loss import TritonJob
+
+        job = TritonJob(*settings)
     return _FusedPairLoss.apply(hidden, head_weight, bias, job)
 
 
 class _FusedPairLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False), exact_bf16_products(hidden):
             sums, gradients = job.run(hidden, weight)
         total = job.pair_loss.loss_of_sums(sums).sum().to(sums.dtype)
@@ -137,7 +146,7 @@ class _FusedPairLoss(torch.autograd.Function):
 
 
 @dataclass
-class _Job:
+class Job:
     """One call: its arguments, and the walk over chunks of pairs."""
 
     pair_loss: PairLoss
@@ -160,7 +169,7 @@ class _Job:
         to_head = self.trained[1] or self.trained[2]
         needed_rows = min(own_rows, max(0, sum(counts) - free_rows)) if to_head else 0
         memory = hidden.new_empty(needed_rows * weight.shape[0], dtype=probe.product_dtype)
-        for pairs, tokens in _chunks(counts, free_rows + own_rows, own_rows):
+        for pairs, tokens in chunks(counts, free_rows + own_rows, own_rows):
             count = tokens.stop - tokens.start
             free = min(free_rows if gradients.is_empty else 0, count)
             held = min(free + own_rows, count)
@@ -171,7 +180,7 @@ class _Job:
                 parts = [_Rows(tiles, 0, free, gradients.weight), _Rows(tiles, free, held, memory)]
             direction = HiddenDirection(tiles, targets) if self.trained[0] and not to_head else None
             found = statistics(tiles, targets, keep=_keep_in(parts) if parts else direction)
-            gradient = self._token_gradient(found.logps, sums, pairs, tokens)
+            gradient = self.token_gradient(found.logps, sums, pairs, tokens)
             if direction is not None:
                 assert gradients.hidden is not None
                 gradients.hidden[tokens] = direction.result(found).mul_(gradient.unsqueeze(1))
@@ -191,7 +200,7 @@ class _Job:
     def _tiles(self, hidden: Tensor, weight: Tensor, token_ends: Sequence[int] = ()) -> Tiles:
         return Tiles(hidden, weight, self.bias, self.logit_scale, self.softcap, self.tile_bytes, token_ends)
 
-    def _token_gradient(self, logps: Tensor, sums: Tensor, pairs: slice, tokens: slice) -> Tensor:
+    def token_gradient(self, logps: Tensor, sums: Tensor, pairs: slice, tokens: slice) -> Tensor:
         """Write these pairs' rows of `sums`; returns dL/dlogp of their tokens, in the dtype of logps."""
         segments = self.pair_loss.segments[tokens] - 2 * pairs.start
         weights = self.pair_loss.token_weights
@@ -207,7 +216,7 @@ class _Job:
         return gradient if weights is None else gradient * weights[tokens].to(gradient.dtype)
 
 
-def _chunks(counts: Sequence[int], most_in_first: int, most_tokens: int) -> Iterator[tuple[slice, slice]]:
+def chunks(counts: Sequence[int], most_in_first: int, most_tokens: int) -> Iterator[tuple[slice, slice]]:
     """Pairs and their tokens, as many whole pairs at a time as fit; a pair that does not fit comes alone."""
     first, start, stop, most = 0, 0, 0, most_in_first
     for pair, count in enumerate(counts):
@@ -281,11 +290,11 @@ class _Rows:
         """
         gradient, of_target, logsumexp = per_token
         vocabulary = self.tiles.vocabulary_runs[index]
-        block = self._block(vocabulary)
-        block = block.clone() if self.in_gradient else block
+        kept = self._block(vocabulary)
         if unit is not None:
             gradient = gradient / (unit * self._one)
-        self.tiles.scale_rows(block, (self._peaks[index] - logsumexp).exp_().mul_(-gradient).unsqueeze(1))
+        factors = (self._peaks[index] - logsumexp).exp_().mul_(-gradient).unsqueeze(1)
+        block = self.tiles.scale_rows(kept, factors, torch.empty_like(kept) if self.in_gradient else kept)
         inside, column = in_tile(targets, vocabulary)
         entry = torch.arange(self._count, device=block.device), column.squeeze(1)
         block[entry] = torch.where(inside, (gradient * of_target * self._one).to(block.dtype), block[entry])

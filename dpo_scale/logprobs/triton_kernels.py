@@ -119,7 +119,7 @@ def reference_kernel(
     tl.store(reference + row, tl.ceil(logit) - HEADROOM)
 
 
-@triton.jit(do_not_specialize=["tokens", "runs", "tiles_per_run", "stored_tiles"])
+@triton.jit(do_not_specialize=["tokens", "vocabulary", "runs", "tiles_per_run", "stored_tiles"])
 def forward_kernel(
     hidden, weight, bias, targets, reference, partials, tile, shifts,
     tokens, vocabulary, width, runs, tiles_per_run, stored_tiles, tile_row,

@@ -196,7 +196,7 @@ class TritonHead:
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         hidden_sum = 4 * hidden.numel() if trained[0] else 0
         fitting = self._tile_bytes(hidden_sum) // (max(1, tokens) * hidden.element_size())
-        columns = min(fitting // self._step * self._step, self._columns(vocabulary))
+        columns = min(fitting // self._step * self._step, self.columns(vocabulary))
         return hidden.new_empty((tokens, columns)) if tokens and columns else None
 
     @property
@@ -204,7 +204,7 @@ class TritonHead:
         """What a tile's columns are a multiple of, unless all of them fit: whole blocks, and no thin products."""
         return self.blocks.vocabulary * _ceil(1024, self.blocks.vocabulary)
 
-    def _columns(self, vocabulary: int) -> int:
+    def columns(self, vocabulary: int) -> int:
         """All columns, in whole blocks."""
         return _ceil(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary
 
@@ -216,7 +216,7 @@ class TritonHead:
         # fp16 has not the range for the direction of a token that is all but certain
         kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
         direction = torch.empty(hidden.shape, dtype=kept, device=hidden.device)
-        columns = self._columns(vocabulary)
+        columns = self.columns(vocabulary)
         fitting = self._tile_bytes(direction.nbytes) // (columns * hidden.element_size())
         rows = max(self.blocks.tokens, fitting // self.blocks.tokens * self.blocks.tokens)
         tile = hidden.new_empty((min(rows, tokens), columns))
@@ -224,7 +224,7 @@ class TritonHead:
         for run in list(_runs(tokens, rows)) or [slice(0, 0)]:
             part, here = hidden[run], tile[: min(rows, tokens - run.start)]
             found = self.statistics(part, weight, bias, targets[run], by_products, here)
-            others = _product(here[:, :vocabulary], weight).div_(-found.total.unsqueeze(1))
+            others = product(here[:, :vocabulary], weight).div_(-found.total.unsqueeze(1))
             others.addcmul_(weight[targets[run]].float(), found.target_gradient(self.softcap).unsqueeze(1))
             direction[run] = others.mul_(self.logit_scale)
             parts.append((found.logps, *(found.by_product(name) for name in by_products)))
@@ -262,7 +262,7 @@ class TritonHead:
             # tokens are split too only where a narrow tile of all of them would not fit
             most_rows = fitting // self._step // self.blocks.tokens * self.blocks.tokens
             rows = min(tokens, max(self.blocks.tokens, most_rows))
-            columns = min(self._columns(vocabulary), max(1, fitting // max(1, rows) // self._step) * self._step)
+            columns = min(self.columns(vocabulary), max(1, fitting // max(1, rows) // self._step) * self._step)
             tile = hidden.new_empty(rows * columns)
         for first in range(0, vocabulary, columns):
             span = slice(first, min(first + columns, vocabulary))
@@ -273,19 +273,19 @@ class TritonHead:
                 own = tuple(v[run] for v in vectors)
                 d = tile[: part.shape[0] * columns].view(part.shape[0], columns)
                 if kept is not None and first == 0:
-                    _scale_kept(d, kept[1], targets, *own[1:])
+                    scale_kept(d, kept[1], targets, *own[1:])
                     of_bias = d.sum(0, dtype=torch.float32)[: span.stop] if grad_bias is not None else None
                 else:
-                    of_bias = self._logit_gradient(
+                    of_bias = self.logit_gradient(
                         part, weight, bias, targets[run], *own, d, span, grad_bias is not None
                     )
                 d = d[:, : span.stop - span.start]
                 if hidden_sum is not None:
-                    _product(d, weight[span], hidden_sum[run], add=first > 0)
+                    product(d, weight[span], hidden_sum[run], add=first > 0)
                 if grad_weight is not None and rows == tokens:
-                    _product_in_place(d.t(), part, grad_weight[span])
+                    product_in_place(d.t(), part, grad_weight[span])
                 elif grad_weight is not None:
-                    weight_sum = _product(d.t(), part, weight_sum, add=index > 0)
+                    weight_sum = product(d.t(), part, weight_sum, add=index > 0)
                 if of_bias is not None:
                     bias_sum = of_bias if bias_sum is None else bias_sum + of_bias
             if grad_weight is not None and weight_sum is not None:
@@ -298,7 +298,7 @@ class TritonHead:
                     gradient.zero_()
         return hidden_sum, grad_weight, grad_bias
 
-    def _logit_gradient(
+    def logit_gradient(
         self,
         hidden: Tensor,
         weight: Tensor,
@@ -375,7 +375,7 @@ class _TritonTokenLogps(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, at_target: Tensor) -> None:
+def scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, at_target: Tensor) -> None:
     """Turn soft-max weights of all tokens and the first columns into d, in place."""
     tile.mul_((-upstream / total).unsqueeze(1))
     column = targets.clamp(max=tile.shape[1] - 1).unsqueeze(1)
@@ -386,7 +386,7 @@ def _scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, 
     tile.scatter_(1, column, value)
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+def product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """left @ right in fp32, into out if given, on top of what is there with add."""
     if left.is_cuda and left.dtype != torch.float32:
         if add:
@@ -398,12 +398,12 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool =
     return torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
 
 
-def _product_in_place(left: Tensor, right: Tensor, out: Tensor) -> None:
+def product_in_place(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right in out's dtype, summed in fp32: by cuBLAS, which splits no product with this many results."""
     if left.is_cuda:
         torch.mm(left, right, out=out)
     else:
-        out.copy_(_product(left, right))
+        out.copy_(product(left, right))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

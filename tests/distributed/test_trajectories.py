@@ -22,6 +22,7 @@ VARIANTS_ON_2_RANKS = {
     "micro4": ["deepspeed.stage=3", "train.micro_batch_size=4"],
     "log_probs_first": ["deepspeed.stage=2", "logprobs.pair_loss=tokens"],
     "naive": ["deepspeed.stage=3", "logprobs.implementation=naive"],
+    "triton": ["deepspeed.stage=3", "logprobs.implementation=triton"],  # interpreted where there is no GPU
     "gradient_checkpointing": ["deepspeed.stage=3", "model.gradient_checkpointing=true"],
     "sharded_reference": ["deepspeed.stage=1", "reference.stage=3", "reference.offload_param=cpu"],
     "offloaded_optimizer": ["deepspeed.stage=2", "deepspeed.offload_optimizer=cpu"],

@@ -17,8 +17,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 from dpo_scale.logprobs import BY_PRODUCTS, choose_implementation, token_logps  # noqa: E402
+from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss  # noqa: E402
 from dpo_scale.logprobs.triton_blocks import Blocks  # noqa: E402
 from dpo_scale.logprobs.triton_logps import triton_token_logps  # noqa: E402
+from dpo_scale.logprobs.triton_pair_loss import TritonJob  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -137,7 +139,7 @@ def passes(monkeypatch):
         return lambda *args, **kwargs: (made.append(name), function(*args, **kwargs))[1]
 
     monkeypatch.setattr(path.TritonHead, "statistics", counted("logits", path.TritonHead.statistics))
-    monkeypatch.setattr(path.TritonHead, "_logit_gradient", counted("logits again", path.TritonHead._logit_gradient))
+    monkeypatch.setattr(path.TritonHead, "logit_gradient", counted("logits again", path.TritonHead.logit_gradient))
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, counted("product", getattr(torch, name)))
     return made
@@ -271,3 +273,51 @@ def test_kernels_compile_for_gpus_into_their_matrix_instructions_and_shared_memo
         # registers that do not fit: with three fourths of them in the accumulator a few, around the stored weights
         most_spilled = {"nothing trained": 16, "frozen": 256, "trained": 256, "everything, odd": 2048}
         assert kernel["spilled"] <= most_spilled[kernel["call"]], kernel
+
+
+@pytest.mark.parametrize("rows", (6, 14, 60))
+@pytest.mark.parametrize("trained", [(True, True, True), (False, True, False)])
+def test_the_fused_pair_loss_is_the_loss_of_all_logits_at_once(rows, trained, monkeypatch):
+    """With a tile of 6 tokens pairs are longer than it, with 14 some share it, with 60 all."""
+    counts = [(3, 4), (9, 7), (1, 1), (0, 6), (2, 4)]
+    hidden, weight, bias, targets = make(torch.bfloat16, tokens=TOKENS)
+    lengths = torch.tensor(counts, device=DEVICE).flatten()
+    segments = torch.arange(len(lengths), device=DEVICE).repeat_interleave(lengths)
+    reference = torch.linspace(-3.0, 2.0, len(counts), device=DEVICE)
+
+    def losses(sums):
+        return -torch.nn.functional.logsigmoid(0.1 * (sums[:, 0] - sums[:, 1]) - reference) / len(counts)
+
+    inputs = [t.detach().clone() for t in (hidden, weight, bias)]
+    truth = [t.double() for t in inputs]
+    for tensors in (inputs, truth):
+        for tensor, train in zip(tensors, trained, strict=True):
+            tensor.requires_grad_(train)
+    monkeypatch.setattr(TritonJob, "memory_bytes", rows * 2 * 128 * 3)
+    loss, sums = fused_pair_loss(
+        *inputs[:2], targets, PairLoss(segments, len(counts), losses), bias=inputs[2], softcap=12.0,
+        implementation="triton",
+    )  # fmt: skip
+    (loss * 8.0).backward()
+    logits = 12.0 * torch.tanh((truth[0] @ truth[1].T + truth[2]) / 12.0)
+    logps = torch.log_softmax(logits, 1)[torch.arange(TOKENS, device=DEVICE), targets]
+    exact_sums = torch.zeros(2 * len(counts), dtype=torch.float64, device=DEVICE).index_add(0, segments, logps)
+    exact_loss = losses(exact_sums.view(-1, 2)).sum()
+    (exact_loss * 8.0).backward()
+    torch.testing.assert_close(sums.double().flatten(), exact_sums.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=1e-6)
+    for mine, true in zip(inputs, truth, strict=True):
+        assert (mine.grad is None) == (true.grad is None)
+        if mine.grad is not None:
+            assert mine.grad.dtype == torch.bfloat16
+            assert ((mine.grad.double() - true.grad).norm() / true.grad.norm()).item() < 1e-2
+
+
+def test_the_fused_pair_loss_of_no_tokens_is_zero_gradients():
+    hidden, weight, _, targets = make(torch.bfloat16, tokens=0)
+    weight.requires_grad_(), hidden.requires_grad_()
+    nothing = PairLoss(targets, 1, lambda sums: sums.sum(1))
+    loss, _ = fused_pair_loss(hidden, weight, targets, nothing, implementation="triton")
+    loss.backward()
+    assert loss.item() == 0 and weight.grad.shape == weight.shape and not weight.grad.any()
+    assert hidden.grad.shape == hidden.shape

@@ -1,0 +1,89 @@
+"""The fused pair loss through Triton kernels and cuBLAS: `pair_loss` for bf16 on CUDA.
+
+The derivation is that of `pair_loss`; what differs is where logits live. `triton_kernels.forward_kernel` keeps them in
+registers and leaves e_sv = exp(l_v - a_s) dl_v/dz_v of a chunk of pairs in bf16, 0 at the target. With the chunk's loss
+known, one elementwise pass makes d of it in place, and two products follow.
+
+Cost. 3 passes of 2SHV flop: logits, dhidden, dW. Bytes per token and vocabulary entry: 2 written, 2 read and 2 written
+to scale, 2 read by each product: 10, where fp32 logits that are written once and read back cost 8 before any of that.
+At H = 4096 on an H100 those 10 take a tenth of the time of the 3 passes, and most of them overlap with products.
+Memory: e, at most `MEMORY_BYTES`, and fp32 [rows of e, H].
+
+bf16 only: e and d need its range (fp16 would need a unit for each chunk, as `pair_loss` has), and fp32 products are
+not the matrix units'.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_scale.logprobs.pair_loss import MOST_ROUNDINGS, Job, chunks
+from dpo_scale.logprobs.triton_logps import MEMORY_BYTES, TritonHead, product, product_in_place, scale_kept
+
+
+class TritonJob(Job):
+    """`pair_loss.Job` with a trained head; `tile_bytes` and the limit of `most_held` for torch's tiles are not used."""
+
+    memory_bytes = MEMORY_BYTES
+
+    def run(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """As `Job.run`."""
+        assert hidden.dtype == torch.bfloat16 and (self.trained[1] or self.trained[2])
+        bias = None if self.bias is None else self.bias.contiguous()
+        head = TritonHead(hidden, weight, bias, self.logit_scale, self.softcap)
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        columns = head.columns(vocabulary)
+        rows = max(1, min(tokens, self.memory_bytes // (columns * hidden.element_size())))
+        tile = hidden.new_empty((rows, columns))
+        sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=torch.float32)
+        counts = torch.bincount(self.pair_loss.segments // 2, minlength=self.pair_loss.num_pairs).tolist()
+        gradients = _Gradients(hidden, weight, bias, self.trained, roundings=1 + tokens // rows)
+        for pairs, chunk in chunks(counts, rows, rows):
+            part, targets = hidden[chunk], self.targets[chunk].contiguous()
+            held = min(rows, len(targets))
+            first = head.statistics(part[:held], weight, bias, targets[:held], (), tile[:held])
+            # of a pair that is longer than the tile; empty otherwise
+            rest = head.statistics(part[held:], weight, bias, targets[held:])
+            gradient = self.token_gradient(torch.cat([first.logps, rest.logps]), sums, pairs, chunk) * self.logit_scale
+            of_target = torch.cat([found.target_gradient(self.softcap) for found in (first, rest)]) * gradient
+            scale_kept(tile[:held], first.total, targets[:held], gradient[:held], of_target[:held])
+            gradients.add(tile[:held, :vocabulary], part[:held], weight, chunk.start)
+            for start in range(held, len(targets), rows):
+                run = slice(start, min(start + rows, len(targets)))
+                logsumexp, d = rest.logsumexp[start - held : run.stop - held], tile[: run.stop - start]
+                inputs = part[run], weight, bias, targets[run], logsumexp, gradient[run], of_target[run]
+                head.logit_gradient(*inputs, d, slice(0, vocabulary), bias_gradient=False)
+                gradients.add(d[:, :vocabulary], part[run], weight, chunk.start + start)
+        return sums, [gradients.hidden, gradients.weight, gradients.bias]
+
+
+class _Gradients:
+    """Sums over chunks; the weight's in its own dtype, with a rounding a chunk, unless those would be many."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: list[bool], roundings: int
+    ) -> None:
+        summed = torch.float32 if roundings > MOST_ROUNDINGS else weight.dtype
+        self.hidden = torch.empty_like(hidden) if trained[0] else None
+        make = torch.empty_like if hidden.shape[0] else torch.zeros_like
+        self.weight = make(weight, dtype=summed) if trained[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if trained[2] and bias is not None else None
+        self._is_empty = True
+
+    def add(self, d: Tensor, hidden: Tensor, weight: Tensor, start: int) -> None:
+        """Add what d [s, V] gives, which is of tokens start, start + 1, ... with these hidden states."""
+        if not len(d):
+            return
+        if self.hidden is not None:
+            self.hidden[start : start + len(d)] = product(d, weight)
+        if self.weight is not None:
+            if self.weight.dtype == torch.float32:
+                product(d.t(), hidden, self.weight, add=not self._is_empty)
+            elif self._is_empty:
+                product_in_place(d.t(), hidden, self.weight)
+            else:
+                self.weight.addmm_(d.t(), hidden)
+        if self.bias is not None:
+            self.bias += d.sum(0, dtype=torch.float32)
+        self._is_empty = False
