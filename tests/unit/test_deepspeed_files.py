@@ -2,6 +2,7 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ def round_trip(value, path):
 
 def test_the_fp16_loss_scale_comes_back_with_all_its_counters(tmp_path, monkeypatch):
     monkeypatch.setattr("deepspeed.runtime.fp16.loss_scaler.log_dist", lambda *_, **__: None)  # wants ranks
+    monkeypatch.setattr("deepspeed.runtime.fp16.loss_scaler.dist", SimpleNamespace(get_rank=lambda: 1))  # likewise
     scaler = DynamicLossScaler(2**16, 2, 1, 2, False, dtype=torch.half)
     for overflow in (False, True, False, False, True):
         scaler.update_scale(overflow)
