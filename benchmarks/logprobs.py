@@ -48,7 +48,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"shapes": list(HEADS)[:2], "tokens": [512, 2048], "repeats": 5, "case_seconds": 20.0},
     "cuda": {"shapes": list(HEADS), "tokens": [512, 2048, 8192, 32768], "repeats": 20, "case_seconds": 5.0},
 }
-QUICK = {"shapes": list(HEADS)[:1], "tokens": [512], "repeats": 3}
+QUICK = {
+    "shapes": list(HEADS)[:1],
+    "tokens": [512],
+    "repeats": 3,
+    "implementations": [name for name in ARMS if name not in COMPILED],
+}
 MIN_ROUNDS = 2
 MATMUL_SECONDS = 1.0
 USABLE = 0.8  # of the memory that is free, the rest being others' and fragmented
@@ -60,20 +65,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=list(DEFAULTS), default=default_device)
     parser.add_argument("--shapes", nargs="+", type=head_of, metavar="HEAD", help=f"{', '.join(HEADS)}, or HxV")
     parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--implementations", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
+    parser.add_argument("--implementations", nargs="+", choices=list(ARMS), metavar="NAME", help=", ".join(ARMS))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, help="rounds at most")
     parser.add_argument("--case-seconds", type=float, help="no further round of a case and mode after so long")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no further case after so long")
-    parser.add_argument("--quick", action="store_true", help="the smallest head, 512 tokens, 3 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest head, 512 tokens, 3 rounds, nobody who compiles"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results (default: results/<device>)")
     parser.add_argument("--readme", type=Path, help="no measuring: put the table of all stored results in this file")
     arguments = parser.parse_args(argv)
     if arguments.readme is not None:
         logprob_report.update_readme(arguments.readme, RESULTS)
         return
-    for name, value in {**DEFAULTS[arguments.device], **(QUICK if arguments.quick else {})}.items():
+    defaults = {"implementations": list(ARMS), **DEFAULTS[arguments.device]}
+    for name, value in {**defaults, **(QUICK if arguments.quick else {})}.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, [HEADS[one] for one in value] if name == "shapes" else value)
     if arguments.device == "cuda" and not torch.cuda.is_available():

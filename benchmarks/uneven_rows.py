@@ -2,7 +2,7 @@
 
     python benchmarks/uneven_rows.py [--model builtin:smollm2-135m-instruct] [--ranks 2] [--output FOLDER]
 
-trains a small random model of the given model's kind (64 wide, 2 layers, its tokenizer) on pairs of 8 to 4,000 tokens,
+trains a small random model of the given model's kind (32 wide, 2 layers, its tokenizer) on pairs of 8 to 4,000 tokens,
 as many of each order of magnitude, first with a fixed number of pairs a micro-batch in padded rows, then under a
 budget of tokens with the layout that `auto` chooses. Reported are the means over all steps but the first (which warms
 up) of what `metrics.jsonl` says: padding, idle ranks as measured, time spent waiting, tokens of the data a second.
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct", help="whose tokenizer and kind are used")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=192)
     parser.add_argument("--batch", type=int, default=64, help="pairs an optimizer step")
     parser.add_argument("--output", type=Path, help="folder for uneven_rows.md and .json")
     arguments = parser.parse_args()
@@ -64,8 +64,8 @@ def save_small_model(model: str, folder: Path) -> None:
     config = load_model_config(model)
     config.update(
         {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "head_dim": 16, "layer_types": None, "max_position_embeddings": 8192,
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "head_dim": 8, "layer_types": None, "max_position_embeddings": 8192,
         }
     )  # fmt: skip
     torch.manual_seed(0)
@@ -81,8 +81,8 @@ def write_rows(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for prompt, chosen, rejected in lengths:
             row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            texts = {name: " ".join(words.choices(WORDS, k=int(size))) for name, size in row.items()}
-            file.write(json.dumps(texts | {"rejected": "no " + texts["rejected"]}) + "\n")
+            texts = {name: " " + " ".join(words.choices(WORDS, k=int(size))) for name, size in row.items()}
+            file.write(json.dumps(texts | {"rejected": " no" + texts["rejected"]}) + "\n")
 
 
 def run(folder: Path, overrides: list[str], arguments: argparse.Namespace) -> dict[str, Any]:

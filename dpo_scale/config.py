@@ -30,12 +30,15 @@ from dpo_scale.deepspeed_config import (
     zero_settings_of,
 )
 from dpo_scale.errors import CheckpointError, ConfigError
+from dpo_scale.identity import RATE_SETTINGS, may_be_allowed
 from dpo_scale.loss_settings import LossSettings
 
 # parts of a step whose share of its time is measured, in their order (`dpo_scale.timing`)
 PHASES = ("data", "reference", "forward", "backward", "optimizer", "communication")
 CONFIG_FILE = "config.yaml"  # of a run folder
-STATE_FILE = "state.json"  # of a complete checkpoint
+MANIFEST_FILE = "manifest.json"  # of a complete checkpoint
+FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
+FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
 CHECKPOINTS_DIR = "checkpoints"
 # what a training step measures beside the loss's own metrics
 STEP_METRICS = (
@@ -299,8 +302,12 @@ class CheckpointSettings:
     metric_for_best_model: str | None = None  # a metric of the held-out data, e.g. rewards/accuracies
     greater_is_better: bool = True
     load_best_model_at_end: bool = False  # write model/ from the best checkpoint, not from the last step
+    allow_changes: list[str] = field(default_factory=list)  # settings that may differ from the checkpoint's on resume
 
     def validate(self) -> None:
+        for name in self.allow_changes:
+            expected = f"{', '.join(RATE_SETTINGS)} or a setting of loss"
+            _check(may_be_allowed(name), "checkpoint.allow_changes", name, expected)
         for name in ("save_steps", "save_total_limit"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"checkpoint.{name}", value, "null or at least 1")
@@ -484,13 +491,14 @@ def _run_to_continue(resume: str, name: str) -> str | None:
     """The run folder that `--resume` means where no `output_dir` is given; None for a new one.
 
     Args:
-        resume: "latest" or "auto" for the newest `runs/<name>-<time>` that has a checkpoint; or a run or checkpoint
-            folder.
+        resume: "latest" or "auto" for the newest `runs/<name>-<time>` that has a checkpoint or is finished; or a run
+            or checkpoint folder.
     """
     if resume in ("latest", "auto"):
         named = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
-        checkpoints = Path("runs").glob(f"*/{CHECKPOINTS_DIR}/step-*/{STATE_FILE}")
-        runs = {file.parents[2] for file in checkpoints if named.fullmatch(file.parents[2].name)}
+        runs = {file.parents[2] for file in Path("runs").glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")}
+        runs |= {file.parent for file in Path("runs").glob(f"*/{FINISHED_FILE}")}
+        runs = {run for run in runs if named.fullmatch(run.name)}
         if not runs and resume == "latest":
             raise CheckpointError(
                 f"--resume: no runs/{name}-<time> has a checkpoint; name a run with output_dir=FOLDER"

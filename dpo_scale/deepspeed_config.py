@@ -44,6 +44,8 @@ OWNED_KEYS = {
     "tensor_parallel": "nothing: tensor parallelism is not supported",
     "data_efficiency": "nothing: the order of pairs is fixed by train.seed",
     "curriculum_learning": "nothing: the order of pairs is fixed by train.seed",
+    "checkpoint": "checkpoint.*; files are written and read by our own engine",
+    "nebula": "checkpoint.*; files are written and read by our own engine",
     "hybrid_engine": "nothing: no text is generated while training",
 }
 # `train.optim` in lower case -> the spelling that DeepSpeed takes; it looks a name it does not know up in torch.optim

@@ -229,6 +229,14 @@ def _without_prints() -> redirect_stdout:
     return redirect_stdout(io.StringIO())
 
 
+def trained_parameters(module: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """The parameters that are trained, by name, as the optimizer groups them: matrices, then norms and biases."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    # a ZeRO-3 shard is flat, so its true rank is read from the shape it stands for
+    is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for _, p in trained]
+    return [[pair for pair, matrix in zip(trained, is_matrix, strict=True) if matrix is kind] for kind in (True, False)]
+
+
 def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float) -> Any:
     """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual.
 
@@ -237,15 +245,13 @@ def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any],
     """
     import deepspeed
 
-    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    # a ZeRO-3 shard is flat, so its true rank is read from the shape it stands for
-    is_matrix = {name: len(getattr(p, "ds_shape", p.shape)) >= 2 for name, p in trainable}
+    matrices, others = trained_parameters(module)
     groups = [
-        {"params": [p for name, p in trainable if is_matrix[name]], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if not is_matrix[name]], "weight_decay": 0.0},
+        {"params": [parameter for _, parameter in pairs], "weight_decay": decay}
+        for pairs, decay in ((matrices, weight_decay), (others, 0.0))
+        if pairs
     ]
-    groups = [group for group in groups if group["params"]]
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable)
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in matrices + others)
     deepspeed_config = with_fitting_buckets(deepspeed_config, num_parameters)
     try:
         with _without_prints():

@@ -7,10 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dpo_scale import __version__, engine
 from dpo_scale.config import Config
+from dpo_scale.errors import TrainingError
+from dpo_scale.models.files import MODEL_CARD, seal_model
 from dpo_scale.models.lora import merged_weights, save_adapter
 from dpo_scale.models.scorer import causal_lm
+from dpo_scale.reference.files import sync_folder
 
 MODEL_DIR = "model"
 _WRAPPER_PREFIX = "model."  # the name under which PairScorer holds the Hugging Face model
@@ -26,17 +31,38 @@ def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, res
     Args:
         policy: the DeepSpeed engine around a `PairScorer`.
         results: for the model card: `before` and `after` (held-out metrics or None), `steps`, `pairs`.
+
+    Raises:
+        TrainingError: on every rank, if it can't be written; an older `model/` is still there then.
     """
     adapter_alone = config.lora.enabled and not config.lora.merge
     state = engine.consolidated_state_dict(policy, trained_only=adapter_alone)
     folder = run_dir / MODEL_DIR
-    if engine.is_main():
-        assert state is not None
-        model = policy.module.model
-        weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in state.items()}
-        temporary = folder.with_name(folder.name + ".incomplete")
-        shutil.rmtree(temporary, ignore_errors=True)
-        if adapter_alone:
+
+    def write() -> TrainingError | None:
+        try:
+            _write_model(policy.module.model, state, tokenizer, config, folder, results)
+        except (OSError, SafetensorError) as error:
+            return TrainingError(f"{folder}: the model could not be written: {error}; the checkpoints are kept")
+        return None
+
+    error = engine.from_main(write() if engine.is_main() else None)
+    if error is not None:
+        raise error
+    return folder
+
+
+def _write_model(
+    model: Any, state: dict[str, Any] | None, tokenizer: Any, config: Config, folder: Path, results: dict[str, Any]
+) -> None:
+    """Rank 0's part: the folder appears when all of it is on the disk."""
+    assert state is not None
+    weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in state.items()}
+    temporary, replaced = (folder.with_name(f"{folder.name}.{what}") for what in ("incomplete", "replaced"))
+    for path in (temporary, replaced):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        if config.lora.enabled and not config.lora.merge:
             save_adapter(model, weights, config.model.path, temporary)
         else:
             if config.lora.enabled:
@@ -44,11 +70,15 @@ def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, res
             _restore_config(causal_lm(model))
             causal_lm(model).save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(config, results), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        (temporary / MODEL_CARD).write_text(model_card(config, results), encoding="utf-8")
+        seal_model(temporary)
+        if folder.exists():
+            os.replace(folder, replaced)
         os.replace(temporary, folder)
-    engine.barrier()
-    return folder
+        sync_folder(folder.parent)
+    finally:
+        for path in (temporary, replaced):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore_config(model: Any) -> None:

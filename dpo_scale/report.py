@@ -45,7 +45,7 @@ def print_report(run_dir: Path) -> None:
 
     from dpo_scale.data.tokenize import load_tokenizer
     from dpo_scale.export import MODEL_DIR
-    from dpo_scale.tracking import METRICS_FILE, read_metrics
+    from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 
     logging.disable_progress_bar()
     for needed in (CONFIG_FILE, METRICS_FILE, MODEL_DIR):

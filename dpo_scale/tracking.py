@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,7 @@ from typing import Any
 from dpo_scale.config import Config
 from dpo_scale.config_reader import to_mapping
 from dpo_scale.errors import ConfigError
-
-METRICS_FILE = "metrics.jsonl"
+from dpo_scale.metrics_file import METRICS_FILE, MetricsFile
 
 
 def check_trackers(names: list[str]) -> None:
@@ -36,11 +33,11 @@ class Tracker:
     def __init__(self, config: Config, run_dir: Path, total_steps: int, start_step: int) -> None:
         self._config = config.logging
         self._total_steps = total_steps
-        self._file = _open_metrics(run_dir / METRICS_FILE, start_step)
+        self._bar = None
+        self._file = MetricsFile(run_dir / METRICS_FILE, start_step, self._line)
         self._trackers = _start_trackers(config, run_dir)
         self._seconds = 0.0  # of the steps of this process, without evaluations and saves
         self._start_step = start_step
-        self._bar = None
         if self._config.progress_bar and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -52,6 +49,10 @@ class Tracker:
         for tracker in self._trackers:
             tracker.finish()
         self._file.close()
+
+    def sync(self) -> None:
+        """Put the lines so far on the disk, before a checkpoint is that will not have its steps done again."""
+        self._file.sync()
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of optimizer step `step` (counted from 1)."""
@@ -80,8 +81,7 @@ class Tracker:
     def _write(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         # JSON has no NaN: a value that is not finite is written as null
         finite = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"phase": phase, "step": step, **finite}) + "\n")
-        self._file.flush()
+        self._file.write({"phase": phase, "step": step, **finite})
 
     def _line(self, text: str) -> None:
         if self._bar is not None:
@@ -94,27 +94,6 @@ class Tracker:
         minutes, seconds = divmod(int(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, in order; a last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-def _open_metrics(path: Path, start_step: int):
-    """Append after the lines of the steps that a resumed run keeps; those it will redo are dropped."""
-    if path.exists():
-        kept = [record for record in read_metrics(path) if start_step and record["step"] <= start_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    return path.open("a", encoding="utf-8")
 
 
 def _format(name: str, value: float) -> str:

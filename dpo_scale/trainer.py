@@ -17,14 +17,17 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.checkpoint import (
-    Identity,
+    Checkpoint,
     TrainState,
     checkpoint_path,
-    find_checkpoint,
+    choose_checkpoint,
+    find_checkpoints,
     load_checkpoint,
     load_weights,
-    model_fingerprint,
-    read_state,
+    names_a_checkpoint,
+    open_checkpoint,
+    remove_leftovers,
+    require_whole,
     save_checkpoint,
 )
 from dpo_scale.config import CONFIG_FILE, Config
@@ -36,8 +39,11 @@ from dpo_scale.devices import peak_flops
 from dpo_scale.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_loss_by_pair
 from dpo_scale.export import export_model
+from dpo_scale.finished import finished_step, mark_finished, unmark_finished
 from dpo_scale.flops import forward_flops
+from dpo_scale.identity import RATE_SETTINGS, Identity, check_identity, model_fingerprint, package_versions
 from dpo_scale.metrics import MetricSums
+from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import (
     check_logprobs,
     check_vocabulary,
@@ -55,7 +61,7 @@ from dpo_scale.reference.stored import StoredReference
 from dpo_scale.schedule import learning_rate
 from dpo_scale.steps import MicroStep, Planner, make_planner, micro_steps_of_run
 from dpo_scale.timing import StepTimer
-from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
+from dpo_scale.tracking import Tracker, check_trackers
 
 
 def train(config: Config, resume: str | None = None, profile: range | None = None) -> Path:
@@ -63,7 +69,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
 
     Args:
         config: a validated config.
-        resume: what `--resume` says, see `checkpoint.find_checkpoint`; None starts afresh.
+        resume: what `--resume` says, see `checkpoint.find_checkpoints`; None starts afresh.
         profile: optimizer steps (from 1) of which a profiler's trace is written into the run folder.
 
     Raises:
@@ -78,7 +84,11 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
     peak = peak_flops_of(config)
-    run_dir, started_from = agree_on_run_dir(config, resume)
+    run_dir, found = agree_on_run_dir(config, resume)
+    finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
+    if finished is not None and not found:
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
@@ -89,9 +99,14 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     schedule = make_schedule(config, data.train)
     total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
     identity = identity_of(config, model_config, data.train)
-    state = read_state(started_from, identity) if started_from else TrainState()
-    if state.step > total_steps:
-        raise CheckpointError(f"{started_from}: is at step {state.step}, but this run ends at step {total_steps}")
+    if finished is not None and finished == total_steps:
+        check_identity(found[0].path, found[0].identity, identity, config.checkpoint.allow_changes)
+        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        return run_dir
+    started_from = choose_checkpoint(found, identity, config.checkpoint.allow_changes)
+    state = started_from.state if started_from else TrainState()
+    if started_from and state.step > total_steps:
+        raise CheckpointError(f"{started_from.path}: is at step {state.step}, but this run ends at step {total_steps}")
     if profile and not state.step < profile.start <= profile[-1] <= total_steps:
         raise ConfigError(
             f"--profile: steps {profile.start} to {profile[-1]} are not all among those to come, {state.step + 1} to "
@@ -102,7 +117,12 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
         state.best_step = state.best_metric = None
 
     if engine.is_main():
-        config.save(run_dir / CONFIG_FILE)
+        try:
+            unmark_finished(run_dir)
+            remove_leftovers(run_dir)
+            config.save(run_dir / CONFIG_FILE)
+        except OSError as error:
+            raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be written: {error.strerror}") from None
     flops = forward_flops(model_config, trust_remote_code=config.model.trust_remote_code)
     planner = make_planner(config, flops, data.train.lengths)
     plans = planner.first_plans(schedule, total_steps)
@@ -123,7 +143,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
-        engine.log(f"resumed from {started_from} at step {state.step}")
+        engine.log(f"resumed from {started_from.path} at step {state.step}")
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
 
@@ -147,7 +167,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     try:
         with StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
-            run_steps(run, state, tracker, profiler)
+            last_is_saved = run_steps(run, state, tracker, profiler)
     finally:
         if tracker is not None:
             tracker.close()
@@ -155,11 +175,18 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
         engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
-        best = checkpoint_path(run_dir, state.best_step)
-        exported = read_state(best, identity)
+        best = open_checkpoint(checkpoint_path(run_dir, state.best_step))
+        require_whole(best)
+        exported = best.state
         load_weights(policy, best)
     folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))
     engine.log(f"model saved in {folder}")
+    if not last_is_saved:
+        raise CheckpointError(
+            f"{run_dir}: the model is saved, but the checkpoint of the last step could not be, so the run is not "
+            "marked as finished; --resume takes it to its end again from the checkpoint before"
+        )
+    mark_finished(run_dir, state.step, folder)
     return run_dir
 
 
@@ -182,8 +209,8 @@ class Run:
     peak_flops: float | None  # of one rank's device
 
 
-def run_steps(run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler) -> None:
-    """The loop. Advances `state` to the last step."""
+def run_steps(run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler) -> bool:
+    """The loop. Advances `state` to the last step; False if that step's checkpoint was due and could not be saved."""
     if run.config.train.eval_on_start and state.step == 0:
         held_out_metrics(run, state, tracker)
     to_come = micro_steps_of_run(
@@ -196,14 +223,15 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None, profiler: St
         config=run.config,
     )
     with Ahead(to_come, BATCHES_AHEAD) as batches:
-        step_by_step(run, state, tracker, profiler, batches)
+        return step_by_step(run, state, tracker, profiler, batches)
 
 
 def step_by_step(
     run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler, batches: Iterator[MicroStep]
-) -> None:
-    """Train, record, evaluate and save, one step after the other."""
+) -> bool:
+    """Train, record, evaluate and save, one step after the other; whether the last step needed no save or has it."""
     settings, timer = run.config.train, StepTimer(engine.device(), engine.world_size())
+    saved = True
     while state.step < run.total_steps:
         with profiler.step(state.step + 1):
             metrics = train_step(run, state, batches, timer)
@@ -214,14 +242,21 @@ def step_by_step(
             tracker.train(state.step, metrics)
 
         is_last = state.step == run.total_steps
-        improved = False
+        improved, best_before = False, (state.best_metric, state.best_step)
         if run.eval_data and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
             improved = note_best(run.config, state, held_out_metrics(run, state, tracker))
         keep = run.config.checkpoint
         due = keep.save_steps is not None and state.step % keep.save_steps == 0
         if due or improved or (is_last and keep.save_at_end):
+            if tracker is not None:
+                tracker.sync()
             limit = keep.save_total_limit
-            save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving)
+            saved = bool(save_checkpoint(run.policy, state, run.identity, run.run_dir, keep=limit, moving=moving))
+            if improved and not saved:  # the best is what can be loaded again
+                state.best_metric, state.best_step = best_before
+        else:
+            saved = True
+    return saved
 
 
 def train_step(run: Run, state: TrainState, batches: Iterator[MicroStep], timer: StepTimer) -> dict[str, float]:
@@ -334,14 +369,14 @@ def non_finite_error(run: Run, step: int, seen: list[tuple[torch.Tensor, torch.T
     return TrainingError(f"step {step}: the loss is not finite for {named}{more}; nothing was saved of this step")
 
 
-def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | None]:
-    """The run folder, made by rank 0, and the checkpoint to start from."""
+def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
+    """The run folder, made by rank 0, and the checkpoints that the run may start from, the best first."""
     # ranks that start in different seconds would name different folders
-    config.output_dir = engine.gather_objects(config.output_dir)[0]
+    config.output_dir = engine.from_main(config.output_dir)
     assert config.output_dir is not None
     run_dir = Path(config.output_dir)
-    started_from = find_checkpoint(resume, run_dir) if resume else None
-    in_run_dir = started_from is not None and started_from.resolve().parents[1] == run_dir.resolve()
+    found = find_checkpoints(resume, run_dir) if resume else []
+    in_run_dir = bool(found) and found[0].path.resolve().parents[1] == run_dir.resolve()
     continues = in_run_dir or resume in ("latest", "auto")
     if engine.is_main():
         if not continues and (run_dir / CONFIG_FILE).exists():
@@ -353,7 +388,7 @@ def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, Path | N
         except OSError as error:
             raise ConfigError(f"output_dir = {config.output_dir!r}: cannot be made: {error.strerror}") from None
     engine.barrier()
-    return run_dir, started_from
+    return run_dir, found
 
 
 def peak_flops_of(config: Config) -> float | None:
@@ -386,7 +421,9 @@ def make_schedule(config: Config, data: PairDataset) -> Schedule:
 def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
     """What a checkpoint of this run will say it is of."""
     tree = to_mapping(config)
-    train = {name: tree["train"][name] for name in ("global_batch_size", "seed", "shuffle", "drop_last", "optim")}
+    order = ("global_batch_size", "seed", "shuffle", "drop_last")
+    optimizer = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    rate = tuple(name.removeprefix("train.") for name in RATE_SETTINGS)
     moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
     adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
     settings = {
@@ -397,7 +434,7 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         **{f"reference.{name}": value for name, value in moving.items() if config.reference.sync_steps},
         **{f"lora.{name}": value for name, value in adapters.items() if config.lora.enabled},
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
-        **{f"train.{name}": value for name, value in train.items()},
+        **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
     }
     # weights that a checkpoint does not hold, and that must still be the same ones behind their path
     if config.lora.enabled:
@@ -408,5 +445,11 @@ def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identit
         settings[f"the reference's weights ({named})"] = source_fingerprint(config, reference_source(config))
     assert config.deepspeed.stage is not None
     return Identity(
-        model_fingerprint(model_config), data.fingerprint, settings, engine.world_size(), config.deepspeed.stage
+        model_fingerprint(model_config),
+        data.fingerprint,
+        settings,
+        {f"train.{name}": tree["train"][name] for name in ("num_train_epochs", "max_steps")},
+        engine.world_size(),
+        config.deepspeed.stage,
+        package_versions(),
     )

@@ -164,7 +164,10 @@ def run_overrides(folder: Path, *, architecture: str = "llama") -> list[str]:
 
 
 def run_jobs(folder: Path, jobs: list[dict], *, ranks: int = 2) -> list[str | None]:
-    """Train all jobs of `distributed/run_many.py` in one launch; the messages of those that must be refused."""
+    """Train all jobs of `distributed/run_many.py` in one launch; the messages of those that must be refused.
+
+    What was printed is appended to `folder / "log.txt"`.
+    """
     return _run_jobs(folder, jobs, ranks)[0]
 
 
@@ -194,6 +197,8 @@ def run_named_jobs(folder: Path, common: list[str], jobs: dict[str, list[str] | 
 def _run_jobs(folder: Path, jobs: list[dict], ranks: int) -> tuple[list[str | None], str]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = launch("tests/distributed/run_many.py", folder / "jobs.json", ranks=ranks)
+    with (folder / "log.txt").open("a") as log:
+        log.write(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "jobs.json.messages").read_text()), done.stdout
 

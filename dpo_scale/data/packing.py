@@ -18,7 +18,7 @@ batch, in O(G log G) and memory for one.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -84,18 +84,18 @@ def _fill_bins(
     heap = [(0.0, number) for number in range(count)]
     for i in order:
         passed_over = []
-        while heap:
-            load, number = heappop(heap)
-            if tokens[i] <= room[number] or not bins[number]:
-                break
-            passed_over.append((load, number))
-        else:
+        while heap and tokens[i] > room[heap[0][1]] and bins[heap[0][1]]:
+            passed_over.append(heappop(heap))
+        if not heap:
             return None
+        number = heap[0][1]
         bins[number].append(i)
         loads[number] += costs[i]
         room[number] -= tokens[i]
         if room[number] > 0:
-            heappush(heap, (loads[number], number))
+            heapreplace(heap, (loads[number], number))
+        else:
+            heappop(heap)
         for item in passed_over:
             heappush(heap, item)
     return list(zip(loads, bins, strict=True))

@@ -168,7 +168,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if len(ctx.saved_tensors) == 1:
             (direction,) = ctx.saved_tensors
-            grads = ((direction * grad.unsqueeze(1)).to(ctx.dtype), None, None)
+            grads: tuple[Tensor | None, ...] = ((direction * grad.unsqueeze(1)).to(ctx.dtype), None, None)
         else:
             hidden, weight, bias, targets, logsumexp, target_gradient, gradient, first_peaks, *held = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False), exact_bf16_products(hidden):
@@ -207,8 +207,8 @@ class LogitGradients:
         found = self._exponentials(index, tokens, vocabulary)
         if found is not None:
             exponentials, peaks = found
-            d = exponentials.clone()
-            tiles.scale_rows(d, (peaks.unsqueeze(1) - logsumexp).exp_().mul_(-grad))
+            factors = (peaks.unsqueeze(1) - logsumexp).exp_().mul_(-grad)
+            d = tiles.scale_rows(exponentials, factors, torch.empty_like(exponentials))
         else:
             tile = tiles.logits(tokens, vocabulary, weight_rows)
             slope = tiles.slope(tile)

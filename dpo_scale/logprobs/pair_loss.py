@@ -290,11 +290,11 @@ class _Rows:
         """
         gradient, of_target, logsumexp = per_token
         vocabulary = self.tiles.vocabulary_runs[index]
-        block = self._block(vocabulary)
-        block = block.clone() if self.in_gradient else block
+        kept = self._block(vocabulary)
         if unit is not None:
             gradient = gradient / (unit * self._one)
-        self.tiles.scale_rows(block, (self._peaks[index] - logsumexp).exp_().mul_(-gradient).unsqueeze(1))
+        factors = (self._peaks[index] - logsumexp).exp_().mul_(-gradient).unsqueeze(1)
+        block = self.tiles.scale_rows(kept, factors, torch.empty_like(kept) if self.in_gradient else kept)
         inside, column = in_tile(targets, vocabulary)
         entry = torch.arange(self._count, device=block.device), column.squeeze(1)
         block[entry] = torch.where(inside, (gradient * of_target * self._one).to(block.dtype), block[entry])

@@ -125,16 +125,15 @@ class Tiles:
         """dl/dz, or None where it is 1."""
         return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
-    def scale_rows(self, block: Tensor, factors: Tensor) -> None:
-        """Multiply a block [s, v] of `product_dtype`, no wider than a tile, by fp32 factors [s, 1], in place."""
+    def scale_rows(self, block: Tensor, factors: Tensor, out: Tensor) -> Tensor:
+        """A block [s, v] of `product_dtype`, no wider than a tile, times fp32 factors [s, 1]; out may be the block."""
         if block.is_cuda or block.dtype == factors.dtype:
-            block.mul_(factors)
-            return
+            return torch.mul(block, factors, out=out)
         # on a CPU mixed dtypes cost torch two copies and ten times the time of this
         for tokens in runs(block.shape[0], max(1, self._logits.numel() // block.shape[1])):
             part = block[tokens]
-            wide = self._logits[: part.numel()].view(part.shape)
-            part.copy_(wide.copy_(part).mul_(factors[tokens]))
+            out[tokens] = self._logits[: part.numel()].view(part.shape).copy_(part).mul_(factors[tokens])
+        return out
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """A gradient product, of operands of `product_dtype`, summed in fp32; in fp32 where that costs nothing."""

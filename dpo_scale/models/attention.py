@@ -63,28 +63,24 @@ class AttentionPlan:
             [segments + 1] int32: where each sequence begins; the most queries and the most keys of one sequence).
             A sequence's queries are the last of its keys.
         """
-        runs, queries, keys = [], [0], [0]
-        start = document = 0
+        runs: list[tuple[int, int]] = []  # of keys that stand together in the row: how many, how far ahead of there
+        queries, keys = [0], [0]
+        document = 0
         for tokens, shared in self.segments:
             if shared:
-                runs.append(torch.arange(document, document + shared))
+                runs.append((shared, document - keys[-1]))
             else:
-                document = start
-            runs.append(torch.arange(start, start + tokens))
-            start += tokens
-            queries.append(start)
+                document = queries[-1]
+            runs.append((tokens, queries[-1] - keys[-1] - shared))
+            queries.append(queries[-1] + tokens)
             keys.append(keys[-1] + shared + tokens)
         most_queries = max(tokens for tokens, _ in self.segments)
         most_keys = max(tokens + shared for tokens, shared in self.segments)
+        # only what is short is copied, and the size is known, so the host does not wait for the device
         device = self.position_ids.device
-        index, query_offsets, key_offsets = (
-            values.to(device, non_blocking=True)
-            for values in (
-                torch.cat(runs),
-                torch.tensor(queries, dtype=torch.int32),
-                torch.tensor(keys, dtype=torch.int32),
-            )
-        )
+        lengths, ahead = torch.tensor(runs).to(device, non_blocking=True).unbind(1)
+        query_offsets, key_offsets = torch.tensor([queries, keys], dtype=torch.int32).to(device, non_blocking=True)
+        index = torch.arange(keys[-1], device=device) + ahead.repeat_interleave(lengths, output_size=keys[-1])
         return index, query_offsets, key_offsets, most_queries, most_keys
 
 

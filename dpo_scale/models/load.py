@@ -22,6 +22,7 @@ from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
+from dpo_scale.models.files import check_models
 from dpo_scale.models.layouts import check_layout, choose_layout, install_attention
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 
@@ -84,6 +85,10 @@ def load_model_config(path: str, *, revision: str | None = None, trust_remote_co
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ModelError(
+                f"{path}: needs Python code that comes with it; model.trust_remote_code=true runs it, if you trust it"
+            ) from None
         raise ModelError(f"{path}: not a model that transformers can load: {_first_line(error)}") from None
 
 
@@ -220,7 +225,8 @@ def _load_for(config: Config, source: ModelSource, deepspeed_config: dict[str, A
 
 def load_tokenizers(config: Config) -> tuple[Any, Any]:
     """The policy's tokenizer, checked against the reference's, and the policy's transformers config."""
-    model = config.model
+    model, adapters = config.model, (config.lora.adapter, config.reference.adapter)
+    check_models([model.path, model.tokenizer, config.reference.model, *(a for a in adapters if a != "none")])
     model_config = load_model_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     path = resolve_model_path(model.tokenizer or model.path)
     revision = None if model.tokenizer else model.revision

@@ -207,7 +207,7 @@ def _weight_files(folder: str, revision: str | None) -> list[Path]:
     index = _find(folder, WEIGHTS_INDEX, revision)
     if index is None:
         raise ModelError(
-            f"{folder}: neither {WEIGHTS} nor {WEIGHTS_INDEX} there; a reference store takes weights as safetensors"
+            f"{folder}: its weights cannot be loaded: neither {WEIGHTS} nor {WEIGHTS_INDEX} there; safetensors are read"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -10,7 +10,7 @@ step of a weight would be lost in the rounding, every time, and the reference wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,16 +76,29 @@ class MovingReference:
         return slices
 
     @torch.no_grad()
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Take what `state` gave on this rank, with as many ranks, at any stage. Every rank must call it.
+    def restore(self, states: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Take what `state` gave on all ranks, as many as there were, at any stage. Every rank must call it.
 
         Raises:
             KeyError, RuntimeError: if it is of another model.
         """
-        for name, kept in self._kept.items():
-            if kept is not None:
-                kept.copy_(state[name])
-        engine.write_slices(self.reference, ((name, state[name]) for name in self._kept))
+        engine.write_slices(self.reference, self._restored_slices(states))
+
+    def _restored_slices(self, states: Sequence[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.reference.module.named_parameters():
+            yield name, self._restored(name, len(engine.own_slice(parameter)), states)
+
+    def _restored(self, name: str, length: int, states: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        if len(states) == engine.world_size():
+            slice_ = states[engine.rank()][name]
+        else:
+            slice_ = torch.cat([state[name] for state in states])
+            size = -(-len(slice_) // engine.world_size())
+            slice_ = slice_[engine.rank() * size : (engine.rank() + 1) * size]
+        if len(slice_) != length:
+            raise RuntimeError(f"{name}: {len(slice_)} weights of the reference, expected {length}")
+        kept = self._kept[name]
+        return slice_ if kept is None else kept.copy_(slice_)
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:

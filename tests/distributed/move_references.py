@@ -59,7 +59,7 @@ def main() -> None:
         restored = MovingReference(other, policy, config.reference.sync_mixup)
         with torch.no_grad():
             score(restored)
-        restored.restore(state)
+        restored.restore(engine.gather_objects(state))
         seen |= whole(other, "restored.")
         restored.move()
         moving.move()

@@ -1,21 +1,24 @@
-"""Several training runs in one launch (a launch costs more than a tiny run): `run_many.py jobs.json`.
+"""Run many training jobs in one launch, since starting ranks costs more than these runs: `run_many.py JOBS.json`.
 
-`jobs.json` is a list of {"overrides": [...], "resume": null or text, "profile": [first, last step] if any, "refused":
-true where a `UserError` is expected, on every rank}; every rank runs them one after another. `jobs.json.messages` gets
-the errors' messages, null for a run that ended well.
+JOBS.json is a list of {"overrides": [...], "resume": null or text, "profile": [first, last step] if any, "full_disk":
+[rank, step] if that rank is to write no file above 4 KiB while it saves the checkpoint of that step, "refused": true
+where a `UserError` is expected, on every rank}; every rank runs them one after another. `JOBS.json.messages` gets the
+errors' messages, null for a run that ended well.
 """
 
 import json
+import resource
 import sys
 from pathlib import Path
 
 import torch
 
-from dpo_scale import engine
+from dpo_scale import engine, trainer
 from dpo_scale.cli import run
 from dpo_scale.config import load_config
 from dpo_scale.errors import UserError
-from dpo_scale.trainer import train
+
+save_checkpoint = trainer.save_checkpoint
 
 
 def main() -> None:
@@ -24,10 +27,11 @@ def main() -> None:
     messages = []
     for job in json.loads(Path(path).read_text()):
         resume = job.get("resume")
+        trainer.save_checkpoint = on_a_full_disk(*job["full_disk"]) if job.get("full_disk") else save_checkpoint
         try:
             first, last = job.get("profile", (0, -1))
             profile = range(first, last + 1)
-            train(load_config(None, job["overrides"], resume=resume), resume=resume, profile=profile)
+            trainer.train(load_config(None, job["overrides"], resume=resume), resume=resume, profile=profile)
             messages.append(None)
         except UserError as error:
             if not job.get("refused"):
@@ -35,6 +39,19 @@ def main() -> None:
             messages.append(str(error))
     if engine.is_main():
         Path(path + ".messages").write_text(json.dumps(messages))
+
+
+def on_a_full_disk(rank, step):
+    def save(policy, state, *arguments, **more):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if (engine.rank(), state.step) == (rank, step):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            return save_checkpoint(policy, state, *arguments, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return save
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ def folder(tmp_path_factory):
     common = run_overrides(folder)
     save_model(folder / "tied", "llama", tied=True)
     save_model(folder / "gemma2", "gemma2")
-    common += ["train.global_batch_size=7", "train.max_steps=3", "checkpoint.save_at_end=false"]
+    # a large epsilon: Adam's steps then depend on the gradient's size, and not on the rounding of one near 0
+    common += [
+        "train.global_batch_size=7", "train.max_steps=3", "checkpoint.save_at_end=false", "train.adam_epsilon=1e-3",
+    ]  # fmt: skip
     jobs = [
         {
             "overrides": [
@@ -60,4 +63,6 @@ def test_fused_steps_and_model_are_those_of_the_token_path(folder, name):
     ours, theirs = (load_file(folder / f"{name}-{how}" / "model" / "model.safetensors") for how in ("fused", "tokens"))
     assert ours.keys() == theirs.keys()
     for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], atol=1e-5, rtol=1e-5, msg=key)
+        torch.testing.assert_close(
+            ours[key], theirs[key], atol=1e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )

@@ -1,38 +1,49 @@
 """Which folders are checkpoints, which one is meant, what is kept, and what a checkpoint is refused for."""
 
 import dataclasses
+import errno
+import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import save_model
 from transformers import LlamaConfig
 
 from dpo_scale.checkpoint import (
     FORMAT_VERSION,
-    Identity,
     TrainState,
-    complete_checkpoints,
-    find_checkpoint,
-    model_fingerprint,
-    read_state,
+    checkpoint_folders,
+    choose_checkpoint,
+    find_checkpoints,
+    open_checkpoint,
     save_checkpoint,
 )
 from dpo_scale.config import load_config
-from dpo_scale.errors import CheckpointError
+from dpo_scale.errors import CheckpointError, ConfigError
+from dpo_scale.identity import Identity, check_identity, model_fingerprint
 from dpo_scale.models.load import load_model_config
 from dpo_scale.trainer import identity_of
 
-IDENTITY = Identity("model", "data", {"loss.beta": 0.1, "train.seed": 42}, world_size=2, stage=3)
+IDENTITY = Identity(
+    "model",
+    "data",
+    {"loss.beta": 0.1, "train.seed": 42, "train.learning_rate": 1e-6},
+    {"train.max_steps": 4},
+    world_size=1,
+    stage=3,
+    versions={"torch": "2.13.0"},
+)
 
 
 class FakeEngine:
-    """Stands for DeepSpeed's engine: saves one file."""
+    """Stands for DeepSpeed's engine: saves one file, through the checkpoint engine that it is given."""
 
     def save_checkpoint(self, folder, tag, save_latest, exclude_frozen_parameters):
-        (Path(folder) / tag).mkdir(parents=True)
-        (Path(folder) / tag / "shard.pt").write_text(tag)
+        self.checkpoint_engine.save({"weight": torch.arange(1000.0)}, str(Path(folder) / tag / "shard.pt"))
 
 
 def save(run_dir, step, keep=None, **state):
@@ -40,24 +51,63 @@ def save(run_dir, step, keep=None, **state):
 
 
 def steps(run_dir):
-    return [path.name for path in complete_checkpoints(run_dir)]
+    return [path.name for path in checkpoint_folders(run_dir)]
+
+
+def found(resume, output_dir):
+    return [checkpoint.path.name for checkpoint in find_checkpoints(resume, output_dir)]
+
+
+def flip(path, place=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_saved_state_is_read_back_and_nothing_unfinished_is_left(tmp_path):
     path = save(tmp_path, 3, pairs=24, tokens=1000, best_metric=0.5, best_step=2)
-    assert read_state(path, IDENTITY) == TrainState(3, 24, 1000, 0.5, 2)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.state == TrainState(3, 24, 1000, 0.5, 2) and checkpoint.identity == IDENTITY
     assert [item.name for item in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+    assert {item.name for item in path.iterdir()} == {"manifest.json", "shard.pt", "random-rank-0.pt"}
+    assert set(checkpoint.files) == {"shard.pt", "random-rank-0.pt"}
+    assert checkpoint.files["shard.pt"]["bytes"] == (path / "shard.pt").stat().st_size
 
 
-def test_only_folders_with_their_final_name_and_a_state_are_checkpoints(tmp_path):
-    save(tmp_path, 9)
-    save(tmp_path, 10)
-    for name in ("step-11.incomplete", "step-x", "step-12"):
-        (tmp_path / "checkpoints" / name).mkdir()
-    (tmp_path / "checkpoints" / "step-11.incomplete" / "state.json").write_text("{}")
-    (tmp_path / "checkpoints" / "step-x" / "state.json").write_text("{}")
-    assert steps(tmp_path) == ["step-9", "step-10"]  # by number, not by name
-    assert find_checkpoint("latest", tmp_path).name == "step-10"
+def test_what_is_not_whole_is_passed_over_with_the_reason(tmp_path, capsys):
+    for step in (1, 9, 10, 11, 12):
+        save(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-13.incomplete").mkdir()
+    (folder / "step-13.incomplete" / "manifest.json").write_text("{}")
+    (folder / "step-x").mkdir()
+    (folder / "step-10" / "manifest.json").unlink()
+    flip(folder / "step-11" / "manifest.json")
+    with (folder / "step-12" / "shard.pt").open("r+b") as file:
+        file.truncate(100)
+    assert found("latest", tmp_path) == ["step-9", "step-1"]  # by number, not by name
+    said = capsys.readouterr().out
+    for text in ("step-10: incomplete", "step-11/manifest.json: damaged", "step-12: damaged: shard.pt has 100 bytes"):
+        assert f"not resuming from {folder}/{text}" in said
+
+
+def test_damaged_bytes_are_found_before_loading_and_the_one_before_is_taken(tmp_path, capsys):
+    for step in (2, 4):
+        save(tmp_path, step)
+    flip(tmp_path / "checkpoints" / "step-4" / "shard.pt")
+    candidates = find_checkpoints("latest", tmp_path)
+    assert choose_checkpoint(candidates, IDENTITY, []).path.name == "step-2"
+    assert "step-4: damaged: shard.pt is damaged: its checksum differs" in capsys.readouterr().out
+    flip(tmp_path / "checkpoints" / "step-2" / "random-rank-0.pt")
+    with pytest.raises(CheckpointError, match="step-2: damaged: random-rank-0.pt .* no older one"):
+        choose_checkpoint(candidates, IDENTITY, [])
+
+
+def test_auto_does_not_start_afresh_over_damaged_checkpoints(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints" / "step-2" / "shard.pt").unlink()
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be used.*shard.pt is missing"):
+        find_checkpoints("auto", tmp_path)
 
 
 def test_the_newest_are_kept_and_the_best_beside_them(tmp_path):
@@ -75,17 +125,110 @@ def test_saving_drops_later_checkpoints_never_itself(tmp_path):
     assert steps(tmp_path) == ["step-3"]
 
 
+def test_saving_replaces_a_damaged_one_of_the_same_step_and_clears_what_kills_left(tmp_path):
+    save(tmp_path, 2)
+    flip(save(tmp_path, 4) / "shard.pt")
+    for name in ("step-4.incomplete", "step-6.incomplete", "step-1.removed", "step-4.replaced"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "file").write_text("rubbish")
+    (tmp_path / "checkpoints" / "step-2.mine").mkdir()
+    save(tmp_path, 4)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-2.mine", "step-4"}
+    assert choose_checkpoint(find_checkpoints("latest", tmp_path), IDENTITY, []).path.name == "step-4"
+
+
+@pytest.mark.parametrize("failing", ["open", "write", "fsync", "replace"])
+def test_a_save_that_fails_leaves_the_run_alive_with_its_older_checkpoint(tmp_path, monkeypatch, capsys, failing):
+    save(tmp_path, 2)
+
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        if failing == "open":
+            patched.setattr("dpo_scale.sealed_folder.open", full, raising=False)
+        elif failing == "write":
+            patched.setattr("dpo_scale.sealed_folder.open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
+        else:
+            patched.setattr(os, failing, full)
+        assert save(tmp_path, 4, keep=1) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+    assert "WARNING: the checkpoint of step 4 could not be saved (rank 0: No space left" in capsys.readouterr().out
+    assert save(tmp_path, 6, keep=1).name == "step-6"
+    assert steps(tmp_path) == ["step-6"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
+    calls = ["os.fsync", "os.replace", "os.open", "os.stat", "os.unlink", "os.rmdir", "os.mkdir"]
+    names = [*calls, "dpo_scale.sealed_folder.open"]
+    outcomes = []
+    for last_call in range(1, 1000):
+        run_dir = tmp_path / str(last_call)
+        for step in (2, 4):
+            save(run_dir, step)
+        flip(checkpoint_folders(run_dir)[-1] / "shard.pt")  # the newest is damaged, so step 4 is saved again over it
+        done = []
+
+        def killing(original, done=done, last_call=last_call):
+            def call(*arguments, **more):
+                done.append(original)
+                if len(done) == last_call:
+                    raise Killed
+                return original(*arguments, **more)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for name in names:
+                module, _, attribute = name.rpartition(".")
+                original = open if attribute == "open" and module != "os" else getattr(os, attribute)
+                patched.setattr(name, killing(original), raising=False)
+            try:
+                save(run_dir, 4, keep=1)
+                killed = False
+            except Killed:
+                killed = True
+        outcomes.append(choose_checkpoint(find_checkpoints("auto", run_dir), IDENTITY, []).path.name)
+        save(run_dir, 6, keep=1)
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-6"]
+        if not killed:
+            break
+    assert len(outcomes) > 20 and set(outcomes) == {"step-2", "step-4"}
+    assert outcomes == sorted(outcomes)  # up to the rename the older one, from then on the new one
+
+
+def test_a_disk_that_wrote_other_bytes_is_noticed_before_the_older_one_is_dropped(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 2)
+    fsync = os.fsync
+
+    def damaging(descriptor):
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == "shard.pt":
+            flip(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", damaging)
+        assert save(tmp_path, 4, keep=1) is None
+    assert "shard.pt is damaged" in capsys.readouterr().out
+    assert steps(tmp_path) == ["step-2"]
+
+
 def test_latest_auto_run_folder_and_checkpoint_folder(tmp_path):
-    assert find_checkpoint("auto", tmp_path) is None
+    assert found("auto", tmp_path) == []
     with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
-        find_checkpoint("latest", tmp_path)
-    with pytest.raises(CheckpointError, match="neither a checkpoint"):
-        find_checkpoint(str(tmp_path), Path("elsewhere"))
+        find_checkpoints("latest", tmp_path)
+    with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
+        find_checkpoints(str(tmp_path), Path("elsewhere"))
     save(tmp_path, 2)
     save(tmp_path, 4)
-    assert find_checkpoint("auto", tmp_path).name == "step-4"
-    assert find_checkpoint(str(tmp_path), Path("elsewhere")).name == "step-4"
-    assert find_checkpoint(str(tmp_path / "checkpoints" / "step-2"), Path("elsewhere")).name == "step-2"
+    assert found("auto", tmp_path) == ["step-4", "step-2"]
+    assert found(str(tmp_path), Path("elsewhere")) == ["step-4", "step-2"]
+    assert found(str(tmp_path / "checkpoints" / "step-2"), Path("elsewhere")) == ["step-2"]
 
 
 @pytest.mark.parametrize(
@@ -93,35 +236,60 @@ def test_latest_auto_run_folder_and_checkpoint_folder(tmp_path):
     [
         ({"model": "other"}, ["another model"]),
         ({"data": "other"}, ["data.train"]),
-        ({"settings": {"loss.beta": 0.5, "train.seed": 42}}, ["loss.beta was 0.1, is 0.5"]),
-        ({"world_size": 4}, ["ranks = 2", "4"]),
-        ({"stage": 2}, ["deepspeed.stage = 3", "2"]),
+        (
+            {"settings": {"loss.beta": 0.5, "train.seed": 43, "train.learning_rate": 1e-6}},
+            ["loss.beta was 0.1, is 0.5", "train.seed was 42, is 43", "checkpoint.allow_changes=[loss.beta]"],
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_with_what_differs(tmp_path, change, parts):
-    path = save(tmp_path, 1)
+    save(tmp_path, 1)
+    candidates = find_checkpoints("latest", tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        read_state(path, dataclasses.replace(IDENTITY, **change))
-    for part in [str(path), *parts]:
+        choose_checkpoint(candidates, dataclasses.replace(IDENTITY, **change), [])
+    for part in [str(candidates[0].path), *parts]:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"identity": {}, "state": {"step": 1}, "format_version": 99}'])
-def test_a_damaged_or_foreign_state_file_is_named(tmp_path, text):
-    path = save(tmp_path, 1)
-    (path / "state.json").write_text(text)
-    with pytest.raises(CheckpointError, match="step-1"):
-        read_state(path, IDENTITY)
+def test_what_may_change_is_told_and_the_rest_only_by_name():
+    other = dataclasses.replace(
+        IDENTITY,
+        settings={**IDENTITY.settings, "train.learning_rate": 2e-6},
+        length={"train.max_steps": 8},
+        versions={"torch": "2.12.0"},
+        world_size=2,
+        stage=1,
+    )
+    told = check_identity("here", IDENTITY, other, ["train.learning_rate"])
+    assert told == [
+        "train.learning_rate was 1e-06, is 2e-06",
+        "train.max_steps was 4, is 8",
+        "torch was '2.13.0', is '2.12.0'",
+    ]
+    with pytest.raises(CheckpointError, match=r"allow_changes=\[train.learning_rate\]"):
+        check_identity("here", IDENTITY, other, [])
 
 
-def test_an_unknown_field_of_the_state_is_refused(tmp_path):
+def test_only_what_takes_effect_may_be_named_as_changeable():
+    minimal = ["model.path=some/model", "data.train=pairs.jsonl"]
+    load_config(None, [*minimal, "checkpoint.allow_changes=[train.learning_rate, loss.beta]"])
+    for name in ("train.seed", "train.weight_decay", "model.path"):
+        with pytest.raises(ConfigError, match="checkpoint.allow_changes"):
+            load_config(None, [*minimal, f"checkpoint.allow_changes=[{name}]"])
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path):
+    from dpo_scale.sealed_folder import write_manifest
+
     path = save(tmp_path, 1)
-    record = json.loads((path / "state.json").read_text())
+    record = json.loads((path / "manifest.json").read_text())
+    files, _ = record.pop("files"), record.pop("checksum")
     assert record["format_version"] == FORMAT_VERSION
-    record["state"]["steps"] = 1
-    (path / "state.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="damaged"):
-        read_state(path, IDENTITY)
+    for change, expected in (({"format_version": 99}, "format 99"), ({"state": {"steps": 1}}, "not of this version")):
+        (path / "manifest.json").unlink()
+        write_manifest(path / "manifest.json", {**record, **change}, files)
+        with pytest.raises(CheckpointError, match=expected):
+            open_checkpoint(path)
 
 
 def test_the_fingerprint_is_of_the_architecture_not_of_where_it_lies():
@@ -159,6 +327,12 @@ class TestWhichRunContinues:
         self.run("run-20240103-000000", checkpoint=False)
         self.run("run-other-20240104-000000")
         assert self.output_dir("latest") == self.output_dir("auto") == str(newest)
+
+    def test_a_finished_run_without_checkpoints_counts_too(self):
+        self.run("run-20240101-000000")
+        finished = self.run("run-20240102-000000", checkpoint=False)
+        (finished / "finished.json").write_text('{"step": 6}')
+        assert self.output_dir("auto") == str(finished)
 
     def test_without_any_auto_is_a_new_run_and_latest_an_error(self):
         assert self.output_dir("auto").startswith("runs/run-")
@@ -208,12 +382,13 @@ def test_a_run_is_not_resumed_with_other_weights_behind_the_references_path(
     def identity():
         return identity_of(config, load_model_config(config.model.path), SimpleNamespace(fingerprint="data"))
 
-    path = save_checkpoint(FakeEngine(), TrainState(step=1), identity(), tmp_path, keep=None)
-    assert read_state(path, identity()).step == 1
+    save_checkpoint(FakeEngine(), TrainState(step=1), identity(), tmp_path, keep=None)
+    candidates = find_checkpoints("latest", tmp_path)
+    assert choose_checkpoint(candidates, identity(), []).state.step == 1
     save_model(tmp_path / overwritten, seed=1)
     if refused_for is None:
-        assert read_state(path, identity()).step == 1
+        assert choose_checkpoint(candidates, identity(), []).state.step == 1
     else:
         message = rf"step-1: saved with other settings: the reference's weights \({refused_for}\) was '\w+', is '\w+'$"
         with pytest.raises(CheckpointError, match=message):
-            read_state(path, identity())
+            choose_checkpoint(candidates, identity(), [])

@@ -194,6 +194,7 @@ MUST_HIT = {
     "batch size": ["train.global_batch_size=16"],
     "micro-batch size": ["train.micro_batch_size=4"],
     "slots of a precompute's pass": ["reference.max_tokens_per_micro_batch=64"],
+    "layout": ["data.layout=shared_prefix"],
     "output folder": ["output_dir=elsewhere"],
     "cache folder": lambda run: [f"data.cache_dir={run.own}"],
     "order": ["train.seed=7", "train.shuffle=false"],

@@ -26,15 +26,18 @@ def pairs(tmp_path_factory):
 def verified(pairs, apart, dtype, token_logp=-2.0):
     """Verify values that lie `apart(n)` above those of a model that gives each token `token_logp`."""
 
-    def model(input_ids, score_index, score_targets):
-        return torch.full((len(score_index),), token_logp)
+    class Model:
+        module = SimpleNamespace(layout="padded")
+
+        def __call__(self, score_index, **inputs):
+            return torch.full((len(score_index),), token_logp)
 
     def logps(dataset, indices, settings):
         tokens = torch.from_numpy(dataset.lengths[indices, 1:].astype(np.float32))
         return tokens * -2.0 + torch.tensor([[apart(n) for n in row] for row in tokens.tolist()])
 
     stored = SimpleNamespace(logps=logps, origin="the store")
-    verify(stored, model, pairs, len(pairs), dtype=dtype, seed=0, pad_token_id=0)
+    verify(stored, Model(), pairs, len(pairs), dtype=dtype, seed=0, pad_token_id=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -1,12 +1,14 @@
 """What is written where: the metrics file over crashes and resumes, the console's lines, refused trackers."""
 
 import json
+import resource
 
 import pytest
 
 from dpo_scale.config import Config
 from dpo_scale.errors import ConfigError
-from dpo_scale.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
+from dpo_scale.metrics_file import METRICS_FILE, read_metrics
+from dpo_scale.tracking import Tracker, check_trackers
 
 METRICS = {"loss": 0.5, "rewards/margins": 0.25, "learning_rate": 1e-6, "step_seconds": 60.0}
 
@@ -45,6 +47,33 @@ def test_a_fresh_start_in_the_same_folder_keeps_no_line(tmp_path):
     write(tmp_path, [1, 2, 3])
     write(tmp_path, [1])
     assert written(tmp_path) == [("train", 1)]
+
+
+def test_lines_wait_while_the_disk_is_full_and_none_is_lost_or_halved(tmp_path, capsys):
+    tracker = Tracker(config(), tmp_path, 6, 0)
+    tracker.train(1, METRICS)
+    size = (tmp_path / METRICS_FILE).stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # room for a part of a line
+    try:
+        tracker.train(2, METRICS)
+        tracker.train(3, METRICS)
+        assert (tmp_path / METRICS_FILE).stat().st_size == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.train(4, METRICS)
+    tracker.close()
+    assert written(tmp_path) == [("train", step) for step in (1, 2, 3, 4)]
+    assert capsys.readouterr().out.count("lines are kept in memory until there is room") == 1
+
+
+def test_a_damaged_line_is_told_and_costs_only_itself(tmp_path, capsys):
+    write(tmp_path, [1, 2, 3])
+    lines = (tmp_path / METRICS_FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / METRICS_FILE).write_bytes(lines[0] + b"\xff" + lines[1] + lines[2])
+    write(tmp_path, [4], start=3)
+    assert written(tmp_path) == [("train", 1), ("train", 3), ("train", 4)]
+    assert "line 2 is damaged" in capsys.readouterr().out
 
 
 def test_values_that_json_lacks_are_null(tmp_path):
