@@ -6,11 +6,12 @@ l_t - log sum_v exp(l_v).
 
 Computed. A program takes a block of tokens and walks over a run of vocabulary tiles. Each tile is one product of
 [BLOCK_S, H] by [H, BLOCK_V] with an fp32 accumulator in registers; the tile is turned into logits there, folded into
-a few fp32 numbers a token (an anchor a, sum exp(l - a), the target's logit, the largest logit; on demand sums of
+a few fp32 numbers a token (the largest logit a, sum exp(l - a), the target's logit; on demand sums of
 (l - a) exp(l - a) and exp(l - a)^2), and dropped. `combine_kernel` folds the runs of one token together, in a fixed
-order, so two calls give the same bits; nothing is added atomically.
+order; nothing is added atomically. Where runs end depends on V alone, so a token's log-prob is the same to the last
+bit whatever tokens come with it.
 
-Exact, because changing the anchor from a to b multiplies a sum of exp(l - a) by exp(a - b), and no logit is rounded
+Exact, because changing a to b multiplies a sum of exp(l - a) by exp(a - b), and no logit is rounded
 below fp32 on its way. Everything is kept in units of log 2 (l * log2(e), exp2, log2), which is what the hardware
 computes; converting costs nothing, since logits are multiplied by a number anyway.
 
@@ -93,6 +94,12 @@ def _logits(sums, inner_factor, outer_factor, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _shift(highest, base, LIMIT: tl.constexpr):
+    """The least whole number, from 0, that keeps exp2(logit - (base + shift)) below 2^LIMIT up to the highest logit."""
+    return tl.maximum(tl.ceil(highest - base) - LIMIT, 0.0)
+
+
+@triton.jit
 def reference_kernel(
     hidden, weight, bias, targets, reference, width,
     hidden_row, hidden_column, weight_row, weight_column, inner_factor, outer_factor,
@@ -128,13 +135,14 @@ def forward_kernel(
     STORE_WEIGHTS: tl.constexpr, LIMIT: tl.constexpr, EVEN_H: tl.constexpr, UPCAST: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one run of vocabulary tiles: partials [6, runs, S] = anchor, total, target, peak, sums.
+    """Statistics of one run of vocabulary tiles: partials [5, runs, S] = peak, total, target, sums for by-products.
 
     With STORE_WEIGHTS, also tile [S, tile_row] = exp2(l - anchor) dl/dz of the first stored_tiles vocabulary tiles,
     and 0 at the target; all of their columns, because a mask would rule out 16-byte stores. Anchors there are one per
-    token and vocabulary tile: reference + shift. A shift, in shifts [stored_tiles, S], is the least whole number that
-    keeps weights below 2^LIMIT. So it is 0 unless a logit is that far above the target's, and `rescale_kernel` can
-    level shifts without rounding anything.
+    token and vocabulary tile: reference + shift, with the shift of `_shift` in shifts [stored_tiles, S]. It is 0 unless
+    a logit is far above the target's, and being whole, `rescale_kernel` can level shifts without rounding anything.
+    Statistics stay relative to the peak, at the price of a second exponential: with and without stored weights they
+    are the same to the last bit, so that a policy that is its reference has margins of exactly 0.
     """
     blocks = tl.cdiv(tokens, BLOCK_S)
     block, run = _place(tl.program_id(0), blocks, runs, GROUP)
@@ -148,11 +156,6 @@ def forward_kernel(
     total_x = tl.zeros((BLOCK_S,), dtype=tl.float32)
     total_squared = tl.zeros((BLOCK_S,), dtype=tl.float32)
     target_logit = tl.zeros((BLOCK_S,), dtype=tl.float32)
-    if STORE_WEIGHTS:
-        base = tl.load(reference + rows)
-        anchor = base
-    else:
-        anchor = peak
     first = run * tiles_per_run
     last = tl.minimum(first + tiles_per_run, tl.cdiv(vocabulary, BLOCK_V))
     for index in range(first, last):
@@ -169,51 +172,43 @@ def forward_kernel(
         is_target = columns[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), 1)
         highest = tl.max(logits, 1)
-        peak = tl.maximum(peak, highest)
-        if STORE_WEIGHTS:
-            shift = tl.maximum(tl.ceil(highest - base) - LIMIT, 0.0)
-            local = base + shift
-            new_anchor = tl.maximum(anchor, local)
-        else:
-            local = peak
-            new_anchor = peak
-        x = logits - local[:, None]
-        e = tl.exp2(x)
-        tile_total = tl.sum(e, 1)
-        rise = anchor - new_anchor
-        drop = local - new_anchor
+        new_peak = tl.maximum(peak, highest)
+        rise = peak - new_peak
         shrink = tl.exp2(rise)
-        gain = tl.exp2(drop)
+        peak = new_peak
+        x = logits - peak[:, None]
+        e = tl.exp2(x)
         if ENTROPY:  # the limit of x exp(x) is 0, at masked columns and at logits of -inf
-            tile_x = tl.sum(tl.where(e > 0.0, x * e, 0.0), 1)
-            total_x = shrink * (total_x + rise * total) + gain * (tile_x + drop * tile_total)
-        total = shrink * total + gain * tile_total
+            total_x = shrink * (total_x + rise * total) + tl.sum(tl.where(e > 0.0, x * e, 0.0), 1)
+        total = shrink * total + tl.sum(e, 1)
         if SUM_P2:
-            total_squared = shrink * shrink * total_squared + gain * gain * tl.sum(e * e, 1)
-        anchor = new_anchor
+            total_squared = shrink * shrink * total_squared + tl.sum(e * e, 1)
         if STORE_WEIGHTS:  # noqa: SIM102 - known when compiling; the next is not
             if index < stored_tiles:
+                base = tl.load(reference + rows)
+                shift = _shift(highest, base, LIMIT)
+                weights = tl.exp2(logits - (base + shift)[:, None]) * slope
                 place = tile + rows.to(tl.int64)[:, None] * tile_row + columns[None, :]
-                others = tl.where(is_target, 0.0, e * slope).to(tile.dtype.element_ty)
+                others = tl.where(is_target, 0.0, weights).to(tile.dtype.element_ty)
                 tl.store(place, others, mask=is_token[:, None])
                 tl.store(shifts + index * tokens + rows, shift, mask=is_token)
 
     plane = runs.to(tl.int64) * tokens
     out = partials + run.to(tl.int64) * tokens + rows
-    tl.store(out, anchor, mask=is_token)
+    tl.store(out, peak, mask=is_token)
     tl.store(out + plane, total, mask=is_token)
     tl.store(out + 2 * plane, target_logit, mask=is_token)
-    tl.store(out + 3 * plane, peak, mask=is_token)
     if ENTROPY:
-        tl.store(out + 4 * plane, total_x, mask=is_token)
+        tl.store(out + 3 * plane, total_x, mask=is_token)
     if SUM_P2:
-        tl.store(out + 5 * plane, total_squared, mask=is_token)
+        tl.store(out + 4 * plane, total_squared, mask=is_token)
 
 
 @triton.jit(do_not_specialize=["tokens", "runs"])
 def combine_kernel(
-    partials, out, tokens, runs, ln2,
-    ENTROPY: tl.constexpr, SUM_P2: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_RUNS: tl.constexpr,
+    partials, reference, out, tokens, runs, ln2,
+    STORE_WEIGHTS: tl.constexpr, LIMIT: tl.constexpr, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
     """Fold the runs of each token: out [8, S], see `triton_logps.Statistics`; BLOCK_RUNS >= runs."""
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -222,37 +217,42 @@ def combine_kernel(
     inside = (run < runs)[:, None] & is_token[None, :]
     plane = runs.to(tl.int64) * tokens
     here = partials + run.to(tl.int64)[:, None] * tokens + rows[None, :]
-    anchors = tl.load(here, mask=inside, other=_LOWEST)
+    peaks = tl.load(here, mask=inside, other=_LOWEST)
     totals = tl.load(here + plane, mask=inside, other=0.0)
-    anchor = tl.max(anchors, 0)
-    drop = anchors - anchor[None, :]
+    peak = tl.max(peaks, 0)
+    drop = peaks - peak[None, :]
     shrink = tl.exp2(drop)
     total = tl.sum(totals * shrink, 0)
     target = tl.sum(tl.load(here + 2 * plane, mask=inside, other=0.0), 0)
-    peak = tl.max(tl.load(here + 3 * plane, mask=inside, other=_LOWEST), 0)
     log_total = tl.log2(total)
+    anchor = peak
+    anchored_total = total
+    if STORE_WEIGHTS:
+        base = tl.load(reference + rows, mask=is_token, other=0.0)
+        anchor = base + _shift(peak, base, LIMIT)
+        anchored_total = total * tl.exp2(peak - anchor)
     plane_out = tokens.to(tl.int64)
     place = out + rows
-    # The anchor and the sum are subtracted one by one: their sum would round away digits of a log-prob near 0.
-    tl.store(place, ((target - anchor) - log_total) * ln2, mask=is_token)
-    tl.store(place + plane_out, (anchor + log_total) * ln2, mask=is_token)
+    # The peak and the sum are subtracted one by one: their sum would round away digits of a log-prob near 0.
+    tl.store(place, ((target - peak) - log_total) * ln2, mask=is_token)
+    tl.store(place + plane_out, (peak + log_total) * ln2, mask=is_token)
     tl.store(place + 2 * plane_out, target * ln2, mask=is_token)
     tl.store(place + 3 * plane_out, peak * ln2, mask=is_token)
     tl.store(place + 4 * plane_out, anchor, mask=is_token)
-    tl.store(place + 5 * plane_out, total, mask=is_token)
+    tl.store(place + 5 * plane_out, anchored_total, mask=is_token)
     if ENTROPY:
-        total_x = tl.load(here + 4 * plane, mask=inside, other=0.0)
+        total_x = tl.load(here + 3 * plane, mask=inside, other=0.0)
         total_x = tl.sum(shrink * (total_x + drop * totals), 0)
         tl.store(place + 6 * plane_out, (log_total - total_x / total) * ln2, mask=is_token)
     if SUM_P2:
-        squared = tl.load(here + 5 * plane, mask=inside, other=0.0)
+        squared = tl.load(here + 4 * plane, mask=inside, other=0.0)
         squared = tl.sum(shrink * shrink * squared, 0)
         tl.store(place + 7 * plane_out, (tl.log2(squared) - 2.0 * log_total) * ln2, mask=is_token)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def rescale_kernel(tile, shifts, reference, anchor, tokens, tile_row, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Multiply each vocabulary tile's weights by 2^(its shift - the token's largest); nearly always by 1: no work."""
+    """Bring each vocabulary tile's weights from their anchor to the token's: times a power of two, nearly always 1."""
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     index = tl.program_id(1)
     is_token = rows < tokens

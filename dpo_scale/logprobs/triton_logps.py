@@ -27,7 +27,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,9 +45,10 @@ LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 # tile is 24576 columns wide and those sums are 3% of the product's time.
 MEMORY_BYTES = 512 * 2**20
 LEAST_TILE_BYTES = 64 * 2**20
-# A program walks over at most this many vocabulary tiles: enough to make its few stored statistics negligible, few
-# enough that the last programs to finish do not keep the device waiting. MOST_RUNS bounds what is combined.
-MOST_TILES_PER_RUN, MOST_RUNS = 8, 128
+# The vocabulary is cut into at most so many runs: enough programs to fill a GPU with the tokens of one pair, and few
+# statistics to store and combine, 1.5 KB a token. A function of V alone: a token's numbers do not depend on how many
+# others there are.
+MOST_RUNS = 128
 # Hidden states of the token blocks that run together: a third of the smallest L2 of the GPUs below.
 GROUP_BYTES = 12 * 2**20
 
@@ -76,7 +76,11 @@ def triton_token_logps(
 
 @dataclass(frozen=True)
 class Statistics:
-    """The rows of `combine_kernel`'s result, fp32 [S] each; anchor and total in units of log 2."""
+    """The rows of `combine_kernel`'s result, fp32 [S] each.
+
+    total is the sum of exp2(l - anchor) over logits and an anchor in units of log 2: that of stored weights if there
+    are any, otherwise the peak.
+    """
 
     logps: Tensor
     logsumexp: Tensor
@@ -115,7 +119,6 @@ class TritonHead:
             capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
             blocks = default_blocks(capability, hidden.dtype)
         self.blocks = blocks
-        self.processors = _processors(device)
         self.width = hidden.shape[1]
         group = GROUP_BYTES // (blocks.tokens * max(1, self.width) * hidden.element_size())
         self._meta = {
@@ -153,10 +156,9 @@ class TritonHead:
         options = {"ENTROPY": "entropy" in by_products, "SUM_P2": "log_sum_p2" in by_products}
         flags = {name: self._meta[name] for name in ("HAS_BIAS", "SOFTCAP")}
         blocks, tiles = _ceil(tokens, self.blocks.tokens), _ceil(vocabulary, self.blocks.vocabulary)
-        tiles_per_run = min(MOST_TILES_PER_RUN, max(1, blocks * tiles // (4 * self.processors)))
-        tiles_per_run = max(tiles_per_run, _ceil(tiles, MOST_RUNS))
+        tiles_per_run = _ceil(tiles, MOST_RUNS)
         runs = _ceil(tiles, tiles_per_run)
-        partials = hidden.new_empty((6, runs, tokens), dtype=torch.float32)
+        partials = hidden.new_empty((3 + 2 * bool(by_products), runs, tokens), dtype=torch.float32)
         out = hidden.new_empty((8, tokens), dtype=torch.float32)
         found = Statistics(*out)
         if tokens == 0:
@@ -170,6 +172,7 @@ class TritonHead:
         # bf16 has the range of fp32: weights and their sums stay far inside. fp16 ends at 2^16 and loses digits below
         # 2^-14: there the target is put at 2^14, so that what is 2^-28 as likely keeps its digits.
         headroom, limit = (14, 15) if hidden.dtype == torch.float16 else (0, 48)
+        storing = {"STORE_WEIGHTS": tile is not None, "LIMIT": limit}
         with _on(hidden.device):
             if tile is not None:
                 kernels.reference_kernel[(tokens,)](
@@ -178,12 +181,12 @@ class TritonHead:
             kernels.forward_kernel[(blocks * runs,)](
                 *operands, reference, partials, target_tile, shifts,
                 tokens, vocabulary, self.width, runs, tiles_per_run, stored, target_tile.stride(0), *layout,
-                STORE_WEIGHTS=tile is not None, LIMIT=limit,
-                **options, **self._meta,
+                **storing, **options, **self._meta,
             )  # fmt: skip
             kernels.combine_kernel[(_ceil(tokens, 16),)](
-                partials, out, tokens, runs, LN2, BLOCK_S=16, BLOCK_RUNS=triton.next_power_of_2(runs), **options
-            )
+                partials, reference, out, tokens, runs, LN2,
+                BLOCK_S=16, BLOCK_RUNS=triton.next_power_of_2(runs), **storing, **options,
+            )  # fmt: skip
             if tile is not None:
                 kernels.rescale_kernel[(_ceil(tokens, 32), stored)](
                     tile, shifts, reference, found.anchor, tokens, tile.stride(0),
@@ -409,11 +412,6 @@ def product_in_place(left: Tensor, right: Tensor, out: Tensor) -> None:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _ceil(total: int, size: int) -> int:
