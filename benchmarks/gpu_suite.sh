@@ -131,7 +131,7 @@ if $dry_run; then
     step=(--layers 1 --completion-tokens 8)
 else
     part "tests on $device" 300 "${pytest[@]}" "${tests[@]}"
-    part "log-probs" 720 "$PYTHON" benchmarks/logprobs.py --device "$device" --minutes 10 --case-seconds 4 \
+    part "log-probs" 540 "$PYTHON" benchmarks/logprobs.py --device "$device" --minutes 8 --case-seconds 4 \
         --shapes Llama-3-8B Qwen2.5-7B Gemma-2-2B SmolLM2-135M "${output[@]+"${output[@]}"}"
     step=(--pairs 4 --completion-tokens 512)
 fi

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, circumstances, cores, folder_name, processor, write_results
+from throughput_arms import SHAPES
 from throughput_report import plot, sweep_table, table
 
 DEMO_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "dpo_en_demo.json"
@@ -65,7 +66,11 @@ SHOWN = (
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--model", default="builtin:smollm2-135m-instruct", help="builtin: name, folder or hub id")
+    parser.add_argument(
+        "--model",
+        default="builtin:smollm2-135m-instruct",
+        help=f"builtin: name, folder, hub id, or random weights: shape:{' or shape:'.join(SHAPES)}",
+    )
     parser.add_argument("--data", default=str(DEMO_DATA) if DEMO_DATA.exists() else "builtin:plain_sentence_train")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of generated data")
     parser.add_argument("--tokens-per-pair", type=int, default=600, help="of generated data, on average")
@@ -162,11 +167,12 @@ def common_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def sweep(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One quantity at a time changed from a base case, layout `shared_prefix`, stored reference."""
     base = common_job(arguments, folder) | {"layout": "shared_prefix", "reference": "store", "vocabulary": None}
-    tiny = {"model": "tiny", "dtype": "float32", "global_batch_size": 32, "tokens_per_pair": 60}
+    shape = {"model": "shape:smollm2-135m"}
+    tiny = {"model": "shape:tiny", "dtype": "float32", "global_batch_size": 32, "tokens_per_pair": 60}
     cases: list[tuple[str, list[dict[str, Any]]]] = [
         ("tokens a pair", [{"tokens_per_pair": n} for n in (150, 300, 600)]),
         ("pairs a step", [{"global_batch_size": n} for n in (4, 8, 16)]),
-        ("vocabulary", [{"vocabulary": n} for n in (49152, 98304, 151936)]),
+        ("vocabulary", [{**shape, "vocabulary": n} for n in (49152, 98304, 151936)]),
         ("ranks", [{"ranks": n} for n in (1, 2)]),
         ("pairs of data, tiny model", [{**tiny, "steps": n // 32} for n in (640, 6400)]),
     ]

@@ -24,6 +24,25 @@ from dpo_scale.trainer import train
 # one token each in most vocabularies
 WORDS = "the of and to in is that for it was on are as with they at be this from have or by one had not".split()
 
+# random weights of these shapes; no network is needed to make them
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "kind": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 256,
+    },
+    "smollm2-135m": {
+        "kind": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "kind": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "qwen2.5-3b": {
+        "kind": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SHOWN = ("mfu", "padding_fraction", "rank_idle")
 
@@ -54,8 +73,8 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Make rows (and a model, where a shape is asked for) if they are to be made; fill the store; save both for TRL."""
     folder = Path(job["folder"])
     wanted = job["global_batch_size"] * (job["steps"] + 1)
-    if job["model"] == "tiny" or job.get("vocabulary"):
-        job["model"] = str(random_model(folder / "model", tiny=job["model"] == "tiny", vocabulary=job["vocabulary"]))
+    if (shape := job["model"].removeprefix("shape:")) != job["model"]:
+        job["model"] = str(random_model(folder / "model", shape, job.get("vocabulary")))
     rows = job["data"].get("path") or generated_rows(
         folder / "rows.jsonl", wanted, ratio=job["data"]["ratio"], tokens=job["tokens_per_pair"]
     )
@@ -104,20 +123,23 @@ def generated_rows(path: Path, count: int, *, ratio: float, tokens: int) -> str:
     return str(path)
 
 
-def random_model(folder: Path, *, tiny: bool, vocabulary: int | None) -> Path:
-    """A model of SmolLM2-135M's shape, or a tiny one, with random weights and SmolLM2's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def random_model(folder: Path, shape: str, vocabulary: int | None) -> Path:
+    """A model of one of `SHAPES` with random weights, and a tokenizer whose words are those of generated rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-    source = resolve_model_path("builtin:smollm2-135m-instruct")
-    shape = AutoConfig.from_pretrained(source)
-    if vocabulary:
-        shape.vocab_size = vocabulary
-    if tiny:
-        shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers = 32, 64, 2
-        shape.num_attention_heads = shape.num_key_value_heads = 2
-        shape.head_dim = 16
-    AutoModelForCausalLM.from_config(shape).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    words = ["<unk>", "<end>", "no", *WORDS]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+    settings = dict(SHAPES[shape])
+    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[str(settings.pop("kind"))]
+    settings |= {"vocab_size": vocabulary} if vocabulary else {}
+    config = config_class(**settings, max_position_embeddings=8192, eos_token_id=1, pad_token_id=1, bos_token_id=None)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 
