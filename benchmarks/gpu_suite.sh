@@ -142,6 +142,18 @@ else
         "${output[@]+"${output[@]}"}"
 fi
 
+if [[ " ${without[*]-} " =~ " transformers " || " ${without[*]-} " =~ " deepspeed " || " ${without[*]-} " =~ " datasets " ]]; then
+    stage "throughput of training: left out, transformers, deepspeed or datasets is not installed"
+elif $dry_run; then
+    part "throughput of training" 180 "$PYTHON" benchmarks/throughput.py --device "$device" --quick --dtype float32 \
+        --model shape:tiny --data generated --ratios 1 --layouts shared_prefix --references store "${output[@]}"
+else
+    part "throughput of training" 300 "$PYTHON" benchmarks/throughput.py --device "$device" --repeats 1 \
+        --model shape:llama-3.2-1b --data generated --ratios 0.4 2 --tokens-per-pair 2000 --max-length 4096 \
+        --max-tokens 16384 --global-batch-size 32 --layouts packed shared_prefix --references store \
+        --trl-batch-sizes 4 "${output[@]+"${output[@]}"}"
+fi
+
 stage "done"
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}"

@@ -30,7 +30,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, circumstances, cores, folder_name, processor, write_results
+import torch
+from common import RESULTS, circumstances, cores, folder_name, matmul_flops_per_second, processor, write_results
 from throughput_arms import SHAPES
 from throughput_report import plot, sweep_table, table
 
@@ -46,6 +47,10 @@ def main() -> None:
     device = accelerator_name() if arguments.device == "cuda" else processor()
     report = circumstances(device, "torch", "transformers", "deepspeed", "trl")
     report |= {name: getattr(arguments, name) for name in SHOWN}
+    arguments.peak_tflops = None
+    if arguments.device == "cpu":  # no data sheet states it, so it is measured
+        flops = matmul_flops_per_second("cpu", getattr(torch, arguments.dtype), 3.0)
+        arguments.peak_tflops = report["peak_tflops"] = flops / 1e12 / arguments.ranks
     with tempfile.TemporaryDirectory() as folder:
         if arguments.sweep:
             report["sweep"] = sweep(arguments, Path(folder))
@@ -58,7 +63,7 @@ def main() -> None:
 
 
 SHOWN = (
-    "device", "model", "dtype", "gradient_checkpointing", "global_batch_size", "steps", "repeats", "max_length",
+    "model", "dtype", "gradient_checkpointing", "global_batch_size", "steps", "repeats", "max_length",
     "max_tokens", "ranks",
 )  # fmt: skip
 
@@ -66,10 +71,11 @@ SHOWN = (
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    shapes = ", ".join(f"shape:{name}" for name in SHAPES)
     parser.add_argument(
         "--model",
         default="builtin:smollm2-135m-instruct",
-        help=f"builtin: name, folder, hub id, or random weights: shape:{' or shape:'.join(SHAPES)}",
+        help=f"builtin: name, folder, hub id, or for generated data random weights: {shapes}",
     )
     parser.add_argument("--data", default=str(DEMO_DATA) if DEMO_DATA.exists() else "builtin:plain_sentence_train")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of generated data")
@@ -96,8 +102,6 @@ def parse() -> argparse.Namespace:
 
 
 def accelerator_name() -> str:
-    import torch
-
     if not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is none")
     return torch.cuda.get_device_name()
@@ -114,7 +118,7 @@ def compare(arguments: argparse.Namespace, data: dict[str, Any], folder: Path) -
     """All arms on one data set."""
     common = common_job(arguments, folder) | {"data": data}
     prepared = in_processes({**common, "work": "prepare", "folder": str(folder / str(len(list(folder.iterdir()))))})
-    common |= {"folder": prepared["folder"], "data": {**data, "path": prepared["rows"]}}
+    common |= {"folder": prepared["folder"], "model": prepared["model"], "data": {**data, "path": prepared["rows"]}}
     arms = [
         {"work": "dpo_scale", "layout": layout, "reference": reference}
         for layout in arguments.layouts
@@ -159,7 +163,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 def common_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = (
         "device", "model", "dtype", "gradient_checkpointing", "global_batch_size", "steps", "max_length", "max_tokens",
-        "ranks", "tokens_per_pair",
+        "ranks", "tokens_per_pair", "peak_tflops",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names} | {"folder": str(folder)}
 

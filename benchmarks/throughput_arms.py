@@ -15,10 +15,10 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config, load_config
 from dpo_scale.data.dataset import load_pairs
+from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_tokenizers
 from dpo_scale.reference.modes import fill_for, open_book
-from dpo_scale.tracking import METRICS_FILE, read_metrics
 from dpo_scale.trainer import train
 
 # one token each in most vocabularies
@@ -64,7 +64,8 @@ def config_of(job: dict[str, Any], *overrides: str) -> Config:
             f"data.cache_dir={job['folder']}/tokenized", f"reference.store={job['folder']}/store",
             f"deepspeed.stage={1 if on_cpu else 2}", "train.shuffle=false",
             f"train.global_batch_size={job['global_batch_size']}", f"train.max_steps={job['steps'] + 1}",
-            f"train.max_tokens_per_micro_batch={job['max_tokens']}", "checkpoint.save_at_end=false", *overrides,
+            f"train.max_tokens_per_micro_batch={job['max_tokens']}",
+            f"logging.peak_tflops={job['peak_tflops'] or 'null'}", "checkpoint.save_at_end=false", *overrides,
         ],
     )  # fmt: skip
 
