@@ -131,7 +131,7 @@ if $dry_run; then
     step=(--layers 1 --completion-tokens 8)
 else
     part "tests on $device" 300 "${pytest[@]}" "${tests[@]}"
-    part "log-probs" 720 "$PYTHON" benchmarks/logprobs.py --device "$device" --minutes 10 --case-seconds 4 \
+    part "log-probs" 540 "$PYTHON" benchmarks/logprobs.py --device "$device" --minutes 8 --case-seconds 4 \
         --shapes Llama-3-8B Qwen2.5-7B Gemma-2-2B SmolLM2-135M "${output[@]+"${output[@]}"}"
     step=(--pairs 4 --completion-tokens 512)
 fi
@@ -140,6 +140,18 @@ if [[ " ${without[*]-} " == *" transformers "* ]]; then
 else
     part "memory of a training step" 120 "$PYTHON" benchmarks/step_memory.py --device "$device" "${step[@]}" \
         "${output[@]+"${output[@]}"}"
+fi
+
+if [[ " ${without[*]-} " =~ " transformers " || " ${without[*]-} " =~ " deepspeed " || " ${without[*]-} " =~ " datasets " ]]; then
+    stage "throughput of training: left out, transformers, deepspeed or datasets is not installed"
+elif $dry_run; then
+    part "throughput of training" 180 "$PYTHON" benchmarks/throughput.py --device "$device" --quick --dtype float32 \
+        --model shape:tiny --data generated --ratios 1 --layouts shared_prefix --references store "${output[@]}"
+else
+    part "throughput of training" 300 "$PYTHON" benchmarks/throughput.py --device "$device" --repeats 1 \
+        --model shape:llama-3.2-1b --data generated --ratios 0.4 2 --tokens-per-pair 2000 --max-length 4096 \
+        --max-tokens 16384 --global-batch-size 32 --layouts packed shared_prefix --references store \
+        --trl-batch-sizes 4 "${output[@]+"${output[@]}"}"
 fi
 
 stage "done"

@@ -25,6 +25,7 @@ from logprob_case import BETA, Case, loss_of_sums
 from torch import Tensor
 
 from dpo_scale.logprobs import IMPLEMENTATIONS, token_logps
+from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 
 FORWARD, TRAIN, FROZEN = "forward", "forward_backward", "frozen_head"
 MODES = {FORWARD: 1, TRAIN: 3, FROZEN: 2}  # and the passes of 2NHV FLOPs that each can't do without
@@ -97,10 +98,6 @@ def _ours(implementation: str, case: Case, mode: str) -> Arm:
 
 
 def _pair_loss(case: Case, mode: str) -> Arm:
-    if find_spec("dpo_scale.logprobs.pair_loss") is None:
-        raise Absent("not in this version of dpo_scale")
-    from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
-
     if mode == FORWARD:
         raise Absent("loss and gradient come together; forward only is the token path's work")
     hidden, weight = _leaves(case, mode)

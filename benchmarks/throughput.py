@@ -30,7 +30,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, circumstances, cores, folder_name, processor, write_results
+import torch
+from common import RESULTS, circumstances, cores, folder_name, matmul_flops_per_second, processor, write_results
+from throughput_arms import SHAPES
 from throughput_report import plot, sweep_table, table
 
 DEMO_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "dpo_en_demo.json"
@@ -45,6 +47,10 @@ def main() -> None:
     device = accelerator_name() if arguments.device == "cuda" else processor()
     report = circumstances(device, "torch", "transformers", "deepspeed", "trl")
     report |= {name: getattr(arguments, name) for name in SHOWN}
+    arguments.peak_tflops = None
+    if arguments.device == "cpu":  # no data sheet states it, so it is measured
+        flops = matmul_flops_per_second("cpu", getattr(torch, arguments.dtype), 3.0)
+        arguments.peak_tflops = report["peak_tflops"] = flops / 1e12 / arguments.ranks
     with tempfile.TemporaryDirectory() as folder:
         if arguments.sweep:
             report["sweep"] = sweep(arguments, Path(folder))
@@ -57,7 +63,7 @@ def main() -> None:
 
 
 SHOWN = (
-    "device", "model", "dtype", "gradient_checkpointing", "global_batch_size", "steps", "repeats", "max_length",
+    "model", "dtype", "gradient_checkpointing", "global_batch_size", "steps", "repeats", "max_length",
     "max_tokens", "ranks",
 )  # fmt: skip
 
@@ -65,7 +71,12 @@ SHOWN = (
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--model", default="builtin:smollm2-135m-instruct", help="builtin: name, folder or hub id")
+    shapes = ", ".join(f"shape:{name}" for name in SHAPES)
+    parser.add_argument(
+        "--model",
+        default="builtin:smollm2-135m-instruct",
+        help=f"builtin: name, folder, hub id, or for generated data random weights: {shapes}",
+    )
     parser.add_argument("--data", default=str(DEMO_DATA) if DEMO_DATA.exists() else "builtin:plain_sentence_train")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of generated data")
     parser.add_argument("--tokens-per-pair", type=int, default=600, help="of generated data, on average")
@@ -91,8 +102,6 @@ def parse() -> argparse.Namespace:
 
 
 def accelerator_name() -> str:
-    import torch
-
     if not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is none")
     return torch.cuda.get_device_name()
@@ -109,7 +118,7 @@ def compare(arguments: argparse.Namespace, data: dict[str, Any], folder: Path) -
     """All arms on one data set."""
     common = common_job(arguments, folder) | {"data": data}
     prepared = in_processes({**common, "work": "prepare", "folder": str(folder / str(len(list(folder.iterdir()))))})
-    common |= {"folder": prepared["folder"], "data": {**data, "path": prepared["rows"]}}
+    common |= {"folder": prepared["folder"], "model": prepared["model"], "data": {**data, "path": prepared["rows"]}}
     arms = [
         {"work": "dpo_scale", "layout": layout, "reference": reference}
         for layout in arguments.layouts
@@ -154,7 +163,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 def common_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = (
         "device", "model", "dtype", "gradient_checkpointing", "global_batch_size", "steps", "max_length", "max_tokens",
-        "ranks", "tokens_per_pair",
+        "ranks", "tokens_per_pair", "peak_tflops",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names} | {"folder": str(folder)}
 
@@ -162,11 +171,12 @@ def common_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def sweep(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One quantity at a time changed from a base case, layout `shared_prefix`, stored reference."""
     base = common_job(arguments, folder) | {"layout": "shared_prefix", "reference": "store", "vocabulary": None}
-    tiny = {"model": "tiny", "dtype": "float32", "global_batch_size": 32, "tokens_per_pair": 60}
+    shape = {"model": "shape:smollm2-135m"}
+    tiny = {"model": "shape:tiny", "dtype": "float32", "global_batch_size": 32, "tokens_per_pair": 60}
     cases: list[tuple[str, list[dict[str, Any]]]] = [
         ("tokens a pair", [{"tokens_per_pair": n} for n in (150, 300, 600)]),
         ("pairs a step", [{"global_batch_size": n} for n in (4, 8, 16)]),
-        ("vocabulary", [{"vocabulary": n} for n in (49152, 98304, 151936)]),
+        ("vocabulary", [{**shape, "vocabulary": n} for n in (49152, 98304, 151936)]),
         ("ranks", [{"ranks": n} for n in (1, 2)]),
         ("pairs of data, tiny model", [{**tiny, "steps": n // 32} for n in (640, 6400)]),
     ]

@@ -15,15 +15,34 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config, load_config
 from dpo_scale.data.dataset import load_pairs
+from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_tokenizers
 from dpo_scale.reference.modes import fill_for, open_book
-from dpo_scale.tracking import METRICS_FILE, read_metrics
 from dpo_scale.trainer import train
 
 # one token each in most vocabularies
 WORDS = "the of and to in is that for it was on are as with they at be this from have or by one had not".split()
 
+# random weights of these shapes; no network is needed to make them
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "kind": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 256,
+    },
+    "smollm2-135m": {
+        "kind": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "kind": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "qwen2.5-3b": {
+        "kind": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SHOWN = ("mfu", "padding_fraction", "rank_idle")
 
@@ -45,7 +64,8 @@ def config_of(job: dict[str, Any], *overrides: str) -> Config:
             f"data.cache_dir={job['folder']}/tokenized", f"reference.store={job['folder']}/store",
             f"deepspeed.stage={1 if on_cpu else 2}", "train.shuffle=false",
             f"train.global_batch_size={job['global_batch_size']}", f"train.max_steps={job['steps'] + 1}",
-            f"train.max_tokens_per_micro_batch={job['max_tokens']}", "checkpoint.save_at_end=false", *overrides,
+            f"train.max_tokens_per_micro_batch={job['max_tokens']}",
+            f"logging.peak_tflops={job['peak_tflops'] or 'null'}", "checkpoint.save_at_end=false", *overrides,
         ],
     )  # fmt: skip
 
@@ -54,8 +74,8 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Make rows (and a model, where a shape is asked for) if they are to be made; fill the store; save both for TRL."""
     folder = Path(job["folder"])
     wanted = job["global_batch_size"] * (job["steps"] + 1)
-    if job["model"] == "tiny" or job.get("vocabulary"):
-        job["model"] = str(random_model(folder / "model", tiny=job["model"] == "tiny", vocabulary=job["vocabulary"]))
+    if (shape := job["model"].removeprefix("shape:")) != job["model"]:
+        job["model"] = str(random_model(folder / "model", shape, job.get("vocabulary")))
     rows = job["data"].get("path") or generated_rows(
         folder / "rows.jsonl", wanted, ratio=job["data"]["ratio"], tokens=job["tokens_per_pair"]
     )
@@ -104,20 +124,23 @@ def generated_rows(path: Path, count: int, *, ratio: float, tokens: int) -> str:
     return str(path)
 
 
-def random_model(folder: Path, *, tiny: bool, vocabulary: int | None) -> Path:
-    """A model of SmolLM2-135M's shape, or a tiny one, with random weights and SmolLM2's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def random_model(folder: Path, shape: str, vocabulary: int | None) -> Path:
+    """A model of one of `SHAPES` with random weights, and a tokenizer whose words are those of generated rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-    source = resolve_model_path("builtin:smollm2-135m-instruct")
-    shape = AutoConfig.from_pretrained(source)
-    if vocabulary:
-        shape.vocab_size = vocabulary
-    if tiny:
-        shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers = 32, 64, 2
-        shape.num_attention_heads = shape.num_key_value_heads = 2
-        shape.head_dim = 16
-    AutoModelForCausalLM.from_config(shape).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    words = ["<unk>", "<end>", "no", *WORDS]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+    settings = dict(SHAPES[shape])
+    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[str(settings.pop("kind"))]
+    settings |= {"vocab_size": vocabulary} if vocabulary else {}
+    config = config_class(**settings, max_position_embeddings=8192, eos_token_id=1, pad_token_id=1, bos_token_id=None)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -60,7 +60,7 @@ def table(report: dict[str, Any]) -> str:
         lines += markdown_table(head, rows)
         if best_of_trl(data_set, "live") is None and best_of_trl(data_set, "store") is None:
             lines += ["", "TRL: absent."]
-        lines += ["", shares(data_set)]
+        lines += ["", shares(data_set, report.get("peak_tflops"))]
     return "\n".join(lines) + "\n"
 
 
@@ -68,14 +68,15 @@ def ratio(arm: dict[str, Any], other: dict[str, Any] | None, what: str) -> str:
     return f"{arm[what] / other[what]:.2f}" if other is not None else ""
 
 
-def shares(data_set: dict[str, Any]) -> str:
+def shares(data_set: dict[str, Any], peak: float | None) -> str:
     """Where the fastest arm of dpo_scale spends its steps."""
     arm = max((a for a in data_set["arms"] if a["work"] != "trl"), key=lambda arm: arm["pairs_per_second"])
     spent = ", ".join(
         f"{name.removeprefix('time/')} {share:.2%}" for name, share in arm["extra"].items() if name.startswith("time/")
     )
     mfu = f"; model FLOP utilisation {arm['extra']['mfu']:.1%}" if "mfu" in arm["extra"] else ""
-    return f"Of a step of {describe(arm)}: {spent}{mfu}."
+    of = f" of {peak:.3g} TFLOP/s, the fastest matrix product here" if mfu and peak else ""
+    return f"Of a step of {describe(arm)}: {spent}{mfu}{of}."
 
 
 def sweep_table(report: dict[str, Any]) -> str:
