@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 import time
@@ -62,8 +63,11 @@ def run(main: Callable[[], int | None]) -> None:
         _say(error, rank)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: after a failure on one rank, the process group's destructor may wait for peers that are gone.
-    os._exit(code) if code else sys.exit(0)
+    # Not sys.exit. After a failure on one rank, the process group's destructor may wait for peers that are gone; and
+    # after success, threads of libraries that meet the end of the interpreter at times end the process by SIGABRT.
+    if code == 0:
+        atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _say(error: Exception, rank: int) -> None:

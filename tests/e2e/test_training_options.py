@@ -107,7 +107,7 @@ def test_throughput_and_padding_are_accounted(folder):
     for record in read_metrics(folder / "two epochs"):
         pairs = 6 if record["step"] % 3 == 0 else 8
         assert record["pairs_per_second"] == pytest.approx(pairs / record["step_seconds"])
-        assert 0 < record["padding_fraction"] < 1
+        assert record["padding_fraction"] == 0, "the layout that this model gets pads nothing"
         assert 1e8 < record["peak_memory_bytes"] < 1e10
     tokens = column(folder, "two epochs", "tokens")
     rates = [r["tokens_per_second"] * r["step_seconds"] for r in read_metrics(folder / "two epochs")]
