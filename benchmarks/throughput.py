@@ -38,7 +38,7 @@ from throughput_report import plot, sweep_table, table
 DEMO_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "dpo_en_demo.json"
 LAYOUTS = ("padded", "packed", "shared_prefix")
 RATIOS = (0.4, 1.0, 2.0, 6.0, 11.0)
-QUICK = {"global_batch_size": 4, "steps": 2, "repeats": 1}
+QUICK = {"global_batch_size": 4, "steps": 1, "repeats": 1}
 WORKER = Path(__file__).resolve().parent / "throughput_arms.py"
 
 
@@ -98,6 +98,11 @@ def parse() -> argparse.Namespace:
     if arguments.quick:
         for name, value in QUICK.items():
             setattr(arguments, name, value)
+    for size in arguments.trl_batch_sizes:
+        if arguments.global_batch_size % (size * arguments.ranks):
+            parser.error(
+                f"--global-batch-size {arguments.global_batch_size}: TRL can't make it of micro-batches of {size}"
+            )
     return arguments
 
 
@@ -178,7 +183,7 @@ def sweep(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         ("pairs a step", [{"global_batch_size": n} for n in (4, 8, 16)]),
         ("vocabulary", [{**shape, "vocabulary": n} for n in (49152, 98304, 151936)]),
         ("ranks", [{"ranks": n} for n in (1, 2)]),
-        ("pairs of data, tiny model", [{**tiny, "steps": n // 32} for n in (640, 6400)]),
+        ("steps of 32 pairs, tiny model", [{**tiny, "steps": n} for n in (20, 200)]),
     ]
     points = []
     for what, settings in cases:

@@ -202,12 +202,12 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     rows = load_from_disk(f"{job['folder']}/rows_for_trl")
     if not precomputed:
         rows = rows.remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
-    micro_batch = min(job["micro_batch_size"], job["global_batch_size"])
+    micro_batch = job["micro_batch_size"]
     settings = DPOConfig(
         output_dir=f"{job['place']}/trl",
         max_steps=job["steps"] + 1,
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=max(1, job["global_batch_size"] // (micro_batch * job["ranks"])),
+        gradient_accumulation_steps=job["global_batch_size"] // (micro_batch * job["ranks"]),
         gradient_checkpointing=job["gradient_checkpointing"],
         precompute_ref_log_probs=precomputed,
         max_length=job["max_length"],
