@@ -6,7 +6,9 @@ one copy there and one back per layer. Everything else that a layer shares with 
 stays where it is.
 
 Compiled are the layers one by one, not the model: they are alike, so one of them is compiled and all use it, in seconds
-instead of minutes, and for any number of rows and tokens.
+instead of minutes, and for any number of rows and tokens. A fused operation rounds its intermediate values as separate
+ones would. Otherwise equal weights would give unequal numbers with and without a gradient, because they are fused in
+other places: measured on SmolLM2-135M in bf16, rewards of 0.01 at the first step, where they must be 0.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dpo_scale.errors import ModelError
+
+MOST_GRAPHS = 64
 
 
 def enable_checkpointing(model: Any, *, offload: bool) -> None:
@@ -76,5 +80,9 @@ def compile_layers(model: torch.nn.Module, *, backend: str = "inductor") -> None
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(f"model.compile: {type(model).__name__} has no layers that can be compiled one by one")
+    # A graph is made for each kind of layer, with and without a gradient, for policy and reference: more than torch's
+    # limit of 8, beyond which it would run the rest uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    options = {"emulate_precision_casts": True} if backend == "inductor" else None
     for layer in layers:
-        layer.compile(dynamic=True, backend=backend)
+        layer.compile(dynamic=True, backend=backend, options=options)

@@ -21,7 +21,7 @@ Shapes: H query heads, K key heads, T tokens of the row, D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,12 +229,14 @@ def _has_window(module: nn.Module) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
+@cache
 def attention_functions() -> dict[str, Callable[..., tuple[Tensor, None]]]:
-    """The back ends by name."""
+    """The back ends by name. A compiled layer (`model.compile`) calls them as they are: a plan is another each time."""
     from dpo_scale.models.flash_attention import varlen_attention
     from dpo_scale.models.flex_attention import flex_attention
 
-    return {"blocks": blockwise_attention, "flex": flex_attention, "varlen": varlen_attention}
+    functions = {"blocks": blockwise_attention, "flex": flex_attention, "varlen": varlen_attention}
+    return {name: torch.compiler.disable(function) for name, function in functions.items()}
 
 
 def use_attention(model: nn.Module, backend: str) -> None:

@@ -23,6 +23,7 @@ FAMILIES = {  # runs that must agree, each with its first
         "shared0": ["data.layout=shared_prefix", "deepspeed.stage=0", "train.micro_batch_size=4"],
         "checkpointed2": ["data.layout=shared_prefix", "deepspeed.stage=2", "model.gradient_checkpointing=true"],
         "checkpointed3": ["data.layout=auto", STAGE_3, "model.gradient_checkpointing=true"],
+        "compiled2": ["data.layout=shared_prefix", "deepspeed.stage=2", "model.compile=true"],
         "filled_padded": ["data.layout=padded", "deepspeed.stage=2", "reference.mode=store"],
         # finds what another layout stored
         "served_shared": ["deepspeed.stage=2", "reference.mode=store", "reference.on_missing=error"],
@@ -31,13 +32,16 @@ FAMILIES = {  # runs that must agree, each with its first
         "adapter_padded": ["data.layout=padded", "deepspeed.stage=2", *LORA],
         "adapter_shared": ["data.layout=shared_prefix", "deepspeed.stage=2", *LORA],
         "adapter_shared3": ["data.layout=shared_prefix", STAGE_3, *LORA, "model.gradient_checkpointing=true"],
+        "adapter_compiled": [
+            "data.layout=packed", "deepspeed.stage=2", *LORA, "model.compile=true", "model.gradient_checkpointing=true",
+        ],
     },
     "gemma2": {
         "gemma_padded": ["data.layout=padded", "deepspeed.stage=2"],
         "gemma_shared": ["deepspeed.stage=2"],
         "gemma_packed3": ["data.layout=packed", STAGE_3],
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

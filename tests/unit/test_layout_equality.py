@@ -14,6 +14,7 @@ from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
 from dpo_scale.errors import ModelError
 from dpo_scale.models import attention, flash_attention
+from dpo_scale.models.activations import compile_layers
 from dpo_scale.models.attention import AttentionPlan, use_attention
 from dpo_scale.models.flex_attention import BLOCK, block_mask
 from dpo_scale.models.load import switch_off_dropout
@@ -277,3 +278,19 @@ def test_attention_with_terms_that_no_plan_knows_is_refused(mask, settings, mess
     q = torch.zeros(1, 1, 4, 16)
     with pytest.raises(ModelError, match=message):
         attention.attention_functions()[backend](torch.nn.Linear(1, 1), q, q, q, mask, attention_plan=plan, **settings)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_compiled_layers_agree_and_are_not_compiled_again_for_other_pairs(architecture):
+    models = [make_model(architecture), make_model(architecture)]
+    for model in models:
+        use_attention(model, "blocks")
+    torch._dynamo.reset()
+    compile_layers(models[1], backend="aot_eager")
+    plain, compiled = (PairScorer(model).train() for model in models)
+    graphs = []
+    for sizes in (SIZES[:3], SIZES, SIZES[1:2], SIZES[::-1]):
+        inputs = make_batch("shared_prefix", pairs_of(sizes), np.ones(len(sizes)), pad_token_id=5).scorer_inputs
+        assert close(compiled(**inputs), plain(**inputs))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[-1]
