@@ -1,13 +1,17 @@
 """A training step beside TRL's: pairs a second, tokens a second, memory. `python benchmarks/throughput.py`.
 
-Arms are dpo_scale with each layout, its reference live or stored, and TRL's `DPOTrainer` (whose head computes log-probs
-in chunks), its reference live or precomputed, at each of `--trl-batch-sizes`. Same weights, token ids, order of pairs,
-global batch, precision of the weights, gradient checkpointing and threads for all; each measurement is a process of
-its own, and arms take turns, `--repeats` times. A run is `--steps` + 1 optimizer steps, of which the first, a warm-up,
-is not counted. Between the ends of two steps everything counts: loading batches, the reference or fetching its values,
-forward, backward, optimizer, metrics. What is stored or precomputed was so before, for both (`benchmarks/precompute.py`
-measures that). dpo_scale trains with fp32 master weights and fp32 optimizer states; TRL, given bf16 weights, keeps all
-of it in bf16, which is its fastest and leanest way.
+Arms are dpo_scale with each layout, its reference live or stored, and with `model.compile` for `--compiled-layouts`;
+TRL's `DPOTrainer` (whose head computes log-probs in chunks), its reference live or precomputed, at each of
+`--trl-batch-sizes`. Same weights, token ids, order of pairs, global batch, precision of matrix products, gradient
+checkpointing and threads for all; each measurement is a process of its own, and arms take turns, `--repeats` times. A
+run is `--steps` + 1 optimizer steps, of which the first, a warm-up, is not counted. Between the ends of two steps
+everything counts: loading batches, the reference or fetching its values, forward, backward, optimizer, metrics. What is
+stored or precomputed was so before, for both (`benchmarks/precompute.py` measures that).
+
+In bfloat16 dpo_scale trains with fp32 master weights and fp32 optimizer states. TRL's arms (`--trl-kinds`) are `same`,
+all in bf16, optimizer states too, which is its leanest way, but small updates round to nothing in it; `compiled`, the
+same with its `torch_compile`; and `mixed`, fp32 weights under autocast, which keeps what dpo_scale keeps. Ratios are to
+the fastest of them.
 
 Tokens are those of the data: a pair's prompt once, its two completions once, no padding. Peak memory is a GPU's
 allocator's, or on a CPU the process's resident set, libraries included. Rows are those of `--data`; or, with
@@ -38,7 +42,9 @@ from throughput_report import plot, sweep_table, table
 DEMO_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "dpo_en_demo.json"
 LAYOUTS = ("padded", "packed", "shared_prefix")
 RATIOS = (0.4, 1.0, 2.0, 6.0, 11.0)
-QUICK = {"global_batch_size": 4, "steps": 1, "repeats": 1}
+QUICK = {
+    "global_batch_size": 4, "steps": 1, "repeats": 1, "compiled_layouts": [], "trl_kinds": ["same"],
+}  # fmt: skip
 WORKER = Path(__file__).resolve().parent / "throughput_arms.py"
 
 
@@ -90,6 +96,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=2048, help="of a micro-batch of dpo_scale")
     parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[2], help="pairs a micro-batch of TRL")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--compiled-layouts", nargs="*", default=["shared_prefix"], choices=LAYOUTS)
+    parser.add_argument(
+        "--trl-kinds",
+        nargs="+",
+        default=["same", "compiled", "mixed"],
+        choices=["same", "compiled", "mixed"],
+        help="see above",
+    )
     parser.add_argument("--references", nargs="+", default=["live", "store"], choices=["live", "store"])
     parser.add_argument("--quick", action="store_true", help="few pairs, once: a look, not a measurement")
     parser.add_argument("--sweep", action="store_true", help="dpo_scale alone, over sizes")
@@ -121,18 +135,22 @@ def data_sets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def compare(arguments: argparse.Namespace, data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All arms on one data set."""
-    common = common_job(arguments, folder) | {"data": data}
+    common = common_job(arguments, folder) | {"data": data, "compiled": bool(arguments.compiled_layouts)}
     prepared = in_processes({**common, "work": "prepare", "folder": str(folder / str(len(list(folder.iterdir()))))})
     common |= {"folder": prepared["folder"], "model": prepared["model"], "data": {**data, "path": prepared["rows"]}}
+    layouts = [(layout, False) for layout in arguments.layouts]
+    layouts += [(layout, True) for layout in arguments.compiled_layouts]
     arms = [
-        {"work": "dpo_scale", "layout": layout, "reference": reference}
-        for layout in arguments.layouts
+        {"work": "dpo_scale", "layout": layout, "compile": compiled, "reference": reference}
+        for layout, compiled in layouts
         for reference in arguments.references
     ]
     theirs = [
-        {"work": "trl", "reference": reference, "micro_batch_size": size}
+        {"work": "trl", "reference": reference, "kind": kind, "micro_batch_size": size}
+        for kind in arguments.trl_kinds
         for reference in arguments.references
         for size in arguments.trl_batch_sizes
+        if kind != "mixed" or arguments.dtype != "float32"
     ]
     if not prepared["trl"]:
         theirs = []
@@ -175,7 +193,10 @@ def common_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def sweep(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One quantity at a time changed from a base case, layout `shared_prefix`, stored reference."""
-    base = common_job(arguments, folder) | {"layout": "shared_prefix", "reference": "store", "vocabulary": None}
+    base = common_job(arguments, folder) | {
+        "layout": "shared_prefix", "reference": "store", "compile": False, "compiled": False, "vocabulary": None,
+    }  # fmt: skip
+
     shape = {"model": "shape:smollm2-135m"}
     tiny = {"model": "shape:tiny", "dtype": "float32", "global_batch_size": 32, "tokens_per_pair": 60}
     cases: list[tuple[str, list[dict[str, Any]]]] = [

@@ -89,6 +89,9 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     seen = data.select(np.arange(wanted))
     book = open_book(config)
     fill_for(config, book, [seen], tokenizer.pad_token_id)
+    if job["compiled"]:  # their values are their own
+        config = config_of(job, "model.compile=true")
+        fill_for(config, open_book(config), [seen], tokenizer.pad_token_id)
     has_trl = True
     try:
         import trl  # noqa: F401
@@ -151,6 +154,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         config_of(
             job,
             f"data.layout={job['layout']}",
+            f"model.compile={job['compile']}",
             f"reference.mode={job['reference']}",
             *(["reference.on_missing=error"] if stored else []),
             "logging.progress_bar=false",
@@ -179,7 +183,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     on_cpu = job["device"] == "cpu"
-    precomputed = job["reference"] == "store"
+    precomputed, mixed = job["reference"] == "store", job["kind"] == "mixed"
 
     class Prepared(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -212,8 +216,9 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         precompute_ref_log_probs=precomputed,
         max_length=job["max_length"],
         train_sampling_strategy="sequential",
-        bf16=False,  # the weights are in the precision asked for, as ours are; autocast on top of it only costs
+        bf16=mixed,  # with weights in bf16 autocast only costs
         fp16=False,
+        torch_compile=job["kind"] == "compiled",
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and job["ranks"] > 1 else None,
         learning_rate=1e-6,
@@ -223,7 +228,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     )
     ends = Ends()
     trainer = Prepared(
-        load_causal_lm(job["model"], dtype=job["dtype"]),
+        load_causal_lm(job["model"], dtype="float32" if mixed else job["dtype"]),
         args=settings,
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(resolve_model_path(job["model"])),

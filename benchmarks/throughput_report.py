@@ -11,8 +11,10 @@ from common import describe_circumstances, markdown_table
 def describe(arm: dict[str, Any]) -> str:
     if arm["work"] == "trl":
         reference = "live" if arm["reference"] == "live" else "precomputed"
-        return f"TRL, {reference} reference, {arm['micro_batch_size']} pairs a micro-batch"
-    return f"dpo_scale, {arm['layout']}, {'live' if arm['reference'] == 'live' else 'stored'} reference"
+        kind = {"same": "", "compiled": ", compiled", "mixed": ", fp32 weights and autocast"}[arm["kind"]]
+        return f"TRL, {reference} reference, {arm['micro_batch_size']} pairs a micro-batch{kind}"
+    compiled = ", compiled" if arm["compile"] else ""
+    return f"dpo_scale, {arm['layout']}{compiled}, {'live' if arm['reference'] == 'live' else 'stored'} reference"
 
 
 def best_of_trl(data_set: dict[str, Any], reference: str) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import yaml
 
@@ -50,6 +52,7 @@ def run(main: Callable[[], int | None]) -> None:
     From the start on the process listens for notices that it should end (`dpo_scale.preemption`); a run that stopped
     for one exits with `EXIT_PREEMPTED`.
     """
+    sys.stdout, sys.stderr = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)  # type: ignore
     preemption.watch()
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -68,6 +71,25 @@ def run(main: Callable[[], int | None]) -> None:
     if code == 0:
         atexit._run_exitfuncs()
     os._exit(code)
+
+
+class ForgivingStream:
+    """A console that can fail, as a log file on a full disk or a closed terminal does, without ending the run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _say(error: Exception, rank: int) -> None:

@@ -1,0 +1,46 @@
+"""What a command makes of its console."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tqdm import tqdm
+from dpo_scale import engine
+from dpo_scale.cli import run
+from dpo_scale.errors import ConfigError
+
+def main():
+    for _ in range(2000):
+        engine.log("a line" * 20)
+    print("warned", file=sys.stderr, flush=True)
+    Path(sys.argv[1]).write_text("got here")
+    if sys.argv[2] == "fails":
+        raise ConfigError("no")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])
+@pytest.mark.parametrize(("ends", "code"), [("well", 0), ("fails", 2)])
+def test_a_console_on_a_full_disk_ends_no_run(tmp_path, unbuffered, ends, code):
+    mark = tmp_path / "mark"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *unbuffered, "-c", PROGRAM, str(mark), ends]
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=120)
+    assert done.returncode == code
+    assert mark.read_text() == "got here"
+
+
+def test_what_is_said_arrives(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "mark"), "fails"], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.count("\n") == 2000
+    assert "warned" in done.stderr and "error: no" in done.stderr
+    assert Path(tmp_path / "mark").exists()
