@@ -193,8 +193,22 @@ def load_batch(
 
 
 @torch.no_grad()
-def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, pad_token_id: int) -> dict[str, float]:
-    """Mean metrics over all pairs of a dataset, `loss` among them, each pair counted once. Every rank must call it."""
+def evaluate(
+    policy: Any,
+    reference: Any,
+    dataset: PairDataset,
+    config: Config,
+    pad_token_id: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Mean metrics over all pairs of a dataset, `loss` among them, each pair counted once. Every rank must call it.
+
+    Args:
+        should_stop: asked in each micro-batch; when it is true on any rank, all of them break off together.
+
+    Returns:
+        The metrics; None if it was broken off.
+    """
     lengths = dataset.lengths
     pairs = np.arange(len(dataset))
     was_training = policy.module.training
@@ -206,6 +220,7 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
         load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
         for ranks in plan
     )
+    broken_off, stops = False, torch.zeros(1, device=engine.device())
     with Ahead(to_come, BATCHES_AHEAD) as batches:
         for k, (ranks, batch) in enumerate(zip(plan, batches, strict=True)):
             beat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
@@ -213,7 +228,14 @@ def evaluate(policy: Any, reference: Any, dataset: PairDataset, config: Config, 
             most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
             _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
             sums.add({"loss": losses, **metrics}, batch.weights)
+            # read one micro-batch later, when the device has the next one to work on
+            stops_before, stops = stops, engine.sum_over_ranks(torch.full_like(stops, should_stop()))
+            broken_off = stops_before.item() > 0
+            if broken_off:
+                break
     policy.train(was_training)
+    if broken_off:
+        return None
     means, _, _ = sums.reduce().read()
     return {**means, "pairs": float(len(dataset))}
 
@@ -254,4 +276,6 @@ def evaluate_model(config: Config) -> dict[str, float]:
     data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
     policy = load_scoring_model(config, policy_source(config))
     reference = load_reference(config) if config.loss.needs_reference else None
-    return evaluate(policy, reference, data, config, tokenizer.pad_token_id)
+    metrics = evaluate(policy, reference, data, config, tokenizer.pad_token_id)
+    assert metrics is not None
+    return metrics

@@ -29,7 +29,6 @@ from dpo_scale.checkpoint import (
     save_checkpoint,
 )
 from dpo_scale.config import CONFIG_FILE, Config
-from dpo_scale.config_reader import to_mapping
 from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
 from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
@@ -39,7 +38,7 @@ from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_l
 from dpo_scale.export import export_model
 from dpo_scale.finished import finished_step, mark_finished, unmark_finished
 from dpo_scale.flops import forward_flops
-from dpo_scale.identity import RATE_SETTINGS, Identity, check_identity, model_fingerprint, package_versions
+from dpo_scale.identity import Identity, check_identity
 from dpo_scale.metrics import MetricSums
 from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import (
@@ -47,16 +46,15 @@ from dpo_scale.models.load import (
     check_vocabulary,
     load_policy,
     load_tokenizers,
-    policy_source,
-    reference_source,
     settle_layout,
 )
 from dpo_scale.profiler import StepProfiler
 from dpo_scale.reference.columns import ColumnReference
-from dpo_scale.reference.modes import make_reference, source_fingerprint, stored_reference, verify_start
+from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
 from dpo_scale.run_folder import agree_on_run_dir
+from dpo_scale.run_identity import identity_of
 from dpo_scale.schedule import learning_rate
 from dpo_scale.steps import MicroStep, Planner, make_planner, micro_steps_of_run
 from dpo_scale.timing import StepTimer
@@ -99,7 +97,10 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     )
     schedule = make_schedule(config, data.train)
     total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
-    identity = identity_of(config, model_config, data.train)
+    stored: StoredReference | ColumnReference | None = None
+    if config.loss.needs_reference and config.reference.mode == "columns":
+        stored = ColumnReference(config.data, tokenizer, engine.log)
+    identity = identity_of(config, model_config, data.train, stored)
     if finished is not None and finished == total_steps:
         check_identity(found[0].path, found[0].identity, identity, config.checkpoint.allow_changes)
         engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
@@ -135,9 +136,6 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     )
     # before the policy is in memory: filling the store may take the reference's model
     seen = data.train.select(schedule.pairs_of_run(total_steps))
-    stored: StoredReference | ColumnReference | None = None
-    if config.loss.needs_reference and config.reference.mode == "columns":
-        stored = ColumnReference(config.data, tokenizer, engine.log)
     if config.loss.needs_reference and config.reference.mode == "store":
         stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
     policy = load_policy(config, max(len(plan.micro_steps) for plan in plans))
@@ -215,8 +213,8 @@ class Run:
 
 def run_steps(run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler) -> bool:
     """The loop. Advances `state` to the last step; False if that step's checkpoint was due and could not be saved."""
-    if run.config.train.eval_on_start and state.step == 0:
-        held_out_metrics(run, state, tracker)
+    if run.config.train.eval_on_start and state.step == 0 and held_out_metrics(run, state, tracker) is None:
+        save_and_stop(run, state, tracker, None)
     to_come = micro_steps_of_run(
         run.planner,
         run.schedule,
@@ -255,7 +253,10 @@ def step_by_step(
 
         improved, best_before = False, (state.best_metric, state.best_step)
         if state.evaluation_due:
-            improved = note_best(run.config, state, held_out_metrics(run, state, tracker))
+            metrics = held_out_metrics(run, state, tracker)
+            if metrics is None:
+                save_and_stop(run, state, tracker, moving)
+            improved = note_best(run.config, state, metrics)
             state.evaluation_due = False
         keep = run.config.checkpoint
         due = keep.save_steps is not None and state.step % keep.save_steps == 0
@@ -285,11 +286,12 @@ def save_and_stop(run: Run, state: TrainState, tracker: Tracker | None, moving: 
     """
     reasons = engine.gather_objects(preemption.reason_to_stop(run.config.train.max_hours))
     reason = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason is not None)
-    saved = save(run, state, tracker, moving)
+    # before the first step there is nothing that a fresh start would not make again
+    saved = state.step > 0 and save(run, state, tracker, moving)
     if engine.is_main():
         preemption.mark_preempted(run.run_dir, state.step if saved else None, reason)
     engine.barrier()
-    outcome = "saved" if saved else "which could not be saved"
+    outcome = "saved" if saved else "nothing to save" if state.step == 0 else "which could not be saved"
     raise preemption.Preempted(
         f"stopped after step {state.step} of {run.total_steps}, {outcome} ({reason}); --resume auto goes on"
     )
@@ -369,12 +371,19 @@ def train_step(
     }, bool(stops.any())
 
 
-def held_out_metrics(run: Run, state: TrainState, tracker: Tracker | None) -> dict[str, float]:
-    """Evaluate the held-out pairs and record the result."""
+def held_out_metrics(run: Run, state: TrainState, tracker: Tracker | None) -> dict[str, float] | None:
+    """Evaluate the held-out pairs and record the result; None if any rank was told that the run should stop."""
     beat(f"evaluation after step {state.step}")
     assert run.eval_data is not None
-    metrics = evaluate(run.policy, run.reference, run.eval_data, run.config, run.tokenizer.pad_token_id)
-    if tracker is not None:
+    metrics = evaluate(
+        run.policy,
+        run.reference,
+        run.eval_data,
+        run.config,
+        run.tokenizer.pad_token_id,
+        should_stop=lambda: preemption.reason_to_stop(run.config.train.max_hours) is not None,
+    )
+    if tracker is not None and metrics is not None:
         tracker.evaluation(state.step, metrics)
     return metrics
 
@@ -430,40 +439,3 @@ def make_schedule(config: Config, data: PairDataset) -> Schedule:
             f"{settings.global_batch_size}, so every step would be dropped"
         )
     return Schedule(len(data), settings.global_batch_size, settings.seed, settings.shuffle, settings.drop_last)
-
-
-def identity_of(config: Config, model_config: Any, data: PairDataset) -> Identity:
-    """What a checkpoint of this run will say it is of."""
-    tree = to_mapping(config)
-    order = ("global_batch_size", "seed", "shuffle", "drop_last")
-    optimizer = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
-    rate = tuple(name.removeprefix("train.") for name in RATE_SETTINGS)
-    moving = {name: tree["reference"][name] for name in ("sync_steps", "sync_mixup")}
-    adapters = {name: tree["lora"][name] for name in ("r", "alpha", "target_modules", "adapter", "dropout")}
-    settings = {
-        "model.path": config.model.path,
-        "model.dtype": config.model.dtype,
-        "reference.model": config.reference.model,
-        "reference.adapter": config.reference.adapter,
-        **{f"reference.{name}": value for name, value in moving.items() if config.reference.sync_steps},
-        **{f"lora.{name}": value for name, value in adapters.items() if config.lora.enabled},
-        **{f"loss.{name}": value for name, value in tree["loss"].items()},
-        **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
-    }
-    # weights that a checkpoint does not hold, and that must still be the same ones behind their path
-    if config.lora.enabled:
-        settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))
-    has_weights = config.loss.needs_reference and config.reference.mode != "columns"
-    if has_weights and config.reference.sync_steps is None:
-        named = "model.path" if config.reference.model is None else "reference.model"
-        settings[f"the reference's weights ({named})"] = source_fingerprint(config, reference_source(config))
-    assert config.deepspeed.stage is not None
-    return Identity(
-        model_fingerprint(model_config),
-        data.fingerprint,
-        settings,
-        {f"train.{name}": tree["train"][name] for name in ("num_train_epochs", "max_steps")},
-        engine.world_size(),
-        config.deepspeed.stage,
-        package_versions(),
-    )

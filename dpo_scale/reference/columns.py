@@ -6,6 +6,7 @@ read at the start of a run, kept by pair key (24 bytes a pair), and checked on u
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -53,12 +54,21 @@ class ColumnReference:
                 "one value of each is used"
             )
 
+    def fingerprint(self, dataset: PairDataset) -> str:
+        """Hash of the values of a dataset's pairs, in order."""
+        values = self._values(dataset, np.arange(len(dataset)))
+        return hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()
+
     def logps(self, dataset: PairDataset, indices: np.ndarray, settings: LossSettings) -> torch.Tensor:
         """Summed reference log-probs of pairs, fp32 [P, 2]."""
         assert settings.ld_alpha is None, "the config refuses it: columns hold sums, not tokens"
+        return torch.from_numpy(self._values(dataset, indices))
+
+    def _values(self, dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
+        """fp32 [P, 2]."""
         keys = as_keys(dataset.pair_keys[indices])
         found = contains(self._rows.keys, keys)
         if not found.all():
             row = int(np.asarray(indices)[~found][0])
             raise DataError(f"{dataset.describe(row)}: its file changed since the run began")
-        return torch.from_numpy(self._rows.sums[first_not_below(self._rows.keys, keys, 0, len(self._rows))])
+        return self._rows.sums[first_not_below(self._rows.keys, keys, 0, len(self._rows))]

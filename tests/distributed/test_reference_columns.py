@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from plain_dpo import read_pairs, score
-from tiny import read_metrics, run_jobs, run_overrides, write_rows
+from tiny import read_metrics, run_jobs, run_overrides, without_timings, write_rows
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+UNTIL_STEP_2 = ["train.max_steps=2", "checkpoint.save_at_end=true"]
 
 
 def write_with_columns(path, source, model):
@@ -34,17 +37,26 @@ def folder(tmp_path_factory):
     del lacking[6]["ref_rejected_logps"]
     write_rows(folder / "lacking.jsonl", lacking)
     columns = ["reference.mode=columns", f"data.eval={folder / 'heldout_columns.jsonl'}"]
+    saved = str(folder / "cut/checkpoints/step-2")
     jobs = [
-        ("live", [], False),
-        ("columns", [*columns, f"data.train={folder / 'train_columns.jsonl'}"], False),
-        ("other_model", [*columns, f"data.train={folder / 'other_model.jsonl'}"], True),
-        ("lacking", [*columns, f"data.train={folder / 'lacking.jsonl'}"], True),
+        ("live", [], False, None),
+        ("columns", [*columns, f"data.train={folder / 'train_columns.jsonl'}"], False, None),
+        ("other_model", [*columns, f"data.train={folder / 'other_model.jsonl'}"], True, None),
+        ("lacking", [*columns, f"data.train={folder / 'lacking.jsonl'}"], True, None),
+        ("cut", [*columns, f"data.train={folder / 'train_columns.jsonl'}", *UNTIL_STEP_2], False, None),
+        # the same pairs with other values; nothing is computed again on a resume
+        ("cut", [*columns, f"data.train={folder / 'other_model.jsonl'}"], True, saved),
+        ("cut", [*columns, f"data.train={folder / 'train_columns.jsonl'}"], False, saved),
     ]
     messages = run_jobs(
         folder,
         [
-            {"overrides": [*common, *extra, f"output_dir={folder / name}"], "refused": refused}
-            for name, extra, refused in jobs
+            {
+                "overrides": [*common, *extra, f"output_dir={folder / name}"],
+                "refused": refused,
+                "resume": resume,
+            }
+            for name, extra, refused, resume in jobs
         ],
     )
     (folder / "messages.json").write_text(json.dumps(messages))
@@ -68,3 +80,10 @@ def test_values_of_another_model_stop_the_run(folder):
 def test_a_row_without_its_value_is_named(folder):
     message = json.loads((folder / "messages.json").read_text())[3]
     assert "lacking.jsonl row 7: ref_rejected_logps = 'None'" in message
+
+
+def test_a_resumed_run_takes_the_values_that_it_began_with(folder):
+    message = json.loads((folder / "messages.json").read_text())[5]
+    assert "saved with other settings: the reference's log-probs (columns of data.train) was" in message
+    ours, theirs = (without_timings(read_metrics(folder / name)) for name in ("cut", "columns"))
+    assert ours == theirs

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.hooks import BadNumbers, DiskFull, HangAtStep, KillInSave
+from faults.hooks import BadNumbers, DiskFull, HangAtStep, KillInSave, NoticeInEvaluation
 from faults.rig import (
     LAUNCHERS,
     RANKS,
@@ -33,7 +33,7 @@ from faults.rig import (
     uninterrupted,
     wait_for_step,
 )
-from tiny import ROOT
+from tiny import ROOT, read_metrics
 
 GRACE_SECONDS = 20  # what `rig.overrides` sets
 
@@ -140,6 +140,22 @@ def preemptions(folder: Path, rng: random.Random, count: int) -> Outcome:
             _end_at(folder, run_dir, mark["step"], whole)
 
         outcome.attempt(f"{number.name} to {launcher}'s {target}", one)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    for number, step in ((1, 0), (1, 4), (3, STEPS)):
+        run_dir = fresh(folder, "in-evaluation", rng)
+
+        def in_evaluation() -> None:
+            on_start = f"train.eval_on_start={str(step == 0).lower()}"
+            settings = overrides(folder, f"output_dir={run_dir}", on_start)
+            forks = Forks(folder, settings, NoticeInEvaluation(rng.randrange(RANKS), number))
+            assert forks.wait() == [75] * RANKS, forks.output()[-3000:]
+            assert json.loads((run_dir / "preempted.json").read_text())["step"] == (step or None)
+            assert step not in [line["step"] for line in read_metrics(run_dir, "eval")]
+            finish(folder, settings)
+            if step:
+                assert_same_run(run_dir, whole)
+
+        outcome.attempt(f"in the evaluation of step {step}", in_evaluation)
         shutil.rmtree(run_dir, ignore_errors=True)
     outcome.note = f"longest way out {longest:.1f} s"
     return outcome

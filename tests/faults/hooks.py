@@ -156,6 +156,35 @@ class HangAtStep:
 
 
 @dataclass(frozen=True)
+class NoticeInEvaluation:
+    """The rank is told to stop at the beginning of an evaluation.
+
+    Attributes:
+        number: of the evaluation, from 1.
+    """
+
+    rank: int
+    number: int
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        from dpo_scale import preemption, trainer
+
+        real, count = trainer.evaluate, 0
+
+        def evaluate(*arguments, **keywords):
+            nonlocal count
+            count += 1
+            if count == self.number:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert preemption.wait_for_notice(10)
+            return real(*arguments, **keywords)
+
+        trainer.evaluate = evaluate
+
+
+@dataclass(frozen=True)
 class BadNumbers:
     """What the loss becomes on `rank` at some steps.
 

@@ -26,7 +26,7 @@ from dpo_scale.config import load_config
 from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.identity import Identity, check_identity, model_fingerprint
 from dpo_scale.models.load import load_model_config
-from dpo_scale.trainer import identity_of
+from dpo_scale.run_identity import identity_of
 
 IDENTITY = Identity(
     "model",

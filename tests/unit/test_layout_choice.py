@@ -130,3 +130,22 @@ def test_padded_runs_keep_the_models_own_attention():
     model, scorer, config = loaded("llama", "padded")
     check_layout(scorer, model, config)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_padding_alone_changes_is_allowed_to_a_layout_too():
+    model, scorer, config = loaded("llama")
+
+    class Rounding(Engine):
+        """Values that depend on the shape of the batch, as those of a deep model in bf16 do."""
+
+        def __call__(self, **inputs):
+            values = self.module(**inputs)
+            draw = torch.Generator().manual_seed(sum(inputs["input_ids"].shape))
+            return values + self.size * torch.randn(len(values), generator=draw)
+
+    coarse = Rounding(scorer.module)
+    coarse.size = 0.1
+    check_layout(coarse, model, config)
+    coarse.size = 1.0
+    with pytest.raises(ModelError, match="log-probs of separate sequences"):
+        check_layout(coarse, model, config)
