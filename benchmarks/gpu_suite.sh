@@ -151,7 +151,7 @@ else
     part "throughput of training" 300 "$PYTHON" benchmarks/throughput.py --device "$device" --repeats 1 \
         --model shape:llama-3.2-1b --data generated --ratios 0.4 2 --tokens-per-pair 2000 --max-length 4096 \
         --max-tokens 16384 --global-batch-size 32 --layouts packed shared_prefix --references store \
-        --trl-batch-sizes 4 "${output[@]+"${output[@]}"}"
+        --trl-batch-sizes 4 --trl-kinds same compiled "${output[@]+"${output[@]}"}"
 fi
 
 stage "done"

@@ -99,7 +99,6 @@ def _kill_once(folder: Path, run_dir: Path, settings: list[str], rng: random.Ran
 def preemptions(folder: Path, rng: random.Random, count: int) -> Outcome:
     """SIGTERM or SIGUSR1 at random moments to the runner, the launcher or a rank, under both launchers."""
     outcome = Outcome("SIGTERM or SIGUSR1 to runner, launcher or rank")
-    whole = uninterrupted(folder)
     cases = [
         (launcher, target, number)
         for number in (signal.SIGTERM, signal.SIGUSR1)
@@ -108,9 +107,50 @@ def preemptions(folder: Path, rng: random.Random, count: int) -> Outcome:
         if not (launcher == "torchrun" and target == "launcher")  # it is its own runner
     ]
     rng.shuffle(cases)
+    longest = _try_notices(folder, rng, outcome, [cases[k % len(cases)] for k in range(count)])
+    outcome.note = f"longest way out {longest:.1f} s"
+    return outcome
+
+
+def preempted_evaluations(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """SIGUSR1 in the middle of an evaluation: it is broken off, and the resumed run does it again."""
+    outcome = Outcome("SIGUSR1 to a rank in an evaluation")
+    whole = uninterrupted(folder)
+    for number, step in ((1, 4), (3, STEPS), (1, 0))[:count]:
+        run_dir = fresh(folder, "in-evaluation", rng)
+
+        def in_evaluation() -> None:
+            on_start = f"train.eval_on_start={str(step == 0).lower()}"
+            settings = overrides(folder, f"output_dir={run_dir}", on_start)
+            forks = Forks(folder, settings, NoticeInEvaluation(rng.randrange(RANKS), number))
+            assert forks.wait() == [75] * RANKS, forks.output()[-3000:]
+            assert json.loads((run_dir / "preempted.json").read_text())["step"] == (step or None)
+            assert step not in [line["step"] for line in read_metrics(run_dir, "eval")]
+            finish(folder, settings)
+            if step:
+                assert_same_run(run_dir, whole)
+
+        outcome.attempt(f"of step {step}", in_evaluation)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def killed_launchers(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """SIGKILL of what started the ranks: they notice that it is gone, save and leave."""
+    outcome = Outcome("SIGKILL of runner or launcher")
+    cases = [("deepspeed", "launcher"), ("torchrun", "runner"), ("deepspeed", "runner")]
+    kills = [(*cases[k % len(cases)], signal.SIGKILL) for k in range(count)]
+    outcome.note = f"longest way out {_try_notices(folder, rng, outcome, kills):.1f} s"
+    return outcome
+
+
+def _try_notices(
+    folder: Path, rng: random.Random, outcome: Outcome, notices: Iterable[tuple[str, str, signal.Signals]]
+) -> float:
+    """Try each (launcher, target, signal) at a random moment; the longest time, in seconds, that a run took to end."""
+    whole = uninterrupted(folder)
     longest = 0.0
-    for k in range(count):
-        launcher, target, number = cases[k % len(cases)]
+    for launcher, target, number in notices:
         run_dir = fresh(folder, "preempted", rng)
         settings = overrides(folder, f"output_dir={run_dir}", "train.max_steps=400", "checkpoint.save_steps=399")
 
@@ -125,7 +165,7 @@ def preemptions(folder: Path, rng: random.Random, count: int) -> Outcome:
             assert process, launched.output()[-3000:]
             time.sleep(rng.uniform(0, 0.1))
             os.kill(process[target], number)
-            if rng.random() < 0.5:  # and again while it saves
+            if rng.random() < 0.5 and number != signal.SIGKILL:  # and again while it saves
                 time.sleep(rng.uniform(0, 0.2))
                 if launched.running():
                     os.kill(process[target], number)
@@ -135,30 +175,13 @@ def preemptions(folder: Path, rng: random.Random, count: int) -> Outcome:
             assert (run_dir / f"checkpoints/step-{mark['step']}").is_dir(), mark
             assert steps_done(run_dir) == mark["step"], f"step {steps_done(run_dir)} was done, {mark['step']} saved"
             assert seconds < GRACE_SECONDS, f"{seconds:.1f} s"
-            assert code in (75, 1, 0, -number), f"exit code {code}"
+            assert code in (75, 1, 0, -number, 256 - number), f"exit code {code}"
             assert code == 75 or not (launcher == "deepspeed" and target.startswith("rank")), f"exit code {code}"
             _end_at(folder, run_dir, mark["step"], whole)
 
         outcome.attempt(f"{number.name} to {launcher}'s {target}", one)
         shutil.rmtree(run_dir, ignore_errors=True)
-    for number, step in ((1, 0), (1, 4), (3, STEPS)):
-        run_dir = fresh(folder, "in-evaluation", rng)
-
-        def in_evaluation() -> None:
-            on_start = f"train.eval_on_start={str(step == 0).lower()}"
-            settings = overrides(folder, f"output_dir={run_dir}", on_start)
-            forks = Forks(folder, settings, NoticeInEvaluation(rng.randrange(RANKS), number))
-            assert forks.wait() == [75] * RANKS, forks.output()[-3000:]
-            assert json.loads((run_dir / "preempted.json").read_text())["step"] == (step or None)
-            assert step not in [line["step"] for line in read_metrics(run_dir, "eval")]
-            finish(folder, settings)
-            if step:
-                assert_same_run(run_dir, whole)
-
-        outcome.attempt(f"in the evaluation of step {step}", in_evaluation)
-        shutil.rmtree(run_dir, ignore_errors=True)
-    outcome.note = f"longest way out {longest:.1f} s"
-    return outcome
+    return longest
 
 
 def _end_at(folder: Path, run_dir: Path, step: int, whole: Path) -> None:

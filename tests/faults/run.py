@@ -28,6 +28,8 @@ from faults.soak import soak  # noqa: E402
 FAULTS = {
     "kills": lambda folder, rng, rounds: cases.kills(folder, rng, round(20 * rounds)),
     "preemptions": lambda folder, rng, rounds: cases.preemptions(folder, rng, round(10 * rounds)),
+    "evaluations": lambda folder, rng, rounds: cases.preempted_evaluations(folder, rng, ceil(3 * rounds)),
+    "launchers": lambda folder, rng, rounds: cases.killed_launchers(folder, rng, ceil(3 * rounds)),
     "requeues": lambda folder, rng, rounds: cases.requeues(folder, rng, ceil(2 * rounds)),
     "saves": lambda folder, rng, rounds: cases.kills_in_saves(folder, rng, rounds),
     "disks": lambda folder, rng, rounds: cases.full_disks(folder, rng, ceil(5 * rounds)),

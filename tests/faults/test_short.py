@@ -32,6 +32,16 @@ def test_a_notice_to_any_process_ends_in_a_clean_save_without_orphans(folder):
 
 
 @pytest.mark.distributed
+def test_an_evaluation_is_broken_off_and_done_again(folder):
+    nothing_lost(cases.preempted_evaluations(folder, random.Random(SEED), 1))
+
+
+@pytest.mark.distributed
+def test_ranks_whose_launcher_was_killed_save_and_leave(folder):
+    nothing_lost(cases.killed_launchers(folder, random.Random(SEED), 1))
+
+
+@pytest.mark.distributed
 def test_the_requeue_script_takes_a_preempted_run_to_its_end(folder):
     nothing_lost(cases.requeues(folder, random.Random(SEED), 1))
 

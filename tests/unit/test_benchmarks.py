@@ -17,6 +17,8 @@ sys.path.insert(0, str(PROJECT / "benchmarks"))  # where the scripts find each o
 import logprob_arms  # noqa: E402
 import logprob_report  # noqa: E402
 import logprobs  # noqa: E402
+import planning  # noqa: E402
+import throughput_report  # noqa: E402
 from common import markdown_table, median_and_spread  # noqa: E402
 from logprob_case import BETA, HEADS, Head, compute_exact, make_case, relative_error  # noqa: E402
 from memory import extra_peak_bytes, peak_bytes  # noqa: E402
@@ -271,3 +273,43 @@ def test_median_spread_and_table_rows():
 
 def test_gpu_suite_parses():
     subprocess.run(["bash", "-n", str(PROJECT / "benchmarks" / "gpu_suite.sh")], check=True)
+
+
+def test_planning_measures_an_epoch():
+    report = {
+        "batch": 64,
+        "max_tokens": 4096,
+        "device": "x",
+        "cores": 1,
+        "load_before": 0.0,
+        "date": "",
+        "versions": {},
+    }
+    report["cases"] = [planning.plan_epoch(pairs, 2, 64, 4096) for pairs in (640, 6400)]
+    assert all(0 < case["seconds_per_step"] < 1 and 0 <= case["idle"] < 0.2 for case in report["cases"])
+    assert report["cases"][0]["idle"] != report["cases"][1]["idle"]
+    assert "| 6,400 | 2 |" in planning.table(report)
+
+
+def test_throughput_ratios_are_to_the_fastest_of_trl():
+    def arm(work, rate, memory, **more):
+        counted = {"pairs_per_second": rate, "all_pairs_per_second": [rate], "tokens_per_second": 100 * rate}
+        return {"work": work, "reference": "store", "peak_memory_bytes": memory, "extra": {}, **counted, **more}
+
+    arms = [
+        arm("dpo_scale", 3.0, 2e9, layout="packed", compile=True),
+        arm("trl", 1.0, 4e9, kind="same", micro_batch_size=2),
+        arm("trl", 1.5, 8e9, kind="compiled", micro_batch_size=2),
+    ]
+    settings = ("model", "dtype", "gradient_checkpointing", "global_batch_size", "steps", "repeats", "ranks")
+    report = {name: "?" for name in settings} | {"max_length": 1, "max_tokens": 1, "device": "x", "cores": 1}
+    report |= {"load_before": 0.0, "date": "", "versions": {}}
+    report["data_sets"] = [{"name": "rows", "pairs": 8, "mean_lengths": [1, 2, 3], "arms": arms}]
+    rows = [line.split(" | ") for line in throughput_report.table(report).splitlines() if line.startswith("| ")][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == [
+        "dpo_scale, packed, compiled, stored reference",
+        "TRL, precomputed reference, 2 pairs a micro-batch, compiled",
+        "TRL, precomputed reference, 2 pairs a micro-batch",
+    ]
+    live, precomputed, memory = rows[0][3], rows[0][4], rows[0][6]
+    assert (live, precomputed, memory) == ("", "2.00", "0.25")
