@@ -16,7 +16,8 @@ the fastest of them.
 Tokens are those of the data: a pair's prompt once, its two completions once, no padding. Peak memory is a GPU's
 allocator's, or on a CPU the process's resident set, libraries included. Rows are those of `--data`; or, with
 `--data generated`, made up with log-normal lengths, for each of `--ratios` of prompt to completion tokens (by default
-those of UltraFeedback 0.4, Capybara 1, HH-RLHF 2, HelpSteer 6, TL;DR 11, as arXiv 2410.20305 states them).
+those of UltraFeedback 0.4, Capybara 1, HH-RLHF 2, HelpSteer 6, TL;DR 11, as arXiv 2410.20305 states them). A
+`--max-length` of 2.5 times `--tokens-per-pair` cuts nearly none of them.
 
 `--sweep` measures dpo_scale alone: how the cost of a step grows with tokens, pairs, vocabulary and ranks, and that ten
 times the data takes ten times the time in the same memory. Results go to `benchmarks/results/<device>/`.
@@ -45,6 +46,7 @@ RATIOS = (0.4, 1.0, 2.0, 6.0, 11.0)
 QUICK = {
     "global_batch_size": 4, "steps": 1, "repeats": 1, "compiled_layouts": [], "trl_kinds": ["same"],
 }  # fmt: skip
+SWEPT = ("tokens", "pairs", "vocabulary", "ranks", "steps")
 WORKER = Path(__file__).resolve().parent / "throughput_arms.py"
 
 
@@ -58,7 +60,7 @@ def main() -> None:
         flops = matmul_flops_per_second("cpu", getattr(torch, arguments.dtype), 3.0)
         arguments.peak_tflops = report["peak_tflops"] = flops / 1e12 / arguments.ranks
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.sweep:
+        if arguments.sweep is not None:
             report["sweep"] = sweep(arguments, Path(folder))
             write_results("throughput_sweep", report, sweep_table(report), arguments.output)
             return
@@ -89,7 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--global-batch-size", type=int, default=12, help="pairs an optimizer step")
+    parser.add_argument("--global-batch-size", type=int, default=6, help="pairs an optimizer step")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps that count")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=1, help="processes, which share the cores of a CPU")
@@ -106,7 +108,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--references", nargs="+", default=["live", "store"], choices=["live", "store"])
     parser.add_argument("--quick", action="store_true", help="few pairs, once: a look, not a measurement")
-    parser.add_argument("--sweep", action="store_true", help="dpo_scale alone, over sizes")
+    parser.add_argument(
+        "--sweep", nargs="*", choices=SWEPT, help="dpo_scale alone, over these quantities, or over all of them"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -199,19 +203,20 @@ def sweep(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
     shape = {"model": "shape:smollm2-135m"}
     tiny = {"model": "shape:tiny", "dtype": "float32", "global_batch_size": 32, "tokens_per_pair": 60}
-    cases: list[tuple[str, list[dict[str, Any]]]] = [
-        ("tokens a pair", [{"tokens_per_pair": n} for n in (150, 300, 600)]),
-        ("pairs a step", [{"global_batch_size": n} for n in (4, 8, 16)]),
-        ("vocabulary", [{**shape, "vocabulary": n} for n in (49152, 98304, 151936)]),
-        ("ranks", [{"ranks": n} for n in (1, 2)]),
-        ("steps of 32 pairs, tiny model", [{**tiny, "steps": n} for n in (20, 200)]),
-    ]
+    cases: dict[str, tuple[str, list[dict[str, Any]]]] = {
+        "tokens": ("tokens a pair", [{"tokens_per_pair": n} for n in (150, 300, 600)]),
+        "pairs": ("pairs a step", [{"global_batch_size": n} for n in (4, 8, 16)]),
+        "vocabulary": ("vocabulary", [{**shape, "vocabulary": n} for n in (49152, 98304, 151936)]),
+        "ranks": ("ranks", [{"ranks": n} for n in (1, 2)]),
+        "steps": ("steps of 32 pairs, tiny model", [{**tiny, "steps": n} for n in (200, 2000)]),
+    }
     points = []
-    for what, settings in cases:
+    for what, settings in (cases[name] for name in arguments.sweep or cases):
         for changed in settings:
             job = {**base, **changed, "folder": str(folder / str(len(points)))}
             prepared = in_processes({**job, "work": "prepare", "data": {"name": "generated", "ratio": 1.0}})
-            job |= {"model": prepared["model"], "data": {"path": prepared["rows"]}, "folder": prepared["folder"]}
+            data = {"name": "generated", "ratio": 1.0, "path": prepared["rows"]}
+            job |= {"model": prepared["model"], "data": data, "folder": prepared["folder"]}
             results = [in_processes({**job, "work": "dpo_scale"}) for _ in range(arguments.repeats)]
             points.append({"what": what, "value": next(reversed(changed.values())), **summary(results)})
             print(f"{what} {points[-1]['value']}: {points[-1]['pairs_per_second']:.3f} pairs/s", file=sys.stderr)

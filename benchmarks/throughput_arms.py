@@ -56,6 +56,8 @@ def main() -> None:
 
 def config_of(job: dict[str, Any], *overrides: str) -> Config:
     on_cpu = job["device"] == "cpu"
+    if "ratio" in job["data"]:  # a prompt is as long as its ratio makes it
+        overrides = (f"data.max_prompt_length={job['max_length'] - 1}", *overrides)
     return load_config(
         None,
         [

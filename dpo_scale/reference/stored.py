@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from dpo_scale import engine
+from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
 from dpo_scale.data.batching import MicroBatch, forward_batches
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.layout import make_batch
+from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.errors import StoreError
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import sum_token_logps
@@ -134,20 +135,21 @@ def fill(
         for dataset, rows in zip(datasets, missing, strict=True):
             if len(rows) == 0:
                 continue
-            for ranks in forward_batches(
+            plan = forward_batches(
                 rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size(), layout=layout
-            ):
-                own = ranks[engine.rank()]
-                values = score(reference, dataset, own, pad_token_id)
-                if own.weights.any():
-                    counts = dataset.lengths[own.indices, 1:]
-                    sums = _sums(values, counts)
-                    writer.add(dataset.pair_keys[own.indices], sums.numpy(), counts, values.numpy() if tokens else None)
-                done += sum(int(micro.weights.sum()) for micro in ranks)
-                if time.monotonic() - last_said > 10:
-                    last_said = time.monotonic()
-                    left = (last_said - started) / done * (total - done)
-                    engine.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
+            )
+            own = [ranks[engine.rank()] for ranks in plan]
+            with Ahead(_batches(dataset, own, pad_token_id, layout), BATCHES_AHEAD) as batches:
+                for ranks, micro_batch, batch in zip(plan, own, batches, strict=True):
+                    values = _score(reference, batch)
+                    if micro_batch.weights.any():
+                        keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
+                        writer.add(keys, _sums(values, counts).numpy(), counts, values.numpy() if tokens else None)
+                    done += sum(int(micro.weights.sum()) for micro in ranks)
+                    if time.monotonic() - last_said > 10:
+                        last_said = time.monotonic()
+                        left = (last_said - started) / done * (total - done)
+                        engine.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
     engine.barrier()  # every rank's shards are on the disk
     if engine.is_main():
         book.refresh()
@@ -174,13 +176,20 @@ def _compact_if_scattered(book: Book) -> None:
     engine.log(f"reference store: {done.shards_before} shards compacted into {done.shards}")
 
 
+def _batches(
+    dataset: PairDataset, micro_batches: Iterable[MicroBatch], pad_token_id: int, layout: Layout
+) -> Iterator[PairBatch]:
+    """Micro-batches on the host, ready to be copied."""
+    for micro_batch in micro_batches:
+        pairs = [dataset[int(i)] for i in micro_batch.indices]
+        batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
+        yield batch.pinned() if engine.device().type == "cuda" else batch
+
+
 @torch.no_grad()
-def score(reference: Any, dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int) -> torch.Tensor:
-    """Per-token log-probs of a micro-batch's completions on the host, fp32, row by row, chosen before rejected."""
-    pairs = [dataset[int(i)] for i in micro_batch.indices]
-    layout = reference.module.layout
-    batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id).to(engine.device())
-    return reference(**batch.scorer_inputs).cpu()
+def _score(model: Any, batch: PairBatch) -> torch.Tensor:
+    """Per-token log-probs of a batch's completions on the host, fp32, row by row, chosen before rejected."""
+    return model(**batch.to(engine.device()).scorer_inputs).cpu()
 
 
 def _sums(values: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
@@ -214,11 +223,13 @@ def verify(
     drawn = np.random.default_rng(seed).choice(len(dataset), size=min(rows, len(dataset)), replace=False)
     plain = LossSettings()
     worst = (-1.0, 0.0, 0.0, "")
-    for ranks in forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=engine.world_size()):
-        own = ranks[engine.rank()]
+    plan = forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=engine.world_size())
+    micro_batches = [ranks[engine.rank()] for ranks in plan]
+    batches = _batches(dataset, micro_batches, pad_token_id, model.module.layout)
+    for own, batch in zip(micro_batches, batches, strict=True):
         index = int(own.indices[0])
         counts = dataset.lengths[own.indices, 1:]
-        computed = _sums(score(model, dataset, own, pad_token_id), counts)[0]
+        computed = _sums(_score(model, batch), counts)[0]
         kept = stored.logps(dataset, own.indices, plain)[0]
         shown = (
             f"{dataset.describe(index)}: stored chosen {kept[0]:.4f}, rejected {kept[1]:.4f}; "
