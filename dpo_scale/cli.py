@@ -23,6 +23,7 @@ from dpo_scale.watchdog import Position, Watchdog
 EXIT_USER_ERROR = 2
 SECONDS_TO_SPEAK_FIRST = 5.0
 POLL_SECONDS = 0.2
+MOST_KEPT = 2**16  # characters of the console
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -74,14 +75,19 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 class ForgivingStream:
-    """A console that can fail, as a log file on a full disk or a closed terminal does, without ending the run."""
+    """A console that can fail, as a log file on a full disk or a closed terminal does, without ending the run.
+
+    What could not be written, up to `MOST_KEPT` characters, comes before the next text that can be.
+    """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._kept = stream, ""
 
     def write(self, text: str) -> int:
+        self._kept = (self._kept + text)[-MOST_KEPT:] if self._kept else text
         with suppress(OSError):
-            self._stream.write(text)
+            self._stream.write(self._kept)
+            self._kept = ""
         return len(text)
 
     def flush(self) -> None:

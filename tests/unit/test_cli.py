@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_scale.cli import MOST_KEPT, ForgivingStream
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -35,6 +37,27 @@ def test_a_console_on_a_full_disk_ends_no_run(tmp_path, unbuffered, ends, code):
         done = subprocess.run(command, stdout=full, stderr=full, timeout=120)
     assert done.returncode == code
     assert mark.read_text() == "got here"
+
+
+def test_what_could_not_be_said_is_said_once_there_is_room():
+    class Disk:
+        has_room, text = False, ""
+
+        def write(self, text):
+            if not self.has_room:
+                raise OSError
+            self.text += text
+
+    disk = Disk()
+    console = ForgivingStream(disk)
+    console.write("a warning\n")
+    console.write("more\n" * MOST_KEPT)
+    console.write("the last\n")
+    disk.has_room = True
+    console.write("later\n")
+    assert len(disk.text) == MOST_KEPT and disk.text.endswith("more\nthe last\nlater\n")
+    console.write("end\n")
+    assert disk.text.endswith("later\nend\n")
 
 
 def test_what_is_said_arrives(tmp_path):
