@@ -11,7 +11,6 @@ from dpo_scale.cli import MOST_KEPT, ForgivingStream
 PROGRAM = """
 import sys
 from pathlib import Path
-from tqdm import tqdm
 from dpo_scale import engine
 from dpo_scale.cli import run
 from dpo_scale.errors import ConfigError

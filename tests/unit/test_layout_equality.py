@@ -286,6 +286,7 @@ def test_compiled_layers_agree_and_are_not_compiled_again_for_other_pairs(archit
     for model in models:
         use_attention(model, "blocks")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compile_layers(models[1], backend="aot_eager")
     plain, compiled = (PairScorer(model).train() for model in models)
     graphs = []
