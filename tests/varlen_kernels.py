@@ -13,8 +13,8 @@ from dpo_scale.models import varlen_attention
 WIDTHS = 256  # of heads, at most
 
 
-def kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window, softcap=None, *, width_step):
-    """Causal attention of sequences, the masks aligned at the ends. [T, H, D] of q [T, H, D] and k, v [keys, K, D]."""
+def kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window, softcap=None, *, width_step, at_end=True):
+    """Causal attention of sequences [T, H, D], of q [T, H, D] and k, v [keys, K, D]; masks aligned at their ends."""
     assert q.dtype == k.dtype == v.dtype and q.dtype in varlen_attention.DTYPES
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= WIDTHS and q.shape[-1] % width_step == 0
     assert k.shape == v.shape and q.shape[1] % k.shape[1] == 0
@@ -34,7 +34,7 @@ def kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window, softcap=N
         q_end, k_end = q_next, k_next
         count, total = queries.shape[1], keys.shape[1]
         assert 0 < count <= min(max_q, total) and total <= max_k
-        behind = torch.arange(count)[:, None] + (total - count) - torch.arange(total)
+        behind = torch.arange(count)[:, None] + (total - count if at_end else 0) - torch.arange(total)
         allowed = (behind >= 0) & ((behind <= window[0]) | torch.tensor(window[0] < 0))
         scores = queries @ keys.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if softcap:

@@ -65,7 +65,7 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
         if not difference <= max(_ALLOWED_PER_TOKEN[dtype], min(_TIMES_PADDING * by_padding, _MOST_ALLOWED)):
             apart.append(f"it does not give the log-probs of separate sequences ({difference:.3g} a token apart)")
     scorer.train(was_training)
-    failures = engine.gather_objects(next(iter([*watcher.failures, *apart]), None))
+    failures = engine.gather_objects(next(iter([*watcher.raised, *apart, *watcher.wrong_gradients]), None))
     return next((failure for failure in failures if failure is not None), None)
 
 
@@ -77,7 +77,8 @@ class _Watcher:
     """
 
     def __init__(self, *, gradients: bool) -> None:
-        self.failures: list[str] = []
+        self.raised: list[str] = []
+        self.wrong_gradients: list[str] = []
         self._gradients, self._compared = gradients, set[Any]()
 
     def __call__(
@@ -89,7 +90,7 @@ class _Watcher:
                 self._compare(function, module, query, key, value, mask, **settings)
             return output
         except Exception as error:
-            self.failures.append(f"{type(error).__name__}: {first_line(error)}")
+            self.raised.append(f"{type(error).__name__}: {first_line(error)}")
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
     def _compare(
@@ -107,7 +108,7 @@ class _Watcher:
         for name, ours, right in zip(("queries", "keys", "values"), got, expected, strict=True):
             error = ((ours.float() - right).norm() / right.norm().clamp(min=1e-12)).item()
             if not error <= _ALLOWED_IN_GRADIENT[query.dtype]:
-                self.failures.append(f"its gradient of {name} is wrong (relative error {error:.3g})")
+                self.wrong_gradients.append(f"its gradient of {name} is wrong (relative error {error:.3g})")
 
 
 @torch.enable_grad()

@@ -188,7 +188,7 @@ def _attention(
     lacks = kernel.lacks(query, value, softcap, dropout, s_aux)
     if lacks is not None:
         # FlexAttention is compiled for CUDA only, and has no dropout
-        other = flex_attention if query.device.type == "cuda" and dropout == 0 else blockwise_attention
+        other = flex_attention if query.is_cuda and dropout == 0 else blockwise_attention
         _say_once(f"attention: {kernel.name} does not support {lacks}; layers with that go through {_NAMES[other]}")
         return other(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window,

@@ -5,24 +5,17 @@ import torch
 import transformers
 import varlen_kernels
 from tiny import tiny_config
-from transformers import AutoModelForCausalLM
 
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.errors import ConfigError, ModelError
-from dpo_scale.models import attention, layouts, varlen_attention
-from dpo_scale.models.attention import blockwise_attention
+from dpo_scale.models import layouts, varlen_attention
 from dpo_scale.models.layouts import (
-    LayoutChoice,
     Option,
     attention_options,
     choose_layout,
-    install_attention,
-    prove_layout,
     why_padded,
 )
-from dpo_scale.models.scorer import PairScorer
-
 
 PADDED = ("padded", None)
 
@@ -162,67 +155,3 @@ def test_what_the_config_leaves_open_may_be_exchanged_and_nothing_else(layout, a
     if expected[-1] != PADDED:
         with pytest.raises(ModelError, match=f"model: data.layout = '{expected[-1][0]}'.*why; set data.layout=padded"):
             choice.give_up("model", "why")
-
-
-class Engine:
-    """Stands where DeepSpeed's engine would."""
-
-    def __init__(self, module):
-        self.module, self.eval, self.train = module, module.eval, module.train
-
-    def __call__(self, **inputs):
-        return self.module(**inputs)
-
-
-def loaded(architecture, layout="shared_prefix"):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4)
-    choice = choose_layout(config_with(layout), [model.config])
-    install_attention(model, choice.option)
-    return model, Engine(PairScorer(model, layout=choice.option.layout).train()), choice
-
-
-@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_a_right_model_passes_and_is_left_as_it_was(architecture, layout):
-    model, scorer, choice = loaded(architecture, layout)
-    prove_layout(choice, scorer, "float32")
-    assert model.training and model.config._attn_implementation == "dpo_scale_blocks"
-
-
-@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
-def test_a_model_that_mixes_neighbours_outside_its_attention_is_refused(layout):
-    model, scorer, choice = loaded("llama", layout)
-    # a convolution over the row, as in hybrids of attention and state
-    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output + output.roll(1, dims=1))
-    with pytest.raises(ModelError, match=r"log-probs of separate sequences.*data\.layout=padded"):
-        prove_layout(choice, scorer, "float32")
-
-
-def test_padded_runs_keep_the_models_own_attention():
-    model, scorer, choice = loaded("llama", "padded")
-    prove_layout(choice, scorer, "float32")
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_what_padding_alone_changes_is_allowed_to_a_layout_too():
-    model, scorer, choice = loaded("llama")
-
-    class Rounding(Engine):
-        """Values that depend on the shape of the batch, as those of a deep model in bf16 do."""
-
-        def __call__(self, **inputs):
-            values = self.module(**inputs)
-            draw = torch.Generator().manual_seed(sum(inputs["input_ids"].shape))
-            return values + self.size * torch.randn(len(values), generator=draw)
-
-    coarse = Rounding(scorer.module)
-    coarse.size = 0.1
-    prove_layout(choice, coarse, "float32")
-    coarse.size = 1.0
-    with pytest.raises(ModelError, match="log-probs of separate sequences"):
-        prove_layout(choice, coarse, "float32")
