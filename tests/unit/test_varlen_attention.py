@@ -198,6 +198,22 @@ def test_the_stand_in_has_the_signature_of_the_installed_torch():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_installed_torch_takes_the_call_forward_and_backward(window):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plan = plan_of("shared_prefix")
+    real = inputs_of(plan)
+    with FakeTensorMode() as fake:  # shapes and dtypes only, so no kernel runs
+        inputs = [fake.from_tensor(tensor) for tensor in real]
+        tensors = (fake.from_tensor(ids)[None] for ids in (plan.position_ids, plan.document_ids, plan.branch_ids))
+        settings = {"sliding_window": window, "attention_plan": AttentionPlan(*tensors, plan.segments)}
+        output, _ = varlen_attention.varlen_attention(torch.nn.Linear(1, 1), *inputs, None, scaling=0.3, **settings)
+        assert output.shape == (1, len(plan.position_ids), 4, 16) and output.dtype == torch.bfloat16
+        for gradient, tensor in zip(torch.autograd.grad(output.sum(), inputs), inputs, strict=True):
+            assert gradient.shape == tensor.shape and gradient.dtype == torch.bfloat16
+
+
 def test_a_torch_whose_kernel_takes_no_window_has_none(monkeypatch):
     install(monkeypatch, "torch 2.10", varlen_kernels.varlen_attn_2_10)
     with pytest.raises(ImportError, match="no scale or no window"):
