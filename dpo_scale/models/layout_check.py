@@ -66,7 +66,8 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
             apart.append(f"it does not give the log-probs of separate sequences ({difference:.3g} a token apart)")
     scorer.train(was_training)
     failures = engine.gather_objects(next(iter([*watcher.raised, *apart, *watcher.wrong_gradients]), None))
-    return next((failure for failure in failures if failure is not None), None)
+    where = [f" (on rank {rank})" if len(failures) > 1 else "" for rank in range(len(failures))]
+    return next((failure + at for failure, at in zip(failures, where, strict=True) if failure is not None), None)
 
 
 class _Watcher:

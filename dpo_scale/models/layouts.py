@@ -94,23 +94,35 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
         model_configs: the transformers configs of the models that will run.
 
     Raises:
-        ConfigError: if a layout was asked for by name that a model or its attention cannot take.
+        ConfigError: if a layout was asked for by name that a model or its attention cannot take, or an attention that
+            the layout has no use for.
     """
     asked = config.data.layout
     if asked == "padded":
-        return LayoutChoice(config, [Option("padded", None, "asked for by name")])
+        return _padded(config, "asked for by name")
     attention = engine.from_main(attention_options(config))  # what another rank lacks fails the check on all
     backend, reason = attention[0]
     against = [reason] if backend is None else [why for c in model_configs if (why := why_padded(c)) is not None]
     if against and asked != "auto":
         raise ConfigError(f"data.layout = {asked!r}: {against[0]}; expected 'padded' or 'auto' for this run")
     if against:
-        return LayoutChoice(config, [Option("padded", None, against[0])])
+        return _padded(config, against[0])
     layout: Layout = "shared_prefix" if asked == "auto" else asked
     options = [Option(layout, backend, reason) for backend, reason in attention]
     if asked == "auto" and config.model.attn_implementation is None:
-        options.append(Option("padded", None, "no attention for rows of many sequences is right here"))
+        options.append(Option("padded", None, "no attention for rows of many sequences passed its check"))
     return LayoutChoice(config, options)
+
+
+def _padded(config: Config, reason: str) -> LayoutChoice:
+    """Padded rows, which run with attention of transformers."""
+    asked = config.model.attn_implementation
+    if asked in OWN_NAMES:
+        raise ConfigError(
+            f"model.attn_implementation = {asked!r}: is for rows of many sequences, and data.layout comes to 'padded' "
+            f"({reason}); expected a name of transformers, such as 'sdpa', or none"
+        )
+    return LayoutChoice(config, [Option("padded", None, reason)])
 
 
 def attention_options(config: Config) -> list[tuple[str | None, str]]:

@@ -197,7 +197,7 @@ def test_a_failure_on_another_rank_is_a_failure_here(monkeypatch, lines):
     _, scorer, choice = loaded("llama", "auto")
     monkeypatch.setattr(engine, "gather_objects", lambda mine: [mine, "no kernel image for this device"])
     prove_layout(choice, scorer, "float32")
-    assert choice.option.layout == "padded" and "no kernel image for this device" in lines[0]
+    assert choice.option.layout == "padded" and "no kernel image for this device (on rank 1)" in lines[0]
 
 
 def test_the_policy_follows_a_reference_that_fails(monkeypatch, lines):

@@ -68,14 +68,18 @@ def test_one_model_that_cannot_decides_for_all():
     assert choose_layout(config_with(), configs).option.layout == "padded"
 
 
-@pytest.mark.parametrize(
-    "asked", ["eager", "flex_attention", "varlen_attention", "flash_attention_2", "flash_attention_3"]
-)
+@pytest.mark.parametrize("asked", ["eager", "flex_attention", "flash_attention_2", "flash_attention_3"])
 def test_attention_that_takes_one_sequence_a_row_on_this_device_means_padded(asked):
     option = choose_layout(config_with(attention=asked), [tiny_config("llama")]).option
     assert option.layout == "padded" and f"model.attn_implementation = {asked!r}" in option.reason
     with pytest.raises(ConfigError, match="attn_implementation"):
         choose_layout(config_with("packed", attention=asked), [tiny_config("llama")])
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded", "packed"])
+def test_attention_that_transformers_does_not_have_is_refused_where_rows_are_padded(layout):
+    with pytest.raises(ConfigError, match="'varlen_attention'"):
+        choose_layout(config_with(layout, attention="varlen_attention"), [tiny_config("llama")])
 
 
 # packages: of flash-attn and of torch's kernel, "broken": there, but it cannot be imported
