@@ -2,8 +2,10 @@
 
 A few pairs of random tokens go through the model twice: padded, with the model's own attention, and in the layout with
 the back end that is to keep sequences apart. Back ends choose kernels by length, so one row is short and one is longer
-than the blocks that they compute in. Gradients are compared inside the attention, on what the model gives it, with
-those of `blockwise_attention` in fp32: a backward pass of the whole model would go through its engine.
+than the blocks that they compute in. Gradients are those of the attention alone, layer by layer, beside those of
+`blockwise_attention` in fp32: a backward pass of the whole model would go through its engine. They are taken at random
+queries, keys and values whose scores have a variance of 1. Where a trained model's attention is nearly all on one key,
+gradients are differences of nearly equal numbers, and rounding is all that is left of them.
 """
 
 from __future__ import annotations
@@ -102,10 +104,13 @@ class _Watcher:
         if kind in self._compared:
             return
         self._compared.add(kind)
-        got = _gradients(function, module, (query, key, value), mask, settings)
+        drawn = torch.Generator(query.device).manual_seed(0)
+        inputs = [torch.randn(t.shape, generator=drawn, device=t.device, dtype=t.dtype) for t in (query, key, value)]
+        inputs[0] *= 1 / ((settings.get("scaling") or query.shape[-1] ** -0.5) * query.shape[-1] ** 0.5)
+        got = _gradients(function, module, inputs, mask, settings)
         sinks = settings.get("s_aux")
         exact = settings if sinks is None else {**settings, "s_aux": sinks.float()}
-        expected = _gradients(blockwise_attention, module, (query.float(), key.float(), value.float()), mask, exact)
+        expected = _gradients(blockwise_attention, module, [tensor.float() for tensor in inputs], mask, exact)
         for name, ours, right in zip(("queries", "keys", "values"), got, expected, strict=True):
             error = ((ours.float() - right).norm() / right.norm().clamp(min=1e-12)).item()
             if not error <= _ALLOWED_IN_GRADIENT[query.dtype]:
@@ -114,7 +119,7 @@ class _Watcher:
 
 @torch.enable_grad()
 def _gradients(
-    function: Attention, module: Any, inputs: tuple[Tensor, ...], mask: Any, settings: dict[str, Any]
+    function: Attention, module: Any, inputs: list[Tensor], mask: Any, settings: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """Of half the sum of the outputs' squares, with respect to queries, keys and values."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.errors import ModelError
-from dpo_scale.models import attention, varlen_attention
+from dpo_scale.models import attention, layout_check, varlen_attention
 from dpo_scale.models.attention import blockwise_attention
 from dpo_scale.models.layouts import LayoutChoice, Option, choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer
@@ -212,6 +212,27 @@ def test_the_policy_follows_a_reference_that_fails(monkeypatch, lines):
     for scorer in (policy, reference):
         assert scorer.module.model.config._attn_implementation == "dpo_scale_blocks"
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("sharpness", [1, 100])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral", "gpt_oss"])
+def test_rounding_to_16_bits_is_no_wrong_gradient(architecture, sharpness, monkeypatch, lines):
+    def rounding(module, query, key, value, *arguments, **settings):
+        rounded = (tensor.bfloat16() for tensor in (query, key, value))
+        if settings.get("s_aux") is not None:
+            settings["s_aux"] = settings["s_aux"].bfloat16()
+        output, _ = blockwise_attention(module, *rounded, *arguments, **settings)
+        return output.to(query.dtype), None
+
+    broken_backend(monkeypatch, rounding)
+    monkeypatch.setitem(layout_check._ALLOWED_IN_GRADIENT, torch.float32, 5e-2)
+    model, scorer, _ = loaded(architecture)
+    with torch.no_grad():
+        for layer in model.model.layers:  # attention that is nearly all on one key
+            layer.self_attn.q_proj.weight.mul_(sharpness)
+    _, choice = choice_of(Option("shared_prefix", "varlen", "a"), PADDED)
+    prove_layout(choice, with_choice(scorer, choice), "bfloat16")
+    assert choice.option.backend == "varlen", lines
 
 
 @pytest.mark.parametrize("at_end", [True, False])
