@@ -87,6 +87,7 @@ def pair_losses(
     Returns:
         The sum to differentiate, the per-pair losses [P] as reported, and per-pair metrics, each [P].
     """
+
     def losses_of(sums: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return preference_loss(
             sums,

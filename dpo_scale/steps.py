@@ -129,14 +129,13 @@ class Planner:
         return [self.plan(schedule.global_batch(step, order)) for step in steps]
 
     def describe(self, plans: list[StepPlan], dataset: PairDataset) -> str:
-        """For the log: micro-steps, padding and balance of some plans, and how many pairs are over the budget."""
-        counts = [len(plan.micro_steps) for plan in plans]
+        """For the log: micro-steps, padding and balance of some plans, pairs over the budget, reference passes."""
         padding = np.mean([plan.padding_fraction for plan in plans])
         idle = np.mean([self.idle_fraction(plan) for plan in plans])
-        span = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         size = f"{self.micro_batch_size} pairs" if self.max_tokens is None else f"{self.max_tokens} tokens"
+        micro_steps = _span([len(plan.micro_steps) for plan in plans])
         text = (
-            f"{span} micro-steps x {self.world_size} ranks of at most {size}; by the plans of the first "
+            f"{micro_steps} micro-steps x {self.world_size} ranks of at most {size}; by the plans of the first "
             f"{len(plans)} steps {padding:.1%} is padding and ranks are idle for {idle:.1%}"
         )
         if self.max_tokens is not None:
@@ -148,7 +147,14 @@ class Planner:
                     f"; {over} pairs are longer than that and get micro-batches of their own, the longest "
                     f"{dataset.describe(longest)} with {tokens[longest]} tokens"
                 )
+        if self.reference_tokens is not None:
+            passes = _span([len(plan.reference_passes) for plan in plans])
+            text += f"; reference passes a step: {passes} of at most {self.reference_tokens} tokens"
         return text
+
+
+def _span(counts: list[int]) -> str:
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def make_planner(config: Config, flops: ForwardFlops, lengths: np.ndarray) -> Planner:

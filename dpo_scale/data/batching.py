@@ -166,7 +166,9 @@ def regroup_for_forward(
         sizes = [len(micro_batch.indices) for micro_batch in micro_batches]
         counts = _merged(tokens.tolist(), sizes, max_tokens, layout)
         runs = np.split(pairs, np.cumsum(counts)[:-1])
-        of_ranks.append(([MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs], pairs[tokens.argmin()]))
+        of_ranks.append(
+            ([MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs], pairs[tokens.argmin()])
+        )
     passes = max(len(batches) for batches, _ in of_ranks)
     for batches, shortest in of_ranks:
         batches += [MicroBatch(np.array([shortest]), np.zeros(1, dtype=np.float32))] * (passes - len(batches))

@@ -102,6 +102,7 @@ def test_only_a_reference_that_runs_is_planned_for():
     planner = Planner(lengths_of(12), "packed", 2, 1, None, FLOPS, 4.0, 4.0, reference_tokens=100_000)
     plan = planner.plan(np.arange(12))
     assert len(plan.micro_steps) == 6 and len(plan.reference_passes) == 1
+    assert "reference passes a step: 1 of at most 100000 tokens" in planner.describe([plan], dataset=None)
     without = replace(planner, reference_tokens=None).plan(np.arange(12))
     assert without.reference_passes == []
     assert [of_rank(p.micro_steps, 0) for p in (plan, without)] == [of_rank(plan.micro_steps, 0)] * 2
