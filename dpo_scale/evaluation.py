@@ -31,6 +31,7 @@ from dpo_scale.models.load import (
 from dpo_scale.models.scorer import backbone_and_head
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
+from dpo_scale.reference.values import ReferenceValues
 from dpo_scale.watchdog import beat
 
 
@@ -51,16 +52,6 @@ def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tup
     return sums, wpo_weights(token_values, extra["log_sum_p2"], batch.score_segments, batch.num_pairs)
 
 
-def reference_logps(reference: Any, batch: PairBatch, settings: LossSettings) -> torch.Tensor | None:
-    """The reference's summed log-probs [P, 2], or None where the loss needs no reference."""
-    if reference is None or batch.reference_logps is not None:
-        return batch.reference_logps
-    # WPO's weights are the policy's alone
-    settings = replace(settings, use_weighting=False)
-    with torch.no_grad():
-        return sequence_logps(reference, batch, settings)[0]
-
-
 def takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
     """Whether training takes loss and gradient pair by pair (`logprobs.pair_loss`), and why, for the log."""
     option, implementation = config.logprobs.pair_loss, config.logprobs.implementation
@@ -78,7 +69,6 @@ def takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
 
 def pair_losses(
     policy: Any,
-    reference: Any,
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
@@ -89,6 +79,7 @@ def pair_losses(
     """Losses and metrics of one micro-batch.
 
     Args:
+        batch: with `reference_logps`, if the loss needs them.
         mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
         most_pairs: most pairs that any rank has in this micro-step.
         by_pair: take loss and gradient together, pair by pair (`logprobs.pair_loss`): same numbers, one pass less.
@@ -96,13 +87,11 @@ def pair_losses(
     Returns:
         The sum to differentiate, the per-pair losses [P] as reported, and per-pair metrics, each [P].
     """
-    # the reference first, before the policy's activations exist
-    reference_sums = reference_logps(reference, batch, settings)
 
     def losses_of(sums: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return preference_loss(
             sums,
-            reference_sums,
+            batch.reference_logps,
             batch.lengths,
             settings,
             mean_chosen_tokens=mean_chosen_tokens,
@@ -114,7 +103,7 @@ def pair_losses(
         return total, *losses_of(sums, None)
     policy_sums, wpo = sequence_logps(policy, batch, settings)
     if settings.needs_batch:
-        return _losses_across_ranks(policy_sums, reference_sums, wpo, batch, settings, mean_chosen_tokens, most_pairs)
+        return _losses_across_ranks(policy_sums, wpo, batch, settings, mean_chosen_tokens, most_pairs)
     losses, metrics = losses_of(policy_sums, wpo)
     return (losses * batch.weights).sum(), losses, metrics
 
@@ -132,7 +121,6 @@ def _loss_by_pair(
 
 def _losses_across_ranks(
     policy_sums: torch.Tensor,
-    reference_sums: torch.Tensor | None,
     wpo: torch.Tensor | None,
     batch: PairBatch,
     settings: LossSettings,
@@ -154,7 +142,7 @@ def _losses_across_ranks(
     real = weights > 0
     losses, metrics = preference_loss(
         gathered(policy_sums)[real],
-        None if reference_sums is None else gathered(reference_sums)[real],
+        None if batch.reference_logps is None else gathered(batch.reference_logps)[real],
         gathered(batch.lengths)[real],
         settings,
         mean_chosen_tokens=mean_chosen_tokens,
@@ -215,6 +203,7 @@ def evaluate(
     policy.eval()
     sums = MetricSums()
     chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    values = ReferenceValues(reference, config.loss)
     plan = evaluation_plan(config, pairs, lengths)
     to_come = (
         load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
@@ -224,9 +213,9 @@ def evaluate(
     with Ahead(to_come, BATCHES_AHEAD) as batches:
         for k, (ranks, batch) in enumerate(zip(plan, batches, strict=True)):
             beat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
-            batch = batch.to(engine.device())
+            batch = values.attach(batch.to(engine.device()))
             most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-            _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
+            _, losses, metrics = pair_losses(policy, batch, config.loss, chosen_tokens, most_pairs)
             sums.add({"loss": losses, **metrics}, batch.weights)
             # read one micro-batch later, when the device has the next one to work on
             stops_before, stops = stops, engine.sum_over_ranks(torch.full_like(stops, should_stop()))

@@ -1,15 +1,16 @@
 """The training run, top to bottom: data, engines, the loop, the model.
 
-An optimizer step is: every rank walks through its micro-batches of the step's global batch (reference forward, policy
-forward, backward), metrics are summed over ranks once, the numbers are checked, the weights are updated. What decides
-the next step (order, learning rate) is a pure function of the step's number; what can't be is in the checkpoint.
+An optimizer step is: every rank lets the reference score its pairs of the step's global batch, then walks through its
+micro-batches of them (policy forward, backward), metrics are summed over ranks once, the numbers are checked, the
+weights are updated. What decides the next step (order, learning rate) is a pure function of the step's number; what
+can't be is in the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +35,7 @@ from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.devices import peak_flops
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
-from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_loss_by_pair
+from dpo_scale.evaluation import evaluate, pair_losses, takes_loss_by_pair
 from dpo_scale.export import export_model
 from dpo_scale.finished import finished_step, mark_finished, unmark_finished
 from dpo_scale.flops import forward_flops
@@ -53,6 +54,7 @@ from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
+from dpo_scale.reference.values import ReferenceValues
 from dpo_scale.run_folder import agree_on_run_dir
 from dpo_scale.run_identity import identity_of
 from dpo_scale.schedule import learning_rate
@@ -314,7 +316,7 @@ def train_step(
     """
     timer.start()
     settings, loss_settings = run.config.train, run.config.loss
-    sums = MetricSums()
+    values, sums = ReferenceValues(run.reference, loss_settings), MetricSums()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     is_last = False
     while not is_last:
@@ -323,12 +325,14 @@ def train_step(
             micro = next(batches)
             batch = micro.batch.to(engine.device())
         plan, is_last = micro.plan, micro.is_last
-        with timer.phase("reference"):  # before the policy's activations exist
-            batch = replace(batch, reference_logps=reference_logps(run.reference, batch, loss_settings))
+        with timer.phase("reference"):
+            for k, scored in enumerate(micro.reference_passes):  # all of the step's, before the policy's first
+                beat(f"step {state.step + 1}, reference pass {k + 1}")
+                values.score(scored.to(engine.device()))
+            batch = values.attach(batch)
         with timer.phase("forward"):
             total, losses, metrics = pair_losses(
                 run.policy,
-                None,
                 batch,
                 loss_settings,
                 plan.mean_chosen_tokens,
