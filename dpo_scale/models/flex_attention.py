@@ -22,8 +22,8 @@ from dpo_scale.models.attention import AttentionPlan, blockwise_attention, check
 
 BLOCK = 128
 
-# Below 128 queries torch would take a kernel made for decoding, which no row of 33 to 127 tokens of Llama-3's heads fits
-# (NoValidChoicesError, pytorch#185349). What a call asks for so has no such kernel among its choices.
+# Below 128 queries torch would take its kernel for decoding, which has no block size for Llama-3's heads and 33 to 127
+# tokens (NoValidChoicesError, pytorch#185349). Asked for by name, the general kernel serves every length.
 KERNEL_OPTIONS = {"BACKEND": "TRITON"}
 
 
@@ -63,7 +63,7 @@ def flex_attention(
     if query.device.type == "cpu":  # plain torch, forward only
         output = _attention(softcap, scaling)(*arguments)
     else:
-        output = _call_compiled(_compiled(sliding_window, softcap, scaling), arguments)
+        output = _call_compiled(_compiled(sliding_window, softcap, scaling, torch.is_grad_enabled()), arguments)
     return output.transpose(1, 2), None
 
 
@@ -103,11 +103,14 @@ def _attention(softcap: float | None, scaling: float | None) -> Callable[..., Te
 
 
 @cache
-def _compiled(window: int | None, softcap: float | None, scaling: float | None) -> Callable[..., Tensor]:
-    """`_attention`, compiled for rows of any length. The window, which is the block mask's, tells functions apart.
+def _compiled(
+    window: int | None, softcap: float | None, scaling: float | None, gradients: bool
+) -> Callable[..., Tensor]:
+    """`_attention`, compiled for rows of any length, once for each kind of layer, with and without gradients.
 
-    torch counts compiled forms by code object and limits them to 8, so each function here gets code of its own. One
-    needs up to three forms for lengths (1, below 128, the others), each with and without gradients.
+    torch limits the compiled forms of one function, 8 by default, and counts them by code object, so each function here
+    has its own. One needs a form for 128 tokens and more, one for fewer and one for a single token, each again where
+    only some of query, key and value have gradients (LoRA).
     """
     attention = _attention(softcap, scaling)
 
@@ -120,7 +123,7 @@ def _compiled(window: int | None, softcap: float | None, scaling: float | None) 
             )
         return attention(query, key, value, mask, sinks)
 
-    name = f"flex_attention_window_{window}_softcap_{softcap}"
+    name = f"flex_attention_window_{window}_softcap_{softcap}_{'training' if gradients else 'inference'}"
     compiled_flex_attention.__code__ = compiled_flex_attention.__code__.replace(co_name=name)
     return torch.compile(compiled_flex_attention, fullgraph=True, dynamic=True)
 
