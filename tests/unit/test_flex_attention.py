@@ -78,6 +78,11 @@ def test_a_run_of_random_rows_stays_below_the_limit_of_compiled_forms(tmp_path):
     assert max(forms.values()) < torch._dynamo.config.recompile_limit
 
 
+def plan_of(tokens):
+    ids = torch.full((1, tokens), PROMPT, device="meta")
+    return AttentionPlan(torch.arange(tokens, device="meta")[None], ids, ids, ((tokens, 0),))
+
+
 @pytest.fixture
 def attend(monkeypatch):
     """`flex_attention` on rows of so many tokens, on a device where it compiles, with torch's simplest backend."""
@@ -86,11 +91,9 @@ def attend(monkeypatch):
     flex._compiled.cache_clear()
     torch._dynamo.reset()
 
-    def call(tokens, window=None, softcap=None):
-        ids = torch.full((1, tokens), PROMPT, device="meta")
-        plan = AttentionPlan(torch.arange(tokens, device="meta")[None], ids, ids, ((tokens, 0),))
+    def call(tokens, window=None, softcap=None, plan=None):
         query, key, value = (torch.empty(1, heads, tokens, 16, device="meta") for heads in (4, 2, 2))
-        layer = SimpleNamespace(is_causal=True)
+        layer, plan = SimpleNamespace(is_causal=True), plan or plan_of(tokens)
         output, _ = flex.flex_attention(
             layer, query, key, value, None, sliding_window=window, softcap=softcap, attention_plan=plan
         )
@@ -121,3 +124,14 @@ def test_a_window_or_a_soft_cap_has_its_own_limit(attend):
 def test_with_compilation_switched_off_nothing_runs_unfused(attend):
     with torch.compiler.set_stance("force_eager"), pytest.raises(ModelError, match="runs uncompiled"):
         attend(5)
+
+
+@torch.no_grad()
+def test_layers_of_one_window_share_a_row_s_block_mask(attend, monkeypatch):
+    windows = []
+    derive = flex.block_mask
+    monkeypatch.setattr(flex, "block_mask", lambda plan, window: windows.append(window) or derive(plan, window))
+    plan = plan_of(5)
+    for window in (None, 3, None, 3):
+        attend(5, window, plan=plan)
+    assert windows == [None, 3]
