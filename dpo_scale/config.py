@@ -71,7 +71,7 @@ class ModelSettings:
     revision: str | None = None
     tokenizer: str | None = None  # folder or hub id; the model's own if null
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    attn_implementation: str | None = None  # transformers' name: eager, sdpa, flash_attention_2, ...
+    attn_implementation: str | None = None  # eager, sdpa, flash_attention_2, varlen_attention, ...
     gradient_checkpointing: bool = False
     gradient_checkpointing_offload: bool = False  # keep what it keeps in host memory
     compile: bool = False  # torch.compile of the layers

@@ -271,11 +271,11 @@ def evaluate_model(config: Config) -> dict[str, float]:
     check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
-    settle_layout(config)
+    choice = settle_layout(config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
     data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
-    policy = load_scoring_model(config, policy_source(config))
-    reference = load_reference(config) if config.loss.needs_reference else None
+    policy = load_scoring_model(config, policy_source(config), choice)
+    reference = load_reference(config, choice, beside=[policy]) if config.loss.needs_reference else None
     metrics = evaluate(policy, reference, data, config, tokenizer.pad_token_id)
     assert metrics is not None
     return metrics

@@ -91,7 +91,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
-    settle_layout(config)
+    choice = settle_layout(config)
     data = engine.main_first(
         lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
     )
@@ -137,15 +137,22 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     # before the policy is in memory: filling the store may take the reference's model
     seen = data.train.select(schedule.pairs_of_run(total_steps))
     if config.loss.needs_reference and config.reference.mode == "store":
-        stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
-    policy = load_policy(config, max(len(plan.micro_steps) for plan in plans))
-    reference = make_reference(config, policy, stored)
+        datasets = [seen, data.eval] if data.eval else [seen]
+        stored = stored_reference(config, datasets, tokenizer.pad_token_id, choice)
+    policy = load_policy(config, max(len(plan.micro_steps) for plan in plans), choice)
+    reference = make_reference(config, policy, stored, choice)
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
         engine.log(f"resumed from {started_from.path} at step {state.step}")
     elif stored is not None:
-        verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
+        verify_start(config, stored, policy, seen, tokenizer.pad_token_id, choice)
+    if config.data.layout != planner.layout:  # a model failed its check, before any step was laid out
+        planner = make_planner(config, flops, data.train.lengths)
+        plans = planner.first_plans(schedule, total_steps)
+        engine.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
+        if engine.is_main():
+            config.save(run_dir / CONFIG_FILE)
 
     by_pair, reason = takes_loss_by_pair(config, policy)
     engine.log(f"loss and gradient {'pair by pair' if by_pair else 'by way of log-probs'}: {reason}")
