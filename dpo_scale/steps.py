@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_scale import engine
 from dpo_scale.config import Config
-from dpo_scale.data.batching import MicroBatch, Schedule, split_among_ranks
+from dpo_scale.data.batching import MicroBatch, Schedule, counted_pairs, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
@@ -171,13 +171,13 @@ class MicroStep:
 
     Attributes:
         batch: on the host, page-locked if the device is not the host.
-        most_pairs: most pairs that any rank has in this micro-step.
+        pairs_of_ranks: how many pairs that count each rank has in this micro-step.
         is_last: of its optimizer step.
     """
 
     plan: StepPlan
     batch: PairBatch
-    most_pairs: int
+    pairs_of_ranks: tuple[int, ...]
     is_last: bool
 
 
@@ -200,5 +200,4 @@ def micro_steps_of_run(
         plan = planner.plan(schedule.global_batch(step, order))
         for k, ranks in enumerate(plan.micro_steps):
             batch = load_batch(dataset, ranks[rank], pad_token_id, reference, config.loss, planner.layout)
-            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-            yield MicroStep(plan, batch, most_pairs, k == len(plan.micro_steps) - 1)
+            yield MicroStep(plan, batch, counted_pairs(ranks), k == len(plan.micro_steps) - 1)

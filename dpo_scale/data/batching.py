@@ -7,6 +7,7 @@ resumed at any step, and a step holds the same pairs whatever the number of rank
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,11 @@ class MicroBatch:
 
     indices: np.ndarray
     weights: np.ndarray
+
+
+def counted_pairs(ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
+    """How many pairs each rank has in a micro-step; none where it repeats one as a filler."""
+    return tuple(int(np.count_nonzero(micro_batch.weights)) for micro_batch in ranks)
 
 
 @dataclass(frozen=True)
