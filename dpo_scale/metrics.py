@@ -40,9 +40,10 @@ class MetricSums:
                 of its own.
         """
         assert self._sums is not None
-        slots = torch.zeros(engine.world_size(), len(per_rank), dtype=torch.float64)
-        slots[engine.rank()] = torch.tensor(per_rank, dtype=torch.float64)
-        packed = torch.cat([self._sums, slots.flatten().to(self._sums.device, non_blocking=True)])
+        slots = self._sums.new_zeros(engine.world_size(), len(per_rank))
+        for column, value in enumerate(per_rank):  # filled in on the device: a copy from the host would be waited for
+            slots[engine.rank(), column] = value
+        packed = torch.cat([self._sums, slots.flatten()])
         return Reduction(self._names, engine.sum_over_ranks(packed), len(per_rank))
 
 

@@ -1,0 +1,520 @@
+"""A CUDA device that is not there: tensors on the CPU that say they are on it, and a host that is watched.
+
+Within `EmulatedCuda` a tensor answers `cuda:0` when it is asked for its device, so the branches for CUDA run, ours and
+the libraries'. What is seen:
+
+    waits     calls that make the host wait for the device: `.item()`, `bool(tensor)`, `nonzero` and what is made of it,
+              copies that are not asynchronous (from pageable memory, to the host, `torch.tensor(..., device=...)`),
+              streams and events that are synchronised while there is still something to do
+    misuse    raised: an event that is read before it is complete, page-locked memory that is written while a copy from
+              it, or read while a copy to it, is under way, host and device tensors in one operation
+    races     what two streams do to the same memory, one of them writing, without one having waited for the other
+
+Nothing runs late: an operation is done at once, on the CPU, and only its being known to be done is kept book of. Each
+stream counts what it was given; a stream, an event and the host know of each stream up to which count it is done (vector
+clocks, as in torch's CUDA sanitizer). The host learns of it by waiting and in no other way.
+
+Where a storage is: the host's are remembered, all others are the device's. Tensors made before count as the device's.
+Torch's function mode sees what Python asks for, its dispatch mode what is made of it, autograd's backward included.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten, Tensor = torch.ops.aten, torch.Tensor
+DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
+# the size of what these return is in their operands' values
+SIZED_BY_VALUES = {"nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount"}
+ANSWERS_THE_HOST = {"_local_scalar_dense", "equal", "is_nonzero"}
+READ_WITHOUT_DISPATCH = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+
+class MisuseError(RuntimeError):
+    """What CUDA refuses, or answers with numbers that are not there yet."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A call that makes the host wait: what, and where, outside of torch, as `folder/file.py: function`."""
+
+    what: str
+    where: str
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.what} in {self.where}: {self.line}"
+
+
+class Clock(dict):
+    """Up to which count each stream is known to be done."""
+
+    def learn(self, other: dict) -> None:
+        for stream, count in other.items():
+            self[stream] = max(self.get(stream, 0), count)
+
+    def knows(self, other: dict) -> bool:
+        return all(self.get(stream, 0) >= count for stream, count in other.items())
+
+
+class Stream:
+    """A stand-in for `torch.cuda.Stream`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.given, self.known = 0, Clock()
+        _running().streams.append(self)
+
+    @property
+    def work(self) -> Clock:
+        """What it was given so far, and what that came after."""
+        return Clock(self.known | {self: self.given})
+
+    def wait_stream(self, other: Stream) -> None:
+        self.known.learn(other.work)
+
+    def wait_event(self, event: Event) -> None:
+        self.known.learn(event.after)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        return _running().known.knows(self.work)
+
+    def synchronize(self) -> None:
+        _running().wait("stream.synchronize", self.work)
+
+
+class Event:
+    """A stand-in for `torch.cuda.Event`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.after, self._recorded = Clock(), 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or _running().current
+        stream.given += 1
+        self.after, self._recorded = stream.work, time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or _running().current).wait_event(self)
+
+    def query(self) -> bool:
+        return _running().known.knows(self.after)
+
+    def synchronize(self) -> None:
+        _running().wait("event.synchronize", self.after)
+
+    def elapsed_time(self, end: Event) -> float:
+        if not (self._recorded and end._recorded and self.query() and end.query()):
+            raise MisuseError("both events must be complete before the time between them is read")
+        return 1000 * (end._recorded - self._recorded)
+
+
+@dataclass
+class Memory:
+    """A storage: where it is, and who has used it since when."""
+
+    alive: StorageWeakRef
+    on_host: bool = False
+    pinned: bool = False
+    written: Clock | None = None  # by the device: which work of which stream
+    read: Clock | None = None
+
+
+def _running() -> EmulatedCuda:
+    assert EmulatedCuda.running is not None
+    return EmulatedCuda.running
+
+
+class EmulatedCuda:
+    """A context in which this thread's tensors are on a CUDA device, unless they were made on the host.
+
+    Attributes:
+        waits: what made the host wait.
+        races: what two streams did to one storage.
+    """
+
+    running: EmulatedCuda | None = None
+
+    def __init__(self) -> None:
+        self.waits: list[Wait] = []
+        self.races: list[str] = []
+        self.known = Clock()  # the host's
+        self._memory: dict[int, Memory] = {}
+        self.streams: list[Stream] = []
+        self._thread: int | None = None
+        self._calls: list[bool] = []  # the calls that Python is in, outermost first: whether what they make is on host
+        self._exit = ExitStack()
+
+    # ---- what the program sees of it --------------------------------------------------------------------------
+
+    @contextmanager
+    def on_stream(self, stream: Stream | None) -> Iterator[None]:
+        before, self.current = self.current, stream or self.current
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def synchronize(self, *_: Any) -> None:
+        everything = Clock()
+        for stream in self.streams:
+            everything.learn(stream.work)
+        self.wait("synchronize", everything)
+
+    @property
+    def active(self) -> bool:
+        return self._thread == threading.get_ident()
+
+    def __enter__(self) -> EmulatedCuda:
+        EmulatedCuda.running = self
+        self.default = self.current = Stream()
+        replaced = {
+            "Stream": Stream,
+            "Event": Event,
+            "stream": self.on_stream,
+            "current_stream": lambda *_: self.current,
+            "default_stream": lambda *_: self.default,
+            "synchronize": self.synchronize,
+            "device": nullcontext,
+            "get_device_name": lambda *_: "emulated",
+            "get_device_capability": lambda *_: (9, 0),
+        }
+        for name, value in replaced.items():
+            self._exit.enter_context(patch.object(torch.cuda, name, value))
+        answers = {
+            "device": self._device,
+            "is_cuda": self.on_device,
+            "is_cpu": lambda tensor: not self.on_device(tensor),
+        }
+        for name, answer in answers.items():
+            self._exit.enter_context(patch.object(Tensor, name, property(answer)))
+        # memory that is given back is not reused here, so there is nothing to record
+        self._exit.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
+        self._exit.enter_context(_Operations(self))
+        calls = self._exit.enter_context(_Calls(self))
+
+        def watched(function: Any) -> Any:
+            """A mode is off in the calls that it handles; what those call back is Python's again."""
+
+            def again(*arguments: Any, **named: Any) -> Any:
+                with nullcontext() if torch._C._len_torch_function_stack() else calls:
+                    return function(*arguments, **named)
+
+            return again
+
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        set_hooks = hooks.__init__
+        self._exit.enter_context(
+            patch.object(hooks, "__init__", lambda self, pack, back: set_hooks(self, watched(pack), watched(back)))
+        )
+        run_backward = watched(torch.autograd._engine_run_backward)
+        self._exit.enter_context(patch.object(torch.autograd, "_engine_run_backward", run_backward))
+        if find_spec("triton"):
+            self._exit.enter_context(self._kernels())
+        self._thread = threading.get_ident()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._thread = EmulatedCuda.running = None
+        self._exit.close()
+
+    def _kernels(self) -> Any:
+        """Triton's interpreter, whose kernels count as work of the current stream."""
+        from triton.runtime.interpreter import GridExecutor
+
+        launch = GridExecutor.__call__
+
+        def launch_plainly(executor: Any, *arguments: Any, **named: Any) -> Any:
+            tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+            assert all(map(self.on_device, tensors)), "a kernel was given memory of the host"
+            self.use(tensors, tensors)
+            with _plain():
+                return launch(executor, *arguments, **named)
+
+        return patch.object(GridExecutor, "__call__", launch_plainly)
+
+    def _device(self, tensor: Tensor) -> torch.device:
+        real = torch._C.TensorBase.device.__get__(tensor)
+        return real if real.type != "cpu" else DEVICE if self.on_device(tensor) else HOST
+
+    # ---- memory -----------------------------------------------------------------------------------------------
+
+    def memory(self, tensor: Tensor) -> Memory:
+        with _plain():
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            # the address is not given out again while a weak reference to it is kept
+            if key not in self._memory:
+                self._memory[key] = Memory(StorageWeakRef(storage), written=Clock(), read=Clock())
+                if len(self._memory) % 10_000 == 0:
+                    self._memory = {k: m for k, m in self._memory.items() if not m.alive.expired()}
+            return self._memory[key]
+
+    def on_device(self, tensor: Tensor) -> bool:
+        return not self.memory(tensor).on_host
+
+    def put(self, tensor: Tensor, *, on_host: bool, pinned: bool = False) -> Tensor:
+        """Say where a tensor's storage is."""
+        memory = self.memory(tensor)
+        memory.on_host, memory.pinned = on_host, pinned
+        return tensor
+
+    # ---- what is watched --------------------------------------------------------------------------------------
+
+    def wait(self, what: str, work: Clock) -> None:
+        """The host waits for work; it is no wait if that is known to be done."""
+        if not self.known.knows(work):
+            self.waits.append(Wait(what, *_caller()))
+        self.known.learn(work)
+
+    def wait_for_current(self, what: str) -> None:
+        self.current.given += 1
+        self.wait(what, self.current.work)
+
+    def use(self, tensors: list[Tensor], written: list[Tensor]) -> None:
+        """Work of the current stream that reads and writes these tensors, of either place."""
+        stream = self.current
+        stream.given += 1
+        stream.known.learn(self.known)
+        mine = Clock({stream: stream.given})
+        for tensor in tensors:
+            memory, writes = self.memory(tensor), any(tensor is one for one in written)
+            before = Clock(memory.written)
+            if writes:
+                before.learn(memory.read)
+            if not stream.work.knows(before) and not memory.on_host:
+                self.races.append(f"{'written' if writes else 'read'} in {_caller()[0]}")
+            if writes:
+                memory.written, memory.read = mine, Clock()
+            else:
+                memory.read.learn(mine)
+
+    def use_on_host(self, tensor: Tensor, *, writes: bool) -> None:
+        """The host touches its memory: it must know that no copy is under way."""
+        memory = self.memory(tensor)
+        if not self.known.knows(memory.written):
+            raise MisuseError(f"memory that a copy to the host is still being written to is used in {_caller()[0]}")
+        if writes and not self.known.knows(memory.read):
+            raise MisuseError(f"page-locked memory is written while it is still being copied from, in {_caller()[0]}")
+
+    def copy(self, target: Tensor, source: Tensor, *, non_blocking: bool) -> None:
+        """A copy between host and device, which has been done; what it costs the host."""
+        host = target if self.memory(target).on_host else source
+        if self.memory(host).pinned or host is target:
+            self.use([source, target], [target])
+        if not self.memory(host).pinned:
+            self.wait_for_current("a copy to pageable memory" if host is target else "a copy from pageable memory")
+        elif not non_blocking:
+            self.wait_for_current("a blocking copy")
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+def _caller() -> tuple[str, str]:
+    """The innermost function outside of torch and of this file, and its line."""
+    import linecache
+
+    own = (__file__, str(Path(torch.__file__).parent), str(Path(threading.__file__).parent / "contextlib"))
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    names = ("dpo_scale", "deepspeed", "transformers", "tests")
+    start = next((i for i in reversed(range(len(path.parts))) if path.parts[i] in names), len(path.parts) - 1)
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return f"{'/'.join(path.parts[start:])}: {frame.f_code.co_name}", line
+
+
+class _Calls(TorchFunctionMode):
+    """What Python asks torch for."""
+
+    def __init__(self, cuda: EmulatedCuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+        self._answers = {
+            Tensor.is_pinned: lambda t, *_: cuda.memory(t).pinned,
+            Tensor.get_device: lambda t: 0 if cuda.on_device(t) else -1,
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        cuda, kwargs = self._cuda, dict(kwargs or {})
+        if func in self._answers:
+            return self._answers[func](*args)
+        if func is Tensor.pin_memory:
+            return args[0] if cuda.memory(args[0]).pinned else self._copy_of(args[0], on_host=True, pinned=True)
+        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
+            return self._moved(func, args, kwargs)
+        if func in READ_WITHOUT_DISPATCH:
+            if cuda.on_device(args[0]):
+                if func is not Tensor.tolist:
+                    raise TypeError("can't convert cuda:0 device type tensor to numpy")
+                cuda.use([args[0]], [])
+                cuda.wait_for_current("tolist")
+            else:
+                cuda.use_on_host(args[0], writes=False)
+            return func(*args, **kwargs)
+        place, pin = kwargs.get("device"), kwargs.pop("pin_memory", False)
+        on_device = any(isinstance(leaf, Tensor) and cuda.on_device(leaf) for leaf in tree_leaves((args, kwargs)))
+        if place is not None and torch.device(place).type in ("cpu", "cuda"):
+            on_device = torch.device(place).type == "cuda"
+            kwargs["device"] = HOST
+            if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and on_device:
+                data = args[1] if func is Tensor.new_tensor else args[0]
+                if not isinstance(data, Tensor):
+                    cuda.wait_for_current(f"{func.__name__}(..., device=...)")
+        cuda._calls.append(not on_device)
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            cuda._calls.pop()
+        if pin:
+            cuda.put(result, on_host=True, pinned=True)
+        return result
+
+    def _moved(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        """`to`, `cpu` and `cuda`."""
+        cuda, tensor = self._cuda, args[0]
+        if func is Tensor.to:
+            copy = kwargs.get("copy", False)
+            others = args[1:]
+            if others and isinstance(others[0], Tensor):
+                others = (cuda.on_device(others[0]) and DEVICE or HOST, others[0].dtype, *others[1:])
+            if others and isinstance(others[0], str):
+                others = (torch.device(others[0]), *others[1:])
+            device, dtype, non_blocking, layout = torch._C._nn._parse_to(
+                *others, **{name: value for name, value in kwargs.items() if name != "copy"}
+            )
+        else:
+            device, dtype, copy, layout = (HOST if func is Tensor.cpu else DEVICE), None, False, None
+            non_blocking = kwargs.get("non_blocking", False)
+        if tensor.is_meta or (device is not None and device.type == "meta"):
+            return func(*args, **kwargs)
+        to_host = not cuda.on_device(tensor) if device is None else device.type == "cpu"
+        options = {"dtype": dtype, "copy": copy, **({"memory_format": layout} if layout is not None else {})}
+        if to_host != cuda.on_device(tensor):
+            cuda._calls.append(to_host)
+            try:
+                return Tensor.to(tensor, **{k: v for k, v in options.items() if v is not None})
+            finally:
+                cuda._calls.pop()
+        moved = self._copy_of(tensor, on_host=to_host, pinned=to_host and non_blocking)
+        cuda.copy(moved, tensor, non_blocking=non_blocking)
+        return moved if dtype is None else moved.to(dtype)
+
+    def _copy_of(self, tensor: Tensor, *, on_host: bool, pinned: bool = False) -> Tensor:
+        """A copy in the other place. Autograd goes through it as through any other."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            copy = tensor.clone()
+        return self._cuda.put(copy, on_host=on_host, pinned=pinned)
+
+
+class _Operations(TorchDispatchMode):
+    """What the calls are made of, down to the last `item`."""
+
+    def __init__(self, cuda: EmulatedCuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        cuda, kwargs = self._cuda, kwargs or {}
+        name = func.overloadpacket.__name__
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = _written(func, args, kwargs)
+        if func.namespace != "aten":
+            cuda.use(inputs, inputs)
+            return func(*args, **kwargs)
+        if name == "lift_fresh":
+            # a number made into a tensor for a call on the device, or data that came from Python or NumPy
+            return cuda.put(args[0], on_host=cuda._calls[-1] if cuda._calls else True)
+        on_device = [cuda.on_device(tensor) for tensor in inputs]
+        if any(on_device):
+            self._watch(func, name, args, kwargs, inputs, written)
+        else:
+            for tensor in inputs:
+                cuda.use_on_host(tensor, writes=any(tensor is one for one in written))
+        result = self._run(func, args, kwargs)
+        # made by C++ alone, as zeros for a gradient that is missing are: on the device
+        host = not any(on_device) if inputs else bool(cuda._calls) and cuda._calls[-1]
+        if host:
+            known = {cuda.memory(tensor).alive.cdata for tensor in inputs}
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and cuda.memory(leaf).alive.cdata not in known:
+                    cuda.put(leaf, on_host=True)
+        return result
+
+    def _watch(
+        self, func: Any, name: str, args: tuple, kwargs: dict, inputs: list[Tensor], written: list[Tensor]
+    ) -> None:
+        cuda = self._cuda
+        if name == "copy_" and cuda.on_device(args[0]) != cuda.on_device(args[1]):
+            fill = args[1].dim() == 0 and cuda.on_device(args[0]) and not cuda.memory(args[1]).pinned
+            if not (fill and cuda._calls and _is_setitem()):
+                cuda.copy(args[0], args[1], non_blocking=kwargs.get("non_blocking", len(args) > 2 and args[2]))
+            return
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [index for index in args[1] if index is not None]
+            if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and not _is_masked_fill(args):
+                cuda.wait_for_current("a mask as index")
+            if cuda.on_device(args[0]) and any(index.dim() and not cuda.on_device(index) for index in indices):
+                cuda.wait_for_current("an index from pageable memory")
+                inputs = [t for t in inputs if cuda.on_device(t)]
+        mixed = [t for t in inputs if not cuda.on_device(t) and t.dim() > 0]
+        if mixed:
+            raise MisuseError(f"{name} of host and device tensors in {_caller()[0]}")
+        cuda.use([t for t in inputs if cuda.on_device(t)], written)
+        waits = name in SIZED_BY_VALUES or name in ANSWERS_THE_HOST
+        waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
+        waits |= name == "segment_reduce" and not kwargs.get("unsafe", False)
+        if waits:
+            cuda.wait_for_current("item" if name == "_local_scalar_dense" else name)
+
+    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if func in (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out):  # CUDA's alone
+            *operands, dtype = args[: 3 if func in (aten.mm.dtype, aten.mm.dtype_out) else 4]
+            operands = [operand.to(dtype) for operand in operands]
+            made = (torch.mm if len(operands) == 2 else torch.addmm)(*operands)
+            return kwargs["out"].copy_(made) if "out" in kwargs else made
+        return func(*args, **kwargs)
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The inputs that an operator writes to."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [leaf for name in writes for leaf in tree_leaves(named.get(name)) if isinstance(leaf, Tensor)]
+
+
+def _is_masked_fill(args: tuple) -> bool:
+    """`index_put_` with one mask and one number is done as `masked_fill_`, which asks for nothing."""
+    return len(args) > 2 and args[2].numel() == 1 and len(args[1]) == 1
+
+
+def _is_setitem() -> bool:
+    """`tensor[...] = number` fills on the device; as an operator it looks like a copy from the host."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "__torch_function__":
+        frame = frame.f_back
+    return frame is not None and getattr(frame.f_locals.get("func"), "__name__", "") == "__setitem__"
