@@ -377,6 +377,8 @@ def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> Non
     Args:
         slices: (name, this rank's slice as `own_slice` cuts it, of any dtype and device), one at a time.
     """
+    from deepspeed.accelerator import get_accelerator
+
     # parameters that are whole at the moment (small ones stay so between passes) would not see a change of their shard
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.empty_partition_cache()
@@ -395,6 +397,10 @@ def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> Non
                 parts = [torch.empty_like(padded) for _ in range(world_size())]
                 dist.all_gather(parts, padded)
             parameter.copy_(torch.cat(parts)[: parameter.numel()].view_as(parameter))
+    if engine.zero_optimization_stage() == 3:
+        # DeepSpeed gathers shards on a stream of its own, which waits for nothing: it must not read them before they
+        # are written
+        get_accelerator().synchronize()
 
 
 def from_main(value: Result) -> Result:

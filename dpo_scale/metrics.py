@@ -59,15 +59,18 @@ class Reduction:
         """Wait for the device and read everything at once.
 
         Args:
-            more: further scalars that are wanted in the same transfer.
+            more: further scalars that are wanted, in the same transfer where they are on the device.
 
         Returns:
             Means over the pairs of all ranks, the ranks' own values [n, ranks], and the values of `more`.
         """
         device = self.values.device
-        scalars = [value.detach().to(device, torch.float64, non_blocking=True).reshape(1) for value in more]
+        # one on the host, as an offloaded optimizer's norm is, would have to be copied to the device first
+        scalars = [value.detach().double().reshape(1) for value in more if value.device == device]
         values = torch.cat([self.values, *scalars]).tolist()
         split, end = len(self.names) + 1, len(self.values)
         means = {name: value / values[split - 1] for name, value in zip(self.names, values, strict=False)}
         per_rank = np.array(values[split:end]).reshape(engine.world_size(), self.num_per_rank)
-        return means, per_rank.T, values[end:]
+        transferred = iter(values[end:])
+        others = [next(transferred) if value.device == device else value.item() for value in more]
+        return means, per_rank.T, others
