@@ -10,8 +10,8 @@ the libraries'. What is seen:
               it, or read while a copy to it, is under way, host and device tensors in one operation
     races     what two streams do to the same memory, one of them writing, without one having waited for the other
 
-Nothing runs late: an operation is done at once, on the CPU, and only its being known to be done is kept book of. Each
-stream counts what it was given; a stream, an event and the host know of each stream up to which count it is done (vector
+Nothing runs late: an operation is done at once, on the CPU, and only a book is kept of what is known to be done. Each
+stream counts what it was given. A stream, an event and the host know up to which count each stream is done (vector
 clocks, as in torch's CUDA sanitizer). The host learns of it by waiting and in no other way.
 
 Where a storage is: the host's are remembered, all others are the device's. Tensors made before count as the device's.
@@ -301,7 +301,7 @@ class EmulatedCuda:
             before = Clock(memory.written)
             if writes:
                 before.learn(memory.read)
-            if not stream.work.knows(before) and not memory.on_host:
+            if not stream.work.knows(before):
                 self.races.append(f"{'written' if writes else 'read'} in {_caller()[0]}")
             if writes:
                 memory.written, memory.read = mine, Clock()
@@ -443,8 +443,9 @@ class _Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = _written(func, args, kwargs)
-        if func.namespace != "aten":
-            cuda.use(inputs, inputs)
+        if func.namespace != "aten":  # collectives
+            there = [tensor for tensor in inputs if cuda.on_device(tensor)]
+            cuda.use(there, there)
             return func(*args, **kwargs)
         if name == "lift_fresh":
             # a number made into a tensor for a call on the device, or data that came from Python or NumPy

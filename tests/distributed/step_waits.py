@@ -15,11 +15,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from emulated_cuda import EmulatedCuda, Event, Stream
 
 from dpo_scale import engine, trainer
 from dpo_scale.cli import run
 from dpo_scale.config import load_config
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from emulated_cuda import EmulatedCuda, Event, Stream  # noqa: E402
 
 WATCHED_STEP = 2
 
@@ -74,21 +76,24 @@ def emulated_accelerator(cuda: EmulatedCuda):
     def tensor_of(dtype):
         return property(lambda _: lambda data: torch.tensor(data, dtype=dtype, device="cuda"))
 
-    class Emulated(type(get_accelerator())):
-        is_synchronized_device = resolves_data_dependency = handles_memory_backpressure = lambda self: False
-        use_host_timers = lambda self: False
-        device_name = lambda self, index=None: "cuda" if cuda.active else "cpu"
-        current_device_name = lambda self: "cuda:0" if cuda.active else "cpu"
-        on_accelerator = lambda self, tensor: cuda.on_device(tensor)
-        stream = lambda self, stream: cuda.on_stream(stream)
-        current_stream = lambda self, index=None: cuda.current
-        default_stream = lambda self, index=None: cuda.default
-        synchronize = lambda self, index=None: cuda.synchronize()
-        Stream, Event = property(lambda self: Stream), property(lambda self: Event)
-        FloatTensor, ByteTensor = tensor_of(torch.float32), tensor_of(torch.uint8)
-
+    answers = {
+        **dict.fromkeys(("is_synchronized_device", "resolves_data_dependency"), lambda self: False),
+        **dict.fromkeys(("handles_memory_backpressure", "use_host_timers"), lambda self: False),
+        "device_name": lambda self, index=None: "cuda" if cuda.active else "cpu",
+        "current_device_name": lambda self: "cuda:0" if cuda.active else "cpu",
+        "on_accelerator": lambda self, tensor: cuda.on_device(tensor),
+        "stream": lambda self, stream: cuda.on_stream(stream),
+        "current_stream": lambda self, index=None: cuda.current,
+        "default_stream": lambda self, index=None: cuda.default,
+        "synchronize": lambda self, index=None: cuda.synchronize(),
+        "Stream": property(lambda self: Stream),
+        "Event": property(lambda self: Event),
+        "FloatTensor": tensor_of(torch.float32),
+        "ByteTensor": tensor_of(torch.uint8),
+    }
     accelerator = get_accelerator()
-    before, accelerator.__class__ = type(accelerator), Emulated
+    before = type(accelerator)
+    accelerator.__class__ = type("Emulated", (before,), answers)
     try:
         yield
     finally:
