@@ -7,7 +7,6 @@ when the trained model is saved.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,24 +169,10 @@ def load_policy(config: Config, micro_steps: int) -> Any:
     if config.model.compile:
         compile_layers(causal_lm(model))
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
-    if config.deepspeed.offload_optimizer == "cpu":
-        say_if_one_thread_is_left()
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
     check_layout(policy, causal_lm(model), config)
     return policy
-
-
-def say_if_one_thread_is_left() -> None:
-    """Tell whoever offloads the optimizer to the host that `torchrun` leaves its step one thread a rank."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if by_torchrun and share > 1 and engine.device().type != "cpu":
-        engine.log(
-            "WARNING: deepspeed.offload_optimizer = 'cpu': the optimizer's step has one thread a rank, since torchrun "
-            f"sets OMP_NUM_THREADS to 1 where it is not set; set it to {share}, this rank's share of the cores"
-        )
 
 
 def offloads_checkpoints(config: Config) -> bool:

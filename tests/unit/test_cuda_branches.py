@@ -13,7 +13,6 @@ from dpo_scale.data.dataset import Pair
 from dpo_scale.evaluation import load_batch
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.metrics import MetricSums
-from dpo_scale.models import load
 from dpo_scale.models.activations import offloaded_checkpoint
 from dpo_scale.timing import StepTimer
 
@@ -215,9 +214,9 @@ def test_an_offloaded_optimizer_that_torchrun_leaves_one_thread_is_told_of(monke
     said = []
     monkeypatch.setattr(engine, "log", said.append)
     monkeypatch.setattr(engine, "device", lambda: CUDA)
-    monkeypatch.setattr(load.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: range(16), raising=False)
     start = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (start | changes).items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
-    load.say_if_one_thread_is_left()
+    engine.say_if_one_thread_is_left()
     assert [("torchrun" in line, "set it to 8" in line) for line in said] == [(True, True)] * told
