@@ -19,6 +19,7 @@ import torch
 from dpo_scale import engine, trainer
 from dpo_scale.cli import run
 from dpo_scale.config import load_config
+from dpo_scale.data.layout import PairBatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from emulated_cuda import EmulatedCuda, Event, Stream  # noqa: E402
@@ -64,7 +65,10 @@ def watched_run(overrides: list[str]) -> dict:
 
 def pinned(cuda, batches):
     for micro in batches:
-        micro.batch.map_tensors(lambda tensor: cuda.put(tensor, on_host=True, pinned=True))
+        for value in vars(micro).values():
+            for batch in value if isinstance(value, list) else [value]:
+                if isinstance(batch, PairBatch):
+                    batch.map_tensors(lambda tensor: cuda.put(tensor, on_host=True, pinned=True))
         yield micro
 
 
