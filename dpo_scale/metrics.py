@@ -41,7 +41,7 @@ class MetricSums:
         """
         assert self._sums is not None
         slots = self._sums.new_zeros(engine.world_size(), len(per_rank))
-        for column, value in enumerate(per_rank):  # filled in on the device: a copy from the host would be waited for
+        for column, value in enumerate(per_rank):  # filled in on the device: a copy from the host might be waited for
             slots[engine.rank(), column] = value
         packed = torch.cat([self._sums, slots.flatten()])
         return Reduction(self._names, engine.sum_over_ranks(packed), len(per_rank))

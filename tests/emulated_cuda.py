@@ -15,7 +15,7 @@ stream counts what it was given. A stream, an event and the host know up to whic
 clocks, as in torch's CUDA sanitizer). The host learns of it by waiting and in no other way.
 
 Where a storage is: the host's are remembered, all others are the device's. Tensors made before count as the device's.
-Torch's function mode sees what Python asks for, its dispatch mode what is made of it, autograd's backward included.
+How torch is watched is in `emulated_cuda_modes`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,9 @@ from unittest.mock import patch
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-aten, Tensor = torch.ops.aten, torch.Tensor
+Tensor = torch.Tensor
 DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
-# the size of what these return is in their operands' values
-SIZED_BY_VALUES = {"nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount"}
-ANSWERS_THE_HOST = {"_local_scalar_dense", "equal", "is_nonzero"}
-READ_WITHOUT_DISPATCH = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
 class MisuseError(RuntimeError):
@@ -161,7 +154,9 @@ class EmulatedCuda:
         self._memory: dict[int, Memory] = {}
         self.streams: list[Stream] = []
         self._thread: int | None = None
-        self._calls: list[bool] = []  # the calls that Python is in, outermost first: whether what they make is on host
+        self.calls: list[
+            bool
+        ] = []  # of torch, that Python is in, outermost first: whether what they make is on the host
         self._exit = ExitStack()
 
     # ---- what the program sees of it --------------------------------------------------------------------------
@@ -185,6 +180,8 @@ class EmulatedCuda:
         return self._thread == threading.get_ident()
 
     def __enter__(self) -> EmulatedCuda:
+        from emulated_cuda_modes import Calls, Operations
+
         EmulatedCuda.running = self
         self.default = self.current = Stream()
         replaced = {
@@ -202,15 +199,15 @@ class EmulatedCuda:
             self._exit.enter_context(patch.object(torch.cuda, name, value))
         answers = {
             "device": self._device,
-            "is_cuda": self.on_device,
-            "is_cpu": lambda tensor: not self.on_device(tensor),
+            "is_cuda": lambda tensor: self._device(tensor).type == "cuda",
+            "is_cpu": lambda tensor: self._device(tensor).type == "cpu",
         }
         for name, answer in answers.items():
             self._exit.enter_context(patch.object(Tensor, name, property(answer)))
         # memory that is given back is not reused here, so there is nothing to record
         self._exit.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
-        self._exit.enter_context(_Operations(self))
-        calls = self._exit.enter_context(_Calls(self))
+        self._exit.enter_context(Operations(self))
+        calls = self._exit.enter_context(Calls(self))
 
         def watched(function: Any) -> Any:
             """A mode is off in the calls that it handles; what those call back is Python's again."""
@@ -254,7 +251,9 @@ class EmulatedCuda:
 
     def _device(self, tensor: Tensor) -> torch.device:
         real = torch._C.TensorBase.device.__get__(tensor)
-        return real if real.type != "cpu" else DEVICE if self.on_device(tensor) else HOST
+        if real.type != "cpu" or not self.active:
+            return real
+        return DEVICE if self.on_device(tensor) else HOST
 
     # ---- memory -----------------------------------------------------------------------------------------------
 
@@ -283,7 +282,7 @@ class EmulatedCuda:
     def wait(self, what: str, work: Clock) -> None:
         """The host waits for work; it is no wait if that is known to be done."""
         if not self.known.knows(work):
-            self.waits.append(Wait(what, *_caller()))
+            self.waits.append(Wait(what, *caller()))
         self.known.learn(work)
 
     def wait_for_current(self, what: str) -> None:
@@ -302,7 +301,7 @@ class EmulatedCuda:
             if writes:
                 before.learn(memory.read)
             if not stream.work.knows(before):
-                self.races.append(f"{'written' if writes else 'read'} in {_caller()[0]}")
+                self.races.append(f"{'written' if writes else 'read'} in {caller()[0]}")
             if writes:
                 memory.written, memory.read = mine, Clock()
             else:
@@ -312,9 +311,9 @@ class EmulatedCuda:
         """The host touches its memory: it must know that no copy is under way."""
         memory = self.memory(tensor)
         if not self.known.knows(memory.written):
-            raise MisuseError(f"memory that a copy to the host is still being written to is used in {_caller()[0]}")
+            raise MisuseError(f"memory that a copy to the host is still being written to is used in {caller()[0]}")
         if writes and not self.known.knows(memory.read):
-            raise MisuseError(f"page-locked memory is written while it is still being copied from, in {_caller()[0]}")
+            raise MisuseError(f"page-locked memory is written while it is still being copied from, in {caller()[0]}")
 
     def copy(self, target: Tensor, source: Tensor, *, non_blocking: bool) -> None:
         """A copy between host and device, which has been done; what it costs the host."""
@@ -333,11 +332,15 @@ def _plain() -> Iterator[None]:
         yield
 
 
-def _caller() -> tuple[str, str]:
-    """The innermost function outside of torch and of this file, and its line."""
+def caller() -> tuple[str, str]:
+    """The innermost function outside of torch and of the emulation, and its line."""
     import linecache
 
-    own = (__file__, str(Path(torch.__file__).parent), str(Path(threading.__file__).parent / "contextlib"))
+    own = (
+        __file__.removesuffix(".py"),
+        str(Path(torch.__file__).parent),
+        str(Path(threading.__file__).parent / "contextlib"),
+    )
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
         frame = frame.f_back
@@ -346,176 +349,3 @@ def _caller() -> tuple[str, str]:
     start = next((i for i in reversed(range(len(path.parts))) if path.parts[i] in names), len(path.parts) - 1)
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     return f"{'/'.join(path.parts[start:])}: {frame.f_code.co_name}", line
-
-
-class _Calls(TorchFunctionMode):
-    """What Python asks torch for."""
-
-    def __init__(self, cuda: EmulatedCuda) -> None:
-        super().__init__()
-        self._cuda = cuda
-        self._answers = {
-            Tensor.is_pinned: lambda t, *_: cuda.memory(t).pinned,
-            Tensor.get_device: lambda t: 0 if cuda.on_device(t) else -1,
-        }
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        cuda, kwargs = self._cuda, dict(kwargs or {})
-        if func in self._answers:
-            return self._answers[func](*args)
-        if func is Tensor.pin_memory:
-            return args[0] if cuda.memory(args[0]).pinned else self._copy_of(args[0], on_host=True, pinned=True)
-        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
-            return self._moved(func, args, kwargs)
-        if func in READ_WITHOUT_DISPATCH:
-            if cuda.on_device(args[0]):
-                if func is not Tensor.tolist:
-                    raise TypeError("can't convert cuda:0 device type tensor to numpy")
-                cuda.use([args[0]], [])
-                cuda.wait_for_current("tolist")
-            else:
-                cuda.use_on_host(args[0], writes=False)
-            return func(*args, **kwargs)
-        place, pin = kwargs.get("device"), kwargs.pop("pin_memory", False)
-        on_device = any(isinstance(leaf, Tensor) and cuda.on_device(leaf) for leaf in tree_leaves((args, kwargs)))
-        if place is not None and torch.device(place).type in ("cpu", "cuda"):
-            on_device = torch.device(place).type == "cuda"
-            kwargs["device"] = HOST
-            if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and on_device:
-                data = args[1] if func is Tensor.new_tensor else args[0]
-                if not isinstance(data, Tensor):
-                    cuda.wait_for_current(f"{func.__name__}(..., device=...)")
-        cuda._calls.append(not on_device)
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            cuda._calls.pop()
-        if pin:
-            cuda.put(result, on_host=True, pinned=True)
-        return result
-
-    def _moved(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        """`to`, `cpu` and `cuda`."""
-        cuda, tensor = self._cuda, args[0]
-        if func is Tensor.to:
-            copy = kwargs.get("copy", False)
-            others = args[1:]
-            if others and isinstance(others[0], Tensor):
-                others = (cuda.on_device(others[0]) and DEVICE or HOST, others[0].dtype, *others[1:])
-            if others and isinstance(others[0], str):
-                others = (torch.device(others[0]), *others[1:])
-            device, dtype, non_blocking, layout = torch._C._nn._parse_to(
-                *others, **{name: value for name, value in kwargs.items() if name != "copy"}
-            )
-        else:
-            device, dtype, copy, layout = (HOST if func is Tensor.cpu else DEVICE), None, False, None
-            non_blocking = kwargs.get("non_blocking", False)
-        if tensor.is_meta or (device is not None and device.type == "meta"):
-            return func(*args, **kwargs)
-        to_host = not cuda.on_device(tensor) if device is None else device.type == "cpu"
-        options = {"dtype": dtype, "copy": copy, **({"memory_format": layout} if layout is not None else {})}
-        if to_host != cuda.on_device(tensor):
-            cuda._calls.append(to_host)
-            try:
-                return Tensor.to(tensor, **{k: v for k, v in options.items() if v is not None})
-            finally:
-                cuda._calls.pop()
-        moved = self._copy_of(tensor, on_host=to_host, pinned=to_host and non_blocking)
-        cuda.copy(moved, tensor, non_blocking=non_blocking)
-        return moved if dtype is None else moved.to(dtype)
-
-    def _copy_of(self, tensor: Tensor, *, on_host: bool, pinned: bool = False) -> Tensor:
-        """A copy in the other place. Autograd goes through it as through any other."""
-        with torch.utils._python_dispatch._disable_current_modes():
-            copy = tensor.clone()
-        return self._cuda.put(copy, on_host=on_host, pinned=pinned)
-
-
-class _Operations(TorchDispatchMode):
-    """What the calls are made of, down to the last `item`."""
-
-    def __init__(self, cuda: EmulatedCuda) -> None:
-        super().__init__()
-        self._cuda = cuda
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        cuda, kwargs = self._cuda, kwargs or {}
-        name = func.overloadpacket.__name__
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        written = _written(func, args, kwargs)
-        if func.namespace != "aten":  # collectives
-            there = [tensor for tensor in inputs if cuda.on_device(tensor)]
-            cuda.use(there, there)
-            return func(*args, **kwargs)
-        if name == "lift_fresh":
-            # a number made into a tensor for a call on the device, or data that came from Python or NumPy
-            return cuda.put(args[0], on_host=cuda._calls[-1] if cuda._calls else True)
-        on_device = [cuda.on_device(tensor) for tensor in inputs]
-        if any(on_device):
-            self._watch(func, name, args, kwargs, inputs, written)
-        else:
-            for tensor in inputs:
-                cuda.use_on_host(tensor, writes=any(tensor is one for one in written))
-        result = self._run(func, args, kwargs)
-        # made by C++ alone, as zeros for a gradient that is missing are: on the device
-        host = not any(on_device) if inputs else bool(cuda._calls) and cuda._calls[-1]
-        if host:
-            known = {cuda.memory(tensor).alive.cdata for tensor in inputs}
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and cuda.memory(leaf).alive.cdata not in known:
-                    cuda.put(leaf, on_host=True)
-        return result
-
-    def _watch(
-        self, func: Any, name: str, args: tuple, kwargs: dict, inputs: list[Tensor], written: list[Tensor]
-    ) -> None:
-        cuda = self._cuda
-        if name == "copy_" and cuda.on_device(args[0]) != cuda.on_device(args[1]):
-            fill = args[1].dim() == 0 and cuda.on_device(args[0]) and not cuda.memory(args[1]).pinned
-            if not (fill and cuda._calls and _is_setitem()):
-                cuda.copy(args[0], args[1], non_blocking=kwargs.get("non_blocking", len(args) > 2 and args[2]))
-            return
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            indices = [index for index in args[1] if index is not None]
-            if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and not _is_masked_fill(args):
-                cuda.wait_for_current("a mask as index")
-            if cuda.on_device(args[0]) and any(index.dim() and not cuda.on_device(index) for index in indices):
-                cuda.wait_for_current("an index from pageable memory")
-                inputs = [t for t in inputs if cuda.on_device(t)]
-        mixed = [t for t in inputs if not cuda.on_device(t) and t.dim() > 0]
-        if mixed:
-            raise MisuseError(f"{name} of host and device tensors in {_caller()[0]}")
-        cuda.use([t for t in inputs if cuda.on_device(t)], written)
-        waits = name in SIZED_BY_VALUES or name in ANSWERS_THE_HOST
-        waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
-        waits |= name == "segment_reduce" and not kwargs.get("unsafe", False)
-        if waits:
-            cuda.wait_for_current("item" if name == "_local_scalar_dense" else name)
-
-    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        if func in (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out):  # CUDA's alone
-            *operands, dtype = args[: 3 if func in (aten.mm.dtype, aten.mm.dtype_out) else 4]
-            operands = [operand.to(dtype) for operand in operands]
-            made = (torch.mm if len(operands) == 2 else torch.addmm)(*operands)
-            return kwargs["out"].copy_(made) if "out" in kwargs else made
-        return func(*args, **kwargs)
-
-
-def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The inputs that an operator writes to."""
-    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [leaf for name in writes for leaf in tree_leaves(named.get(name)) if isinstance(leaf, Tensor)]
-
-
-def _is_masked_fill(args: tuple) -> bool:
-    """`index_put_` with one mask and one number is done as `masked_fill_`, which asks for nothing."""
-    return len(args) > 2 and args[2].numel() == 1 and len(args[1]) == 1
-
-
-def _is_setitem() -> bool:
-    """`tensor[...] = number` fills on the device; as an operator it looks like a copy from the host."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "__torch_function__":
-        frame = frame.f_back
-    return frame is not None and getattr(frame.f_locals.get("func"), "__name__", "") == "__setitem__"

@@ -21,6 +21,7 @@ RUNS = {
     "stage 2, stored reference": ["reference.mode=store", "logprobs.pair_loss=tokens", "data.layout=packed"],
     "stage 2, fp16": ["model.dtype=float16", "logprobs.implementation=triton", "model.gradient_checkpointing=true"],
     "stage 2, padded rows": ["data.layout=padded", "logprobs.implementation=naive", "loss.use_weighting=true"],
+    "stage 2, adapter as reference": ["lora.r=2", "reference.mode=adapter"],
     "stage 2, AOT": ["loss.loss_type=aot", "logprobs.implementation=chunked"],
     "stage 3": [
         "deepspeed.stage=3", "model.gradient_checkpointing=true", "model.gradient_checkpointing_offload=true",
@@ -42,6 +43,7 @@ OF_DEEPSPEED = {
     "stage 2, stored reference": OF_NORMS,
     "stage 2, fp16": OF_NORMS | {("item", "deepspeed/runtime/zero/stage_1_and_2.py: has_overflow")},
     "stage 2, padded rows": OF_NORMS,
+    "stage 2, adapter as reference": OF_NORMS,
     "stage 2, AOT": OF_NORMS,
     "stage 3": {
         ("item", "deepspeed/runtime/utils.py: is_invalid_grad_norm"),
