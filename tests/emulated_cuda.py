@@ -20,6 +20,8 @@ How torch is watched is in `emulated_cuda_modes`.
 
 from __future__ import annotations
 
+import contextlib
+import linecache
 import sys
 import threading
 import time
@@ -334,13 +336,7 @@ def _plain() -> Iterator[None]:
 
 def caller() -> tuple[str, str]:
     """The innermost function outside of torch and of the emulation, and its line."""
-    import linecache
-
-    own = (
-        __file__.removesuffix(".py"),
-        str(Path(torch.__file__).parent),
-        str(Path(threading.__file__).parent / "contextlib"),
-    )
+    own = (__file__.removesuffix(".py"), str(Path(torch.__file__).parent), contextlib.__file__, threading.__file__)
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
         frame = frame.f_back
