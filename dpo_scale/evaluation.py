@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
-from dpo_scale.data.batching import MicroBatch, forward_batches, split_among_ranks
+from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.logprobs.pair_loss import PairLoss
@@ -72,7 +72,7 @@ def pair_losses(
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
-    most_pairs: int,
+    pairs_of_ranks: Sequence[int],
     *,
     by_pair: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -81,7 +81,7 @@ def pair_losses(
     Args:
         batch: with `reference_logps`, if the loss needs them.
         mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
-        most_pairs: most pairs that any rank has in this micro-step.
+        pairs_of_ranks: how many pairs that count each rank has in this micro-step.
         by_pair: take loss and gradient together, pair by pair (`logprobs.pair_loss`): same numbers, one pass less.
 
     Returns:
@@ -103,7 +103,7 @@ def pair_losses(
         return total, *losses_of(sums, None)
     policy_sums, wpo = sequence_logps(policy, batch, settings)
     if settings.needs_batch:
-        return _losses_across_ranks(policy_sums, wpo, batch, settings, mean_chosen_tokens, most_pairs)
+        return _losses_across_ranks(policy_sums, wpo, batch, settings, mean_chosen_tokens, pairs_of_ranks)
     losses, metrics = losses_of(policy_sums, wpo)
     return (losses * batch.weights).sum(), losses, metrics
 
@@ -115,7 +115,7 @@ def _loss_by_pair(
     weights = None
     if settings.ld_alpha is not None:
         weights = ld_token_weights(batch.score_segments, batch.num_pairs, batch.lengths, settings.ld_alpha)
-    pair_loss = PairLoss(batch.score_segments, batch.num_pairs, loss_of_sums, weights)
+    pair_loss = PairLoss(batch.score_segments, batch.scored_tokens, loss_of_sums, weights)
     return policy(**batch.scorer_inputs, pair_loss=pair_loss)
 
 
@@ -125,31 +125,31 @@ def _losses_across_ranks(
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
-    most_pairs: int,
+    pairs_of_ranks: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Losses that sort the pairs of all ranks' micro-batches (AOT).
 
     Every rank takes the loss over all real pairs of the micro-step and differentiates the whole sum with respect to
     its own; what it reports is its share of the positions, so that sums over ranks count each once.
     """
+    rows = max(1, *pairs_of_ranks)  # of each rank's block; one with a filler alone still has that row
 
     def gathered(values: torch.Tensor) -> torch.Tensor:
-        missing = most_pairs - values.shape[0]
-        padding = values.new_zeros((missing, *values.shape[1:]))
-        return engine.gather_rows(torch.cat([values, padding]))
+        """The rows of all ranks that are no padding and no filler: the host knows which, the device is not asked."""
+        padding = values.new_zeros((rows - values.shape[0], *values.shape[1:]))
+        blocks = engine.gather_rows(torch.cat([values, padding])).split(rows)
+        return torch.cat([block[:count] for block, count in zip(blocks, pairs_of_ranks, strict=True)])
 
-    weights = gathered(batch.weights)
-    real = weights > 0
     losses, metrics = preference_loss(
-        gathered(policy_sums)[real],
-        None if batch.reference_logps is None else gathered(batch.reference_logps)[real],
-        gathered(batch.lengths)[real],
+        gathered(policy_sums),
+        None if batch.reference_logps is None else gathered(batch.reference_logps),
+        gathered(batch.lengths),
         settings,
         mean_chosen_tokens=mean_chosen_tokens,
-        pair_weights=None if wpo is None else gathered(wpo)[real],
+        pair_weights=None if wpo is None else gathered(wpo),
     )
-    first = int(real[: engine.rank() * most_pairs].sum())
-    own = slice(first, first + int((batch.weights > 0).sum()))
+    first = sum(pairs_of_ranks[: engine.rank()])
+    own = slice(first, first + pairs_of_ranks[engine.rank()])
     is_filler = own.start == own.stop
     # a filler takes part in the backward pass like any other, at zero
     total = losses.sum() + 0.0 * policy_sums.sum()
@@ -214,8 +214,8 @@ def evaluate(
         for k, (ranks, batch) in enumerate(zip(plan, batches, strict=True)):
             beat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
             batch = values.attach(batch.to(engine.device()))
-            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-            _, losses, metrics = pair_losses(policy, batch, config.loss, chosen_tokens, most_pairs)
+            counts = counted_pairs(ranks)
+            _, losses, metrics = pair_losses(policy, batch, config.loss, chosen_tokens, counts)
             sums.add({"loss": losses, **metrics}, batch.weights)
             # read one micro-batch later, when the device has the next one to work on
             stops_before, stops = stops, engine.sum_over_ranks(torch.full_like(stops, should_stop()))

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_scale import engine
 from dpo_scale.config import Config
-from dpo_scale.data.batching import MicroBatch, Schedule, regroup_for_forward, split_among_ranks
+from dpo_scale.data.batching import MicroBatch, Schedule, counted_pairs, regroup_for_forward, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
@@ -196,14 +196,14 @@ class MicroStep:
         batch: on the host, page-locked if the device is not the host.
         reference_passes: the reference's batches of the whole optimizer step, with its first micro-step; kept as
             `batch` is.
-        most_pairs: most pairs that any rank has in this micro-step.
+        pairs_of_ranks: how many pairs that count each rank has in this micro-step.
         is_last: of its optimizer step.
     """
 
     plan: StepPlan
     batch: PairBatch
     reference_passes: list[PairBatch]
-    most_pairs: int
+    pairs_of_ranks: tuple[int, ...]
     is_last: bool
 
 
@@ -230,6 +230,5 @@ def micro_steps_of_run(
         plan = planner.plan(schedule.global_batch(step, order))
         passes = [load(ranks[rank]) for ranks in plan.reference_passes]
         for k, ranks in enumerate(plan.micro_steps):
-            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-            yield MicroStep(plan, load(ranks[rank]), passes, most_pairs, k == len(plan.micro_steps) - 1)
+            yield MicroStep(plan, load(ranks[rank]), passes, counted_pairs(ranks), k == len(plan.micro_steps) - 1)
             passes = []

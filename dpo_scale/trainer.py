@@ -336,7 +336,7 @@ def train_step(
                 batch,
                 loss_settings,
                 plan.mean_chosen_tokens,
-                micro.most_pairs,
+                micro.pairs_of_ranks,
                 by_pair=run.by_pair,
             )
             sums.add({"loss": losses, **metrics}, batch.weights)
@@ -351,8 +351,9 @@ def train_step(
     with timer.phase("optimizer"):
         rate = learning_rate(state.step, run.total_steps, settings)
         norm, overflowed = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
-        # the one time that the host waits for the device, so that neither loss nor norm costs a wait of its own
-        means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
+    # The one time that the host waits for the device, so that neither loss nor norm costs a wait of its own. All that
+    # the timer has marked is then done as well.
+    means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
     if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or overflowed):
         bad_numbers.handle(
             settings, run.run_dir, run.train_data, state.step + 1, seen, grad_norm, state.nonfinite_steps

@@ -27,6 +27,11 @@ class MicroBatch:
     weights: np.ndarray
 
 
+def counted_pairs(ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
+    """How many pairs each rank has in a micro-step; none where it repeats one as a filler."""
+    return tuple(int(np.count_nonzero(micro_batch.weights)) for micro_batch in ranks)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The steps of a run: `steps_per_epoch` global batches of `global_batch_size` of `num_pairs` pairs."""
