@@ -16,7 +16,7 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.tokenize import load_tokenizer
-from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.deepspeed_config import MOST_LIVE, policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
@@ -227,7 +227,7 @@ def _prepare_layers(model: Any, config: Config, deepspeed_config: dict[str, Any]
     model, zero = causal_lm(model), deepspeed_config["zero_optimization"]
     in_hooks = zero["stage"] == 3
     if in_hooks:
-        leaves, reason = make_leaves(model, int(zero.get("stage3_max_live_parameters", 1e9)))
+        leaves, reason = make_leaves(model, int(zero.get(MOST_LIVE, 1e9)))
         engine.log(f"ZeRO-3 gathers the {role} by {'layers' if leaves else 'submodules'}: {reason}")
         if config.model.compile and not leaves:
             raise ModelError(f"model.compile with ZeRO stage 3 needs weights gathered by layers: {reason}")
