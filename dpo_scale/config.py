@@ -86,6 +86,12 @@ class ModelSettings:
             True,
             "model.gradient_checkpointing=true with it: it moves what that keeps",
         )
+        _check(
+            not (self.compile and self.gradient_checkpointing_offload),
+            "model.gradient_checkpointing_offload",
+            True,
+            "false with model.compile: a compiled layer decides itself what it keeps",
+        )
 
 
 @dataclass
@@ -390,8 +396,6 @@ class Config:
             "fused",
             "auto or tokens with this loss: aot and aot_unpaired need all pairs, loss.use_weighting needs by-products",
         )
-        if self.model.compile:
-            self._check_compile()
         has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
         policy_deepspeed_config(self, micro_steps=1)  # refuses a DeepSpeed JSON that contradicts the settings
         for key, value in (
@@ -445,19 +449,6 @@ class Config:
                 value = getattr(self.reference, name)
                 expected = f"null: loss.loss_type {self.loss.loss_type!r} uses no reference model"
                 _check(value is None, f"reference.{name}", value, expected)
-
-    def _check_compile(self) -> None:
-        """Refuse what compiled layers do not go with."""
-        hooks = "ZeRO-3 gathers and frees weights in hooks of every module, which a compiled layer does not run"
-        _check(self.deepspeed.stage != 3, "deepspeed.stage", 3, f"0, 1 or 2 with model.compile: {hooks}")
-        needs_model = self.loss.needs_reference and self.reference.mode != "adapter"
-        _check(not needs_model or self.reference.stage != 3, "reference.stage", 3, f"0 with model.compile: {hooks}")
-        _check(
-            not self.model.gradient_checkpointing_offload,
-            "model.gradient_checkpointing_offload",
-            True,
-            "false with model.compile: a compiled layer decides itself what it keeps",
-        )
 
     def save(self, path: Path) -> None:
         """Write the resolved tree as YAML; `load_config(path)` gives an equal tree."""

@@ -136,7 +136,7 @@ def policy_deepspeed_config(config: Config, micro_steps: int) -> dict[str, Any]:
         # otherwise DeepSpeed insists on its own CPU Adam, which compiles on first use
         defaults[("zero_force_ds_cpu_optimizer",)] = False
     defaults[("zero_allow_untested_optimizer",)] = True
-    defaults |= _COMMON_DEFAULTS
+    defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, settings.stage)
     return _merge(config.deepspeed.config or {}, binding, defaults)
 
 
@@ -146,9 +146,11 @@ def reference_deepspeed_config(config: Config) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.reference.stage}
     if config.reference.offload_param == "cpu":
         zero["offload_param"] = {"device": "cpu"}
-    return _merge(
-        {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}, binding, defaults | _COMMON_DEFAULTS
-    )
+    stated = (config.deepspeed.config or {}).get("zero_optimization", {})
+    if config.reference.stage == 3 and MOST_LIVE in stated:  # which also decides how it is gathered (`models.zero3`)
+        zero[MOST_LIVE] = stated[MOST_LIVE]
+    defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, config.reference.stage)
+    return _merge({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}, binding, defaults)
 
 
 def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) -> dict[str, Any]:
@@ -163,6 +165,7 @@ def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) 
 
 
 MOST_BUCKET_ELEMENTS = 200_000_000
+MOST_LIVE = "stage3_max_live_parameters"
 _COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {("steps_per_print",): 10**9}
 _OPTIMIZER_KEYS = {
     "lr": "train.learning_rate",
@@ -204,6 +207,15 @@ def _precision(dtype: str) -> tuple[dict[tuple[str, ...], tuple[Any, str]], dict
     # gradients of micro-steps are summed in fp32: in bf16 the sum would depend on how pairs were laid out
     defaults = {("data_types", "grad_accum_dtype"): "fp32"} if dtype == "bfloat16" else {}
     return binding, defaults
+
+
+def _compiled_defaults(config: Config, stage: int | None) -> dict[tuple[str, ...], Any]:
+    """What compiled layers at stage 3 want of DeepSpeed: torch's own linear function.
+
+    DeepSpeed's keeps gathered weights from staying until the backward pass, as compiled layers do by themselves, and
+    looks at each weight's number, by which torch 2.11 would compile every layer anew.
+    """
+    return {("zero_optimization", "memory_efficient_linear"): False} if config.model.compile and stage == 3 else {}
 
 
 def _merge(

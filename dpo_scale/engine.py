@@ -56,6 +56,7 @@ def init_distributed(timeout_minutes: float) -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    use_expandable_segments(get_accelerator().device_name())
     if get_accelerator().device_name() == "cpu":
         # gloo alone is right and starts at once; the shared-memory op would be compiled first (about 20 s)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,6 +66,20 @@ def init_distributed(timeout_minutes: float) -> None:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         verbose=False,
     )
+
+
+# What torch 2.11 to 2.13 read the settings of CUDA's allocator from, the first that is set, when CUDA starts.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def use_expandable_segments(device_name: str) -> None:
+    """Let CUDA's allocator grow its segments, unless one of its variables is set. Before anything is on the device.
+
+    Micro-batches of ever other lengths and the gathers of ZeRO-3 otherwise leave memory in pieces that nothing fits.
+    """
+    is_nvidia = device_name == "cuda" and torch.version.hip is None  # torch 2.11 ignores it on ROCm
+    if is_nvidia and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _free_port() -> int:

@@ -17,7 +17,7 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.tokenize import load_tokenizer
-from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.deepspeed_config import MOST_LIVE, policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
@@ -27,6 +27,7 @@ from dpo_scale.models.files import check_models
 from dpo_scale.models.layout_check import first_line
 from dpo_scale.models.layouts import OWN_NAMES, LayoutChoice, choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
+from dpo_scale.models.zero3 import limit_gathers, make_leaves
 
 
 def check_logprobs(config: Config) -> None:
@@ -171,8 +172,7 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
         engine.log(lora.describe(model))
     if config.model.gradient_checkpointing:
         enable_checkpointing(causal_lm(model), offload=offloads_checkpoints(config))
-    if config.model.compile:
-        compile_layers(causal_lm(model))
+    _prepare_layers(model, config, deepspeed_config, "policy")
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
@@ -209,8 +209,7 @@ def load_scoring_model(
     model = _load_for(config, source, deepspeed_config, choice)
     if source.adapter is not None:
         model = lora.wear_adapter(model, source.adapter)
-    if config.model.compile:  # as the policy, so that equal weights give equal numbers
-        compile_layers(causal_lm(model))
+    _prepare_layers(model, config, deepspeed_config, "reference")
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     reference = engine.initialize_reference(scorer, deepspeed_config)
     prove_layout(choice, reference, config.model.dtype, beside)
@@ -235,6 +234,21 @@ def _load_for(
         check_head(model)
     install_attention(model, choice.option)
     return model
+
+
+def _prepare_layers(model: Any, config: Config, deepspeed_config: dict[str, Any], role: str) -> None:
+    """Have a model's layers gathered at stage 3 and compiled as the config says; policy and reference alike."""
+    model, zero = causal_lm(model), deepspeed_config["zero_optimization"]
+    in_hooks = zero["stage"] == 3
+    if in_hooks:
+        leaves, reason = make_leaves(model, int(zero.get(MOST_LIVE, 1e9)))
+        engine.log(f"ZeRO-3 gathers the {role} by {'layers' if leaves else 'submodules'}: {reason}")
+        if config.model.compile and not leaves:
+            raise ModelError(f"model.compile with ZeRO stage 3 needs weights gathered by layers: {reason}")
+        if engine.device().type != "cpu":
+            limit_gathers(model, torch.get_device_module(engine.device()).Event)
+    if config.model.compile:
+        compile_layers(model, in_hooks=in_hooks)
 
 
 def load_tokenizers(config: Config) -> tuple[Any, Any]:

@@ -30,6 +30,10 @@ VARIANTS_ON_2_RANKS = {
     "every_shard": [  # without it a model this small stays whole on each rank at stage 3
         "deepspeed.config={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 0}}"
     ],
+    "every_submodule": [  # layers above this many weights are gathered by submodules
+        "deepspeed.config={zero_optimization: "
+        "{stage: 3, stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 1000}}"
+    ],
     "again": ["deepspeed.stage=2"],
 }
 TIED = {"stage0", "stage2", "every_shard", "again", "one_rank"}  # what tying can change

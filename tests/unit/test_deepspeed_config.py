@@ -98,3 +98,22 @@ def test_reference_is_independent_of_the_policys_stage(tmp_path):
     made = reference_deepspeed_config(config)
     assert made["zero_optimization"] == {"stage": 3, "offload_param": {"device": "cpu"}}
     assert "optimizer" not in made
+
+
+def test_the_reference_is_gathered_by_layers_of_up_to_the_policys_size(tmp_path):
+    stated = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5, "stage3_prefetch_bucket_size": 7}}
+    assert reference_deepspeed_config(load(tmp_path, stated, "reference.stage=3"))["zero_optimization"] == {
+        "stage": 3,
+        "stage3_max_live_parameters": 5,
+    }
+    assert reference_deepspeed_config(load(tmp_path, stated))["zero_optimization"] == {"stage": 0}
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(2, None), (3, False)])
+def test_compiled_layers_at_stage_3_use_torchs_linear_function(tmp_path, stage, expected):
+    overrides = (f"deepspeed.stage={stage}", f"reference.stage={3 if stage == 3 else 0}")
+    config = load(tmp_path, None, "model.compile=true", *overrides)
+    for made in (policy_deepspeed_config(config, micro_steps=1), reference_deepspeed_config(config)):
+        assert made["zero_optimization"].get("memory_efficient_linear") is expected
+    config = load(tmp_path, None, *overrides)
+    assert "memory_efficient_linear" not in policy_deepspeed_config(config, micro_steps=1)["zero_optimization"]
