@@ -25,6 +25,7 @@ from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.files import check_models
 from dpo_scale.models.layouts import check_layout, choose_layout, install_attention
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
+from dpo_scale.progress import patience
 
 
 def check_logprobs(config: Config) -> None:
@@ -148,6 +149,7 @@ def switch_off_dropout(config: Any) -> dict[str, float]:
     return found
 
 
+@patience("the loading of the policy")
 def load_policy(config: Config, micro_steps: int) -> Any:
     """The policy's DeepSpeed engine around a `PairScorer`, in training mode; with LoRA its adapter is on it."""
     if config.data.layout == "auto":
@@ -188,6 +190,7 @@ def load_reference(config: Config) -> Any:
     return load_scoring_model(config, reference_source(config))
 
 
+@patience("the loading of a model that only scores")
 def load_scoring_model(config: Config, source: ModelSource) -> Any:
     """A forward-only DeepSpeed engine around a `PairScorer`, sharded as `reference.*` says."""
     if config.data.layout == "auto":
