@@ -111,7 +111,7 @@ def _say(error: Exception, rank: int) -> None:
         until = time.monotonic() + SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not is_users))
         while time.monotonic() < until:
             if Watchdog.current is not None and not is_users:
-                Watchdog.current.end_if_a_rank_is_lost()
+                Watchdog.current.end_with_others()
             if told_before:  # the launcher's notice came first, the broken connection after it
                 time.sleep(POLL_SECONDS)
             elif preemption.wait_for_notice(POLL_SECONDS):

@@ -91,11 +91,17 @@ class Position:
 
 @dataclass(frozen=True)
 class End:
-    """A rank ended, or was found to be gone, and the exit code with which the others follow."""
+    """A rank ended, or was found to be gone.
+
+    Attributes:
+        code: the exit code with which the others follow.
+        said_on: the machine on whose console `text` has been said.
+    """
 
     rank: int
     process: Process
     code: int
+    said_on: str
     text: str
 
 

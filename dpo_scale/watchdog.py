@@ -158,13 +158,16 @@ class Watchdog:
         logging.getLogger().removeHandler(self._log)
         self._log.close()
 
-    def end_if_a_rank_is_lost(self) -> None:
-        """End the process if another rank is known to be gone, after saying which.
+    def end_with_others(self) -> None:
+        """End the process if another rank's end is known to be what this one's failure comes from.
 
-        For a rank that has failed itself, while it waits for its turn to print its own error.
+        For a rank that has failed, while it waits for its turn to print its error: the connection to a rank breaks when
+        that is killed, but also when its own watchdog has ended it.
         """
         self._read_ends()
         self._look_for_the_gone()
+        if self._first_end is not None and self._first_end[1].code in (EXIT_HANGING, EXIT_PREEMPTED):
+            self._follow(self._first_end[1])
 
     def _look_after(self) -> None:
         last = next_look = time.monotonic()
@@ -261,7 +264,7 @@ class Watchdog:
             more = f" and {len(lost) - MOST_NAMED} more ranks" if len(lost) > MOST_NAMED else ""
             names = ", ".join(map(str, lost[:MOST_NAMED])) + more
             first = lost[0].rank
-            text = f"{names} {what}; the end of the log of rank {first}:{self._files.last_lines(first)}"
+            text = f"{names} {what}\n  the end of the log of rank {first}:{self._files.last_lines(first)}"
             print(text, file=sys.stderr, flush=True)
             self._write(text)
             self._mark_lost(lost)
@@ -270,12 +273,12 @@ class Watchdog:
             os._exit(EXIT_LOST)
 
     def _follow(self, end: End) -> NoReturn:
-        """End because another rank has; where the end was not seen, one rank of each machine says so."""
+        """End because another rank has; one rank of each machine whose console does not have it says why."""
         try:
-            text = f"rank {self._rank} ends: {end.text.splitlines()[0].rstrip(':')}"
+            text = f"rank {self._rank} ends: {end.text.splitlines()[0]}"
             self._write(text)
-            is_far = end.process.machine != self._processes[self._rank].machine
-            if is_far and all(self._rank < rank for rank in self._mates):
+            is_news = end.said_on != self._processes[self._rank].machine
+            if is_news and all(self._rank < rank for rank in self._mates):
                 print(text, file=sys.stderr, flush=True)
             self._last_word = text[:MOST_LAST_WORD]
             self._files.write(self._position())
@@ -313,11 +316,10 @@ class Watchdog:
         """Leave this rank's last word, and tell all ranks that it, or the rank `of` a position, has ended."""
         self._last_word = text[:MOST_LAST_WORD]
         self._files.write(self._position())
+        own = self._position()
         if of is None:
-            own = self._position()
-            self._files.add_end(End(own.rank, own.process, code, f"{own} ended: {text}"))
-        else:
-            self._files.add_end(End(of.rank, of.process, code, text))
+            of, text = own, f"{own} ended: {text}"
+        self._files.add_end(End(of.rank, of.process, code, own.process.machine, text))
 
     def _mark_lost(self, lost: list[Position]) -> None:
         """Say for whoever starts runs that this one can be resumed; exit codes do not survive every launcher."""
