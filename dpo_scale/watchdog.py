@@ -227,15 +227,16 @@ class Watchdog:
         # a look counts against others only if the file system works for this rank, and if this rank only waits
         counts = self._files.write(self._position()) and not self._moved_since_look
         self._moved_since_look = False
-        for rank in self._watched:
+        for k, rank in enumerate(self._watched):
             position = self._files.read(rank)
             if position is not None and position.moves > self._moves:
                 self._moves, self._still = position.moves, 0.0
             if self._processes[rank].machine != self._processes[self._rank].machine:
-                self._listen_to(rank, position, counts)
+                # the rank before a silent machine speaks first; those further off do if it does not
+                self._listen_to(rank, position, counts, self._silent_looks + 2 * k)
 
-    def _listen_to(self, rank: int, position: Position | None, counts: bool) -> None:
-        """Note whether a rank of another machine has renewed its position; end if its machine is silent for long."""
+    def _listen_to(self, rank: int, position: Position | None, counts: bool, most_looks: int) -> None:
+        """Note whether a rank of another machine has renewed its position; end if its machine has not for long."""
         silence = self._silences.get(rank)
         if position is not None and (silence is None or position.looks != silence.looks_of_rank):
             self._silences[rank] = Silence(position.looks)
@@ -251,7 +252,7 @@ class Watchdog:
                 return
             silence.looks_of_machine = looks
             silence.own_looks += 1
-            if silence.own_looks >= self._silent_looks:
+            if silence.own_looks >= most_looks:
                 self._end_without(of_machine, "has not been heard of for long")
 
     def _positions_on(self, machine: str) -> list[Position]:
