@@ -229,6 +229,7 @@ def test_a_machine_is_not_silent_while_one_of_its_ranks_is_heard_nor_while_the_r
 
 def test_a_job_that_was_suspended_goes_on(tmp_path, ranks):
     started = ranks(["a", "b"], "beat('step')\nwait_for('end')\nbeat('step')", timeout_seconds=2)
+    time.sleep(0.5)
     for number, seconds in ((signal.SIGSTOP, 2.5), (signal.SIGCONT, 0.4)):
         for process in started.processes:
             process.send_signal(number)
