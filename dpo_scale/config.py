@@ -71,7 +71,7 @@ class ModelSettings:
     revision: str | None = None
     tokenizer: str | None = None  # folder or hub id; the model's own if null
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    attn_implementation: str | None = None  # transformers' name: eager, sdpa, flash_attention_2, ...
+    attn_implementation: str | None = None  # eager, sdpa, flash_attention_2, varlen_attention, ...
     gradient_checkpointing: bool = False
     gradient_checkpointing_offload: bool = False  # keep what it keeps in host memory
     compile: bool = False  # torch.compile of the layers
@@ -103,7 +103,7 @@ class ReferenceSettings:
     on_missing: Literal["compute", "error"] = "compute"  # mode store: rows that the store does not have
     verify: int = 8  # modes store, columns: rows that are computed again at the start and compared; 0: none
     verify_with_model: bool = False  # load the reference for that where the policy starts from elsewhere
-    max_tokens_per_micro_batch: int = 16384  # token slots of a forward pass that fills the store
+    max_tokens_per_micro_batch: int = 16384  # token slots of a pass, in a step or filling the store
     seconds_per_shard: float = 60.0  # a rank puts what it computed on the disk so often: what a kill can cost
     sync_steps: int | None = None  # mode live: every so many steps the reference moves to the policy (TR-DPO)
     sync_mixup: float = 1.0  # share of the policy in the moved reference; 1 replaces it

@@ -29,11 +29,11 @@ def precompute(config: Config) -> int:
     check_logprobs(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
-    settle_layout(config)
+    choice = settle_layout(config)
     data = engine.main_first(lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log))
     datasets = [data.train] if data.eval is None else [data.train, data.eval]
     book = open_book(config)
-    computed = fill_for(config, book, datasets, tokenizer.pad_token_id)
+    computed = fill_for(config, book, datasets, tokenizer.pad_token_id, choice)
     pairs = sum(map(len, datasets))
     engine.log(f"reference store {book.folder}: {computed} pairs computed, {pairs - computed} were there")
     return computed

@@ -1,15 +1,16 @@
 """The training run, top to bottom: data, engines, the loop, the model.
 
-An optimizer step is: every rank walks through its micro-batches of the step's global batch (reference forward, policy
-forward, backward), metrics are summed over ranks once, the numbers are checked, the weights are updated. What decides
-the next step (order, learning rate) is a pure function of the step's number; what can't be is in the checkpoint.
+An optimizer step is: every rank lets the reference score its pairs of the step's global batch, then walks through its
+micro-batches of them (policy forward, backward), metrics are summed over ranks once, the numbers are checked, the
+weights are updated. What decides the next step (order, learning rate) is a pure function of the step's number; what
+can't be is in the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +36,7 @@ from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.devices import peak_flops
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
-from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_loss_by_pair
+from dpo_scale.evaluation import evaluate, pair_losses, takes_loss_by_pair
 from dpo_scale.export import export_model
 from dpo_scale.finished import finished_step, mark_finished, unmark_finished
 from dpo_scale.flops import forward_flops
@@ -56,6 +57,7 @@ from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
+from dpo_scale.reference.values import ReferenceValues
 from dpo_scale.run_folder import agree_on_run_dir
 from dpo_scale.run_identity import identity_of
 from dpo_scale.schedule import learning_rate
@@ -113,7 +115,7 @@ def train_in(
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
-    settle_layout(config)
+    choice = settle_layout(config)
     data = engine.main_first(
         lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
     )
@@ -160,15 +162,22 @@ def train_in(
     # before the policy is in memory: filling the store may take the reference's model
     seen = data.train.select(schedule.pairs_of_run(total_steps))
     if config.loss.needs_reference and config.reference.mode == "store":
-        stored = stored_reference(config, [seen, data.eval] if data.eval else [seen], tokenizer.pad_token_id)
-    policy = load_policy(config, max(len(plan.micro_steps) for plan in plans))
-    reference = make_reference(config, policy, stored)
+        datasets = [seen, data.eval] if data.eval else [seen]
+        stored = stored_reference(config, datasets, tokenizer.pad_token_id, choice)
+    policy = load_policy(config, max(len(plan.micro_steps) for plan in plans), choice)
+    reference = make_reference(config, policy, stored, choice)
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
         engine.log(f"resumed from {started_from.path} at step {state.step}")
     elif stored is not None:
-        verify_start(config, stored, policy, seen, tokenizer.pad_token_id)
+        verify_start(config, stored, policy, seen, tokenizer.pad_token_id, choice)
+    if config.data.layout != planner.layout:  # a model failed its check, before any step was laid out
+        planner = make_planner(config, flops, data.train.lengths)
+        plans = planner.first_plans(schedule, total_steps)
+        engine.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
+        if engine.is_main():
+            config.save(run_dir / CONFIG_FILE)
 
     by_pair, reason = takes_loss_by_pair(config, policy)
     engine.log(f"loss and gradient {'pair by pair' if by_pair else 'by way of log-probs'}: {reason}")
@@ -330,7 +339,7 @@ def train_step(
     """
     timer.start()
     settings, loss_settings = run.config.train, run.config.loss
-    sums = MetricSums()
+    values, sums = ReferenceValues(run.reference, loss_settings), MetricSums()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     is_last = False
     while not is_last:
@@ -339,16 +348,18 @@ def train_step(
             micro = next(batches)
             batch = micro.batch.to(engine.device())
         plan, is_last = micro.plan, micro.is_last
-        with timer.phase("reference"):  # before the policy's activations exist
-            batch = replace(batch, reference_logps=reference_logps(run.reference, batch, loss_settings))
+        with timer.phase("reference"):
+            for k, scored in enumerate(micro.reference_passes):  # all of the step's, before the policy's first
+                beat(f"step {state.step + 1}, reference pass {k + 1}")
+                values.score(scored.to(engine.device()))
+            batch = values.attach(batch)
         with timer.phase("forward"):
             total, losses, metrics = pair_losses(
                 run.policy,
-                None,
                 batch,
                 loss_settings,
                 plan.mean_chosen_tokens,
-                micro.most_pairs,
+                micro.pairs_of_ranks,
                 by_pair=run.by_pair,
             )
             sums.add({"loss": losses, **metrics}, batch.weights)
@@ -363,8 +374,9 @@ def train_step(
     with timer.phase("optimizer"):
         rate = learning_rate(state.step, run.total_steps, settings)
         norm, overflowed = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
-        # the one time that the host waits for the device, so that neither loss nor norm costs a wait of its own
-        means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
+    # The one time that the host waits for the device, so that neither loss nor norm costs a wait of its own. All that
+    # the timer has marked is then done as well.
+    means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
     if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or overflowed):
         bad_numbers.handle(
             settings, run.run_dir, run.train_data, state.step + 1, seen, grad_norm, state.nonfinite_steps

@@ -3,11 +3,12 @@
 transformers lets a model's attention be replaced by a function, and builds no mask for a function that it has no mask
 for. Ours are such functions. What they need to know of the row comes as one object, an `AttentionPlan`, through the
 keyword arguments that a model hands down to its attention, so it also reaches what gradient checkpointing computes
-again. Three of them follow the one rule of `dpo_scale.data.layout`:
+again. They follow the one rule of `dpo_scale.data.layout`:
 
-    blocks   scaled_dot_product_attention segment by segment (here): any device
-    flex     FlexAttention with a block mask (`flex_attention`): CUDA
-    varlen   flash-attention's variable-length form (`flash_attention`): CUDA, where installed
+    blocks     scaled_dot_product_attention segment by segment (here): any device
+    flex       FlexAttention with a block mask (`flex_attention`): CUDA
+    varlen     torch's own variable-length flash-attention (`varlen_attention`): CUDA, 16 bits
+    fa_varlen  that of the package flash-attn (`varlen_attention`), where installed: CUDA, 16 bits
 
 `blocks` never makes a mask of the whole row. A row is a list of segments; the queries of a segment attend to itself,
 causally, and, if it is a branch, to the shared beginning of its document. A whole document needs no mask at all, a
@@ -20,9 +21,10 @@ Shapes: H query heads, K key heads, T tokens of the row, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property, wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,33 @@ QUERY_BLOCK = 1024  # queries that share one mask, where one is needed
 _UNKNOWN_TERMS = ("position_bias", "indices", "block_indices", "cache")
 
 
+class Sequences(NamedTuple):
+    """A row as sequences for a variable-length kernel; a sequence's queries are the last of its keys.
+
+    Attributes:
+        key_index: [keys] int64, row positions of the keys, sequence by sequence, those that branches share written out
+            for each; None where that is the row itself.
+        query_offsets, key_offsets: [segments + 1] int32, where each sequence begins.
+        most_queries, most_keys: of one sequence.
+    """
+
+    key_index: Tensor | None
+    query_offsets: Tensor
+    key_offsets: Tensor
+    most_queries: int
+    most_keys: int
+
+
+class QueryRun(NamedTuple):
+    """Queries start to end of a segment, the keys first to last that some of them may see, and who sees which."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    allowed: Tensor  # [end - start, last - first] bool
+
+
 class AttentionPlan:
     """Who attends to whom in one row, and what the functions derive from it, once for all layers and passes."""
 
@@ -49,20 +78,35 @@ class AttentionPlan:
         self.position_ids, self.document_ids, self.branch_ids = position_ids[0], document_ids[0], branch_ids[0]
         self.segments = segments
         self.block_masks: dict[int | None, Any] = {}  # of FlexAttention, by sliding window
-
-    @property
-    def has_branches(self) -> bool:
-        return any(shared for _, shared in self.segments)
+        self._runs: dict[tuple[int, int, int | None], list[QueryRun]] = {}
 
     @cached_property
-    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """The row as sequences for a variable-length kernel, with the keys that branches share written out.
+    def sizes(self) -> list[int]:
+        """Tokens of each segment."""
+        return [tokens for tokens, _ in self.segments]
 
-        Returns:
-            (key_index [keys] int64: row positions of the keys, sequence by sequence; query_offsets and key_offsets
-            [segments + 1] int32: where each sequence begins; the most queries and the most keys of one sequence).
-            A sequence's queries are the last of its keys.
-        """
+    def runs(self, queries: int, keys: int, window: int | None) -> list[QueryRun]:
+        """A segment whose queries are the last of its keys, in runs of at most `QUERY_BLOCK` queries."""
+        known = self._runs.get((queries, keys, window))
+        if known is not None:
+            return known
+        device, runs = self.position_ids.device, []
+        for start in range(0, queries, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, queries)
+            position, last = keys - queries + start, keys - queries + end  # of the run's own keys
+            first = 0 if window is None else max(0, position - window + 1)
+            own = torch.arange(position, last, device=device)[:, None]
+            other = torch.arange(first, last, device=device)
+            allowed = other <= own
+            if window is not None:
+                allowed &= other > own - window
+            runs.append(QueryRun(start, end, first, last, allowed))
+        self._runs[queries, keys, window] = runs
+        return runs
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The row for a variable-length kernel."""
         runs: list[tuple[int, int]] = []  # of keys that stand together in the row: how many, how far ahead of there
         queries, keys = [0], [0]
         document = 0
@@ -74,14 +118,15 @@ class AttentionPlan:
             runs.append((tokens, queries[-1] - keys[-1] - shared))
             queries.append(queries[-1] + tokens)
             keys.append(keys[-1] + shared + tokens)
-        most_queries = max(tokens for tokens, _ in self.segments)
         most_keys = max(tokens + shared for tokens, shared in self.segments)
         # only what is short is copied, and the size is known, so the host does not wait for the device
         device = self.position_ids.device
-        lengths, ahead = torch.tensor(runs).to(device, non_blocking=True).unbind(1)
         query_offsets, key_offsets = torch.tensor([queries, keys], dtype=torch.int32).to(device, non_blocking=True)
-        index = torch.arange(keys[-1], device=device) + ahead.repeat_interleave(lengths, output_size=keys[-1])
-        return index, query_offsets, key_offsets, most_queries, most_keys
+        index = None
+        if keys != queries:
+            lengths, ahead = torch.tensor(runs).to(device, non_blocking=True).unbind(1)
+            index = torch.arange(keys[-1], device=device) + ahead.repeat_interleave(lengths, output_size=keys[-1])
+        return Sequences(index, query_offsets, key_offsets, max(self.sizes), most_keys)
 
 
 def blockwise_attention(
@@ -113,9 +158,8 @@ def blockwise_attention(
     plan = checked_plan(module, attention_mask, sliding_window, attention_plan, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = (_repeated_heads(tensor, query.shape[1]) for tensor in (key, value))
-    sizes = [tokens for tokens, _ in plan.segments]
     # one split a tensor: its backward is one concatenation, where slices would each fill a whole row with zeros
-    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    queries, keys, values = (tensor.split(plan.sizes, dim=2) for tensor in (query, key, value))
     first_keys, first_values = keys[0], values[0]  # of the current document
     outputs = []
     for q, k, v, (_, shared) in zip(queries, keys, values, plan.segments, strict=True):
@@ -124,11 +168,12 @@ def blockwise_attention(
             v = torch.cat([first_values[:, :, :shared], v], dim=2)
         else:
             first_keys, first_values = k, v
-        outputs += _segment_attention(q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
+        outputs += _segment_attention(plan, q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
 def _segment_attention(
+    plan: AttentionPlan,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,16 +189,7 @@ def _segment_attention(
     if not explicit and count == total and (window is None or count <= window):
         return [F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)]
     outputs = []
-    for start in range(0, count, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, count)
-        position = total - count + start  # of the run's first query, among the keys
-        first = 0 if window is None else max(0, position - window + 1)
-        last = total - count + end
-        own = torch.arange(position, last, device=query.device)[:, None]
-        other = torch.arange(first, last, device=query.device)
-        allowed = other <= own
-        if window is not None:
-            allowed &= other > own - window
+    for start, end, first, last, allowed in plan.runs(count, total, window):
         q, k, v = query[:, :, start:end], key[:, :, first:last], value[:, :, first:last]
         if explicit:
             outputs.append(_explicit_attention(q, k, v, allowed, scaling, dropout, softcap, sinks))
@@ -229,14 +265,45 @@ def _has_window(module: nn.Module) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
-@cache
-def attention_functions() -> dict[str, Callable[..., tuple[Tensor, None]]]:
-    """The back ends by name. A compiled layer (`model.compile`) calls them as they are: a plan is another each time."""
-    from dpo_scale.models.flash_attention import varlen_attention
-    from dpo_scale.models.flex_attention import flex_attention
+Attention = Callable[..., tuple[Tensor, None]]
+_observer: Callable[..., tuple[Tensor, None]] | None = None
 
-    functions = {"blocks": blockwise_attention, "flex": flex_attention, "varlen": varlen_attention}
-    return {name: torch.compiler.disable(function) for name, function in functions.items()}
+
+@contextmanager
+def observed(observer: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Within, a call of a back end becomes `observer(back end, its arguments)`, whose result the model gets."""
+    global _observer
+    assert _observer is None
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None
+
+
+def _observable(function: Attention) -> Attention:
+    @wraps(function)
+    def call(*arguments: Any, **settings: Any) -> tuple[Tensor, None]:
+        if _observer is not None:
+            return _observer(function, *arguments, **settings)
+        return function(*arguments, **settings)
+
+    return call
+
+
+@cache
+def attention_functions() -> dict[str, Attention]:
+    """The back ends by name. A compiled layer (`model.compile`) calls them as they are: a plan is another each time."""
+    from dpo_scale.models.flex_attention import flex_attention
+    from dpo_scale.models.varlen_attention import flash_attention, varlen_attention
+
+    functions = {  # names without "flash", by which transformers would take them for its own
+        "blocks": blockwise_attention,
+        "flex": flex_attention,
+        "varlen": varlen_attention,
+        "fa_varlen": flash_attention,
+    }
+    return {name: torch.compiler.disable(_observable(function)) for name, function in functions.items()}
 
 
 def use_attention(model: nn.Module, backend: str) -> None:

@@ -8,17 +8,23 @@ those bounds prove it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_scale.data.layout import PROMPT
+from dpo_scale.errors import ModelError
 from dpo_scale.models.attention import AttentionPlan, blockwise_attention, checked_plan
 
 BLOCK = 128
 
-_compiled: Any = None
+# Below 128 queries torch would take its kernel for decoding, which has no block size for Llama-3's heads and 33 to 127
+# tokens (NoValidChoicesError, pytorch#185349). Asked for by name, the general kernel serves every length.
+KERNEL_OPTIONS = {"BACKEND": "TRITON"}
 
 
 def flex_attention(
@@ -38,9 +44,13 @@ def flex_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a row, with the arguments and the result of `blockwise_attention`.
 
-    Layers with attention sinks or with dropout, which FlexAttention has not, are left to `blockwise_attention`.
+    Layers with dropout, which FlexAttention does not support, are left to `blockwise_attention`.
+
+    Raises:
+        ModelError: if a layer would be compiled in more forms than torch allows for one function, or not at all. It
+            would otherwise run unfused, with scores [H, T, T].
     """
-    if s_aux is not None or dropout > 0:
+    if dropout > 0:
         return blockwise_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window,
             softcap=softcap, s_aux=s_aux, attention_plan=attention_plan, **others,
@@ -48,35 +58,111 @@ def flex_attention(
     plan = checked_plan(module, attention_mask, sliding_window, attention_plan, others)
     if sliding_window not in plan.block_masks:
         plan.block_masks[sliding_window] = block_mask(plan, sliding_window)
+    sinks = None if s_aux is None else s_aux.view(1, -1, 1)
+    arguments = (query, key, value, plan.block_masks[sliding_window], sinks)
+    if query.device.type == "cpu":  # plain torch, forward only
+        output = _attention(softcap, scaling)(*arguments)
+    else:
+        output = _call_compiled(_compiled(sliding_window, softcap, scaling, torch.is_grad_enabled()), arguments)
+    return output.transpose(1, 2), None
+
+
+def _attention(softcap: float | None, scaling: float | None) -> Callable[..., Tensor]:
+    """FlexAttention with these constants: (query, key, value, block mask, sinks [1, H, 1] or None) -> [1, H, T, D]."""
+    from torch.nn.attention.flex_attention import AuxRequest
+    from torch.nn.attention.flex_attention import flex_attention as plain
+
+    # With dynamic lengths torch makes variables of the floats of a closure too, which kernels do not take.
+    @torch.compiler.assume_constant_result
+    def constants() -> tuple[float | None, float | None]:
+        return softcap, scaling
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        cap, _ = constants()
+        return cap * torch.tanh(score / cap)
 
-    output = _kernel(query.device)(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=plan.block_masks[sliding_window],
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.transpose(1, 2), None
+    def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Tensor:
+        output = plain(
+            query,
+            key,
+            value,
+            score_mod=None if constants()[0] is None else capped,
+            block_mask=mask,
+            scale=constants()[1],
+            enable_gqa=query.shape[1] != key.shape[1],
+            kernel_options=KERNEL_OPTIONS,
+            return_aux=None if sinks is None else AuxRequest(lse=True),
+        )
+        if sinks is None:
+            return output
+        # a sink adds exp(sink) to the softmax's denominator, exp(lse), and nothing to its numerator
+        output, aux = output
+        return (output * torch.sigmoid(aux.lse - sinks)[..., None]).to(query.dtype)
+
+    return attention
+
+
+@cache
+def _compiled(
+    window: int | None, softcap: float | None, scaling: float | None, gradients: bool
+) -> Callable[..., Tensor]:
+    """`_attention`, compiled for rows of any length, once for each kind of layer, with and without gradients.
+
+    torch limits the compiled forms of one function, 8 by default, and counts them by code object, so each function here
+    has its own. One needs a form for 128 tokens and more, one for fewer and one for a single token, each again where
+    only some of query, key and value have gradients (LoRA).
+    """
+    attention = _attention(softcap, scaling)
+
+    def compiled_flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            raise ModelError(
+                "FlexAttention runs uncompiled, with scores [heads, tokens, tokens]; unset what switches torch.compile "
+                "off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE, a compiler stance), or set "
+                "model.attn_implementation=sdpa"
+            )
+        return attention(query, key, value, mask, sinks)
+
+    name = f"flex_attention_window_{window}_softcap_{softcap}_{'training' if gradients else 'inference'}"
+    compiled_flex_attention.__code__ = compiled_flex_attention.__code__.replace(co_name=name)
+    return torch.compile(compiled_flex_attention, fullgraph=True, dynamic=True)
+
+
+def _call_compiled(compiled: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+    from torch._dynamo import mark_static
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    query, key, value, _, sinks = arguments
+    for tensor in (query, key, value) if sinks is None else (query, key, value, sinks):
+        # else a first row as long as there are heads, or as a head is wide, is compiled for that length alone
+        mark_static(tensor, 1)
+        mark_static(tensor, tensor.ndim - 1)
+    try:
+        return compiled(*arguments)
+    except FailOnRecompileLimitHit as error:
+        raise ModelError(
+            "FlexAttention: torch reached its limit of compiled forms of one function, and would go on with scores "
+            "[heads, tokens, tokens]; see why it compiled again with TORCH_LOGS=recompiles, raise "
+            "torch._dynamo.config.recompile_limit, or set model.attn_implementation=sdpa"
+        ) from error
 
 
 def block_mask(plan: AttentionPlan, window: int | None) -> Any:
     """The `BlockMask` [1, 1, T, T] of a row, on its device."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    position, document, branch = plan.position_ids, plan.document_ids, plan.branch_ids
+    position, document, branch = (ids.int() for ids in (plan.position_ids, plan.document_ids, plan.branch_ids))
+    oldest = None if window is None else position - (window - 1)  # position that a query sees
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         of_branch = (branch[k] == PROMPT) | (branch[k] == branch[q])
         seen = (document[q] == document[k]) & of_branch & (position[k] <= position[q])
-        return seen if window is None else seen & (position[q] - position[k] < window)
+        return seen if oldest is None else seen & (position[k] >= oldest[q])
 
-    partial, full = _blocks(plan, window)
     tokens = position.shape[0]
+    # two blocks at the least: a size of one would be compiled apart
+    missing = max(0, 2 - -(-tokens // BLOCK))
+    partial, full = (F.pad(blocks, (0, missing, 0, missing)) for blocks in _blocks(plan, window))
     return BlockMask.from_kv_blocks(
         *_ordered(partial), *_ordered(full), BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(tokens, tokens)
     )
@@ -129,15 +215,3 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Per row of blocks how many are set, and their columns first, as `BlockMask` wants them; [1, 1, ...] int32."""
     columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32)[None, None], columns.int()[None, None].contiguous()
-
-
-def _kernel(device: torch.device) -> Any:
-    """FlexAttention, compiled where it has kernels; on a CPU as plain torch, forward only."""
-    global _compiled
-    from torch.nn.attention.flex_attention import flex_attention as plain
-
-    if device.type == "cpu":
-        return plain
-    if _compiled is None:
-        _compiled = torch.compile(plain)
-    return _compiled

@@ -1,102 +1,181 @@
-"""Which layout and which attention a run takes, why, and the proof that they give the model's own log-probs.
+"""Which layout and which attention a run takes, why, and what it takes instead if a model fails the check of them.
 
 Rows of many sequences need a model whose attention can be replaced and that mixes tokens nowhere else. What
-transformers says of its classes decides that before any weights are read; a few random pairs through the loaded
-model, laid out both ways, then show whether it is true.
+transformers says of its classes decides that before any weights are read; `layout_check` then shows on the loaded
+model whether it is true. What the config names is kept, and a failed check of it ends the run. What it leaves open is
+exchanged: another attention first, the layout `padded` last, for all models of the run alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-import torch
-
 from dpo_scale import engine
 from dpo_scale.config import Config
-from dpo_scale.data.dataset import Pair
-from dpo_scale.data.layout import Layout, make_batch
+from dpo_scale.data.layout import Layout
 from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.models import varlen_attention
 from dpo_scale.models.attention import use_attention
-
-# Mean difference per token that another order of the same sums may cause on random tokens, which models find far
-# less likely than text. Deep models in 16 bits may come to more; so several times what padding alone changes is allowed
-# too, up to a limit: sequences that see each other differ by tenths and more.
-_ALLOWED_PER_TOKEN = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-_TIMES_PADDING, _MOST_ALLOWED = 4.0, 0.3
+from dpo_scale.models.layout_check import check_layout, first_line
+from dpo_scale.models.scorer import causal_lm
 
 _ATTENTION = {
     "blocks": "scaled_dot_product_attention, sequence by sequence",
     "flex": "FlexAttention with a block mask",
-    "varlen": "flash-attention's variable-length kernel",
+    "varlen": "torch's variable-length kernel",
+    "fa_varlen": "flash-attn's variable-length kernel",
 }
 
+# Names in `model.attn_implementation` that are none of transformers' own.
+OWN_NAMES = ("varlen_attention",)
 
 # Architectures whose layers keep a plan or a window from their attention, though transformers lists it as replaceable:
 # found by running each architecture of transformers 5.23 at a tiny size. `check_layout` is there for the next ones.
 _KEEP_TO_THEMSELVES = {"doge", "moshi", "nemotron", "phimoe"}
 
 
-def choose_layout(config: Config, model_configs: Sequence[Any]) -> tuple[Layout, str]:
-    """The layout that `data.layout` comes to, and the reason, in words for the log.
+@dataclass(frozen=True)
+class Option:
+    """A layout, the back end of `models.attention` that keeps its sequences apart (None: the model's own), and why."""
+
+    layout: Layout
+    backend: str | None
+    reason: str
+
+    def describe(self) -> str:
+        """For the log."""
+        if self.backend is None:
+            return f"layout {self.layout}: {self.reason}"
+        prompts = "each prompt once, " if self.layout == "shared_prefix" else ""
+        return f"layout {self.layout}: {prompts}no padding; attention by {_ATTENTION[self.backend]} ({self.reason})"
+
+
+class LayoutChoice:
+    """The layout and attention of all models of a run, and what comes next if one of them fails their check."""
+
+    def __init__(self, config: Config, options: Sequence[Option]) -> None:
+        """Args: options: at least one, best first."""
+        self._config, self._options = config, list(options)
+        self._take()
+
+    def _take(self) -> None:
+        self._config.data.layout = self.option.layout
+
+    @property
+    def option(self) -> Option:
+        """What is taken now; `config.data.layout` says the same of the layout."""
+        return self._options[0]
+
+    def give_up(self, model: str, failure: str) -> None:
+        """Go on to the next option.
+
+        Raises:
+            ModelError: if there is none, as what failed was asked for by name.
+        """
+        failed = self._options[0]
+        assert failed.backend is not None
+        tried = f"data.layout = {failed.layout!r} with attention by {_ATTENTION[failed.backend]} fails its check"
+        if len(self._options) == 1:
+            raise ModelError(f"{model}: {tried}: {failure}; set data.layout=padded")
+        del self._options[0]
+        self._take()
+        engine.log(f"{model}: {tried}: {failure}")
+        engine.log(self.option.describe())
+
+
+def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
+    """What `data.layout` and `model.attn_implementation` come to, and the reason.
 
     Args:
+        config: its `data.layout` is overwritten by what is taken.
         model_configs: the transformers configs of the models that will run.
 
     Raises:
-        ConfigError: if a layout was asked for by name that a model or its attention cannot take.
+        ConfigError: if a layout was asked for by name that a model or its attention cannot take, or an attention that
+            the layout has no use for.
     """
     asked = config.data.layout
     if asked == "padded":
-        return "padded", "asked for by name"
-    backend, reason = choose_attention(config)
-    if backend is None:
-        against = [reason]
-    else:
-        against = [why for model_config in model_configs if (why := why_padded(model_config)) is not None]
+        return _padded(config, "asked for by name")
+    attention = engine.from_main(attention_options(config))  # what another rank lacks fails the check on all
+    backend, reason = attention[0]
+    against = [reason] if backend is None else [why for c in model_configs if (why := why_padded(c)) is not None]
     if against and asked != "auto":
         raise ConfigError(f"data.layout = {asked!r}: {against[0]}; expected 'padded' or 'auto' for this run")
     if against:
-        return "padded", against[0]
+        return _padded(config, against[0])
     layout: Layout = "shared_prefix" if asked == "auto" else asked
-    prompts = "each prompt once, " if layout == "shared_prefix" else ""
-    return layout, f"{prompts}no padding; attention by {_ATTENTION[str(backend)]} ({reason})"
+    options = [Option(layout, backend, reason) for backend, reason in attention]
+    if asked == "auto" and config.model.attn_implementation is None:
+        options.append(Option("padded", None, "no attention for rows of many sequences passed its check"))
+    return LayoutChoice(config, options)
 
 
-def choose_attention(config: Config) -> tuple[str | None, str]:
-    """The back end of `dpo_scale.models.attention` for rows of many sequences, and the reason.
+def _padded(config: Config, reason: str) -> LayoutChoice:
+    """Padded rows, which run with attention of transformers."""
+    asked = config.model.attn_implementation
+    if asked in OWN_NAMES:
+        raise ConfigError(
+            f"model.attn_implementation = {asked!r}: is for rows of many sequences, and data.layout comes to 'padded' "
+            f"({reason}); expected a name of transformers, such as 'sdpa', or none"
+        )
+    return LayoutChoice(config, [Option("padded", None, reason)])
 
-    `model.attn_implementation` is taken at its word: sdpa, flex_attention and flash_attention_2 name the back end that
-    is made of them; for any other there is None.
+
+def attention_options(config: Config) -> list[tuple[str | None, str]]:
+    """The back ends of `dpo_scale.models.attention` for rows of many sequences, best first, each with the reason.
+
+    `model.attn_implementation` is taken at its word: sdpa, flex_attention, varlen_attention and flash_attention_2 name
+    the back end that is made of them; for any other, and where that does not run, there is only None.
     """
     asked, device = config.model.attn_implementation, engine.device().type
-    has_flash = find_spec("flash_attn") is not None
-    if asked is None:
-        if device != "cuda":
-            return "blocks", f"the one for a {device} device"
-        if has_flash and config.model.dtype != "float32":
-            return "varlen", "flash_attn is installed"
-        return "flex", f"for {config.model.dtype}" if has_flash else "flash_attn is not installed"
+    named = f"model.attn_implementation = {asked!r}"
+    if asked is None and device != "cuda":
+        return [("blocks", f"the one for a {device} device")]
     if asked == "sdpa":
-        return "blocks", "model.attn_implementation = 'sdpa'"
+        return [("blocks", named)]
     if asked == "flex_attention":
-        if device == "cuda":
-            return "flex", "model.attn_implementation = 'flex_attention'"
-        return None, f"model.attn_implementation = 'flex_attention' does not train on a {device} device"
-    if asked == "flash_attention_2":
-        if has_flash and device == "cuda":
-            return "varlen", "model.attn_implementation = 'flash_attention_2'"
-        return None, "model.attn_implementation = 'flash_attention_2' needs a CUDA device and the package flash_attn"
-    return None, f"model.attn_implementation = {asked!r} takes one sequence a row"
+        return [("flex", named) if device == "cuda" else (None, f"{named} does not train on a {device} device")]
+    flash, torchs = _why_no_flash_attn(), _why_no_torch_varlen()
+    if asked in ("flash_attention_2", "varlen_attention"):
+        backend, missing = ("fa_varlen", flash) if asked == "flash_attention_2" else ("varlen", torchs)
+        if device != "cuda":
+            return [(None, f"{named} needs a CUDA device")]
+        return [(backend, named) if missing is None else (None, f"{named}: {missing}")]
+    if asked is not None:
+        return [(None, f"{named} takes one sequence a row")]
+    if config.model.dtype == "float32":
+        return [("flex", "variable-length kernels take 16 bits only, and model.dtype is float32")]
+    options: list[tuple[str | None, str]] = []
+    if flash is None:
+        options.append(("fa_varlen", "flash_attn is installed"))
+    if torchs is None:
+        options.append(("varlen", flash or "it comes with torch"))
+    missing = "; ".join(why for why in (flash, torchs) if why is not None)
+    return [*options, ("flex", "it comes with torch" if options else missing)]
 
 
-def _attention_of(config: Config) -> str:
-    backend, reason = choose_attention(config)
-    if backend is None:
-        raise ConfigError(f"data.layout = {config.data.layout!r}: {reason}; expected 'padded' or 'auto' for this run")
-    return backend
+def _why_no_flash_attn() -> str | None:
+    """Why flash-attn's kernel is not here; None if it is."""
+    if find_spec("flash_attn") is None:
+        return "flash_attn is not installed"
+    try:
+        varlen_attention.flash_attn_kernel()
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        return f"flash_attn is installed but cannot be imported: {first_line(error)}"
+    return None
+
+
+def _why_no_torch_varlen() -> str | None:
+    """Why torch's kernel is not here; None if it is."""
+    try:
+        varlen_attention.torch_kernel()
+    except ImportError as error:
+        return first_line(error)
+    return None
 
 
 def why_padded(model_config: Any) -> str | None:
@@ -121,48 +200,40 @@ def why_padded(model_config: Any) -> str | None:
     return None
 
 
-def install_attention(model: Any, config: Config) -> None:
-    """Give a loaded transformers model the attention of the run's layout; what it had is kept for `check_layout`."""
-    model.own_attention = model.config._attn_implementation
-    if config.data.layout != "padded":
-        use_attention(model, _attention_of(config))
+def install_attention(model: Any, option: Option) -> None:
+    """Give a loaded transformers model the attention of an option; what it had is kept as `own_attention`."""
+    if not hasattr(model, "own_attention"):
+        model.own_attention = model.config._attn_implementation
+    if option.backend is not None:
+        use_attention(model, option.backend)
+    elif model.config._attn_implementation != model.own_attention:
+        model.set_attn_implementation(model.own_attention)
 
 
-@torch.no_grad()
-def check_layout(scorer: Any, model: Any, config: Config) -> None:
-    """Make sure that the run's layout gives a model the log-probs that separate sequences have. Every rank calls it.
+def prove_layout(choice: LayoutChoice, scorer: Any, dtype: str, beside: Sequence[Any] = ()) -> None:
+    """Make sure that the layout gives a model the log-probs that separate sequences have. Every rank calls it.
+
+    If it does not, the run's models go on to the next option of the choice together.
 
     Args:
-        scorer: an engine around a `PairScorer`, at any stage.
-        model: the transformers model inside it.
+        scorer: an engine around a `PairScorer`, at any stage, with the choice's attention installed.
+        dtype: of the models.
+        beside: engines of the run's other models, which the choice was proved for.
 
     Raises:
-        ModelError: if it does not, with the difference.
+        ModelError: with the failure, if what failed was asked for by name.
     """
-    layout, dtype = config.data.layout, config.model.dtype
-    if layout == "padded":
-        return
-    pairs = _random_pairs(model.config.get_text_config().vocab_size)
-    weights = np.ones(len(pairs), dtype=np.float32)
-    was_training = scorer.module.training
-    scorer.eval()
-    model.set_attn_implementation(model.own_attention)
-    expected = scorer(**make_batch("padded", pairs, weights, 0).to(engine.device()).scorer_inputs)
-    alone = [make_batch("padded", [pair], weights[:1], 0).to(engine.device()) for pair in pairs]
-    by_padding = (torch.cat([scorer(**batch.scorer_inputs) for batch in alone]) - expected).abs().mean().item()
-    use_attention(model, _attention_of(config))
-    got = scorer(**make_batch(layout, pairs, weights, 0).to(engine.device()).scorer_inputs)
-    scorer.train(was_training)
-    difference = (got - expected).abs().mean().item()
-    if not difference <= max(_ALLOWED_PER_TOKEN[dtype], min(_TIMES_PADDING * by_padding, _MOST_ALLOWED)):
-        raise ModelError(
-            f"{type(model).__name__}: data.layout = {layout!r} does not give it the log-probs of separate sequences "
-            f"({difference:.3g} a token apart on average); set data.layout=padded"
-        )
-
-
-def _random_pairs(vocabulary: int) -> list[Pair]:
-    """Two pairs of random tokens, the same on every rank."""
-    draw = np.random.default_rng(0)
-    sizes = [(9, 7, 5), (1, 4, 8)]
-    return [Pair(*(draw.integers(0, vocabulary, n) for n in of_pair), b"", i) for i, of_pair in enumerate(sizes)]
+    unproved = [scorer]
+    while unproved:
+        model, option = causal_lm(unproved[-1].module.model), choice.option
+        failure = None
+        if option.backend is not None:
+            failure = check_layout(unproved[-1], model, option.layout, option.backend, dtype)
+        if failure is None:
+            unproved.pop()
+            continue
+        choice.give_up(type(model).__name__, failure)
+        unproved = [scorer, *beside]
+        for each in unproved:
+            each.module.layout = choice.option.layout
+            install_attention(causal_lm(each.module.model), choice.option)

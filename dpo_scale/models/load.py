@@ -7,6 +7,7 @@ when the trained model is saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from dpo_scale.models import lora
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.files import check_models
-from dpo_scale.models.layouts import check_layout, choose_layout, install_attention
+from dpo_scale.models.layout_check import first_line
+from dpo_scale.models.layouts import OWN_NAMES, LayoutChoice, choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 from dpo_scale.progress import patience
 
@@ -90,7 +92,7 @@ def load_model_config(path: str, *, revision: str | None = None, trust_remote_co
             raise ModelError(
                 f"{path}: needs Python code that comes with it; model.trust_remote_code=true runs it, if you trust it"
             ) from None
-        raise ModelError(f"{path}: not a model that transformers can load: {_first_line(error)}") from None
+        raise ModelError(f"{path}: not a model that transformers can load: {first_line(error)}") from None
 
 
 def load_causal_lm(
@@ -124,7 +126,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{path}: its weights cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"{path}: its weights cannot be loaded: {first_line(error)}") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -150,17 +152,20 @@ def switch_off_dropout(config: Any) -> dict[str, float]:
 
 
 @patience("the loading of the policy")
-def load_policy(config: Config, micro_steps: int) -> Any:
-    """The policy's DeepSpeed engine around a `PairScorer`, in training mode; with LoRA its adapter is on it."""
-    if config.data.layout == "auto":
-        settle_layout(config)
+def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = None) -> Any:
+    """The policy's DeepSpeed engine around a `PairScorer`, in training mode; with LoRA its adapter is on it.
+
+    Args:
+        choice: of the run's layout; made from the config if not given. Its check may change `config.data.layout`.
+    """
+    choice = choice or settle_layout(config)
     deepspeed_config = policy_deepspeed_config(config, micro_steps)
     source, adapters = policy_source(config), config.lora
     reference_adapter = reference_source(config).adapter if config.reference.mode == "adapter" else None
     for path in (source.adapter, reference_adapter):
         if path is not None:
             lora.read_adapter_config(path)  # before the base's weights are read
-    model = _load_for(config, source, deepspeed_config)
+    model = _load_for(config, source, deepspeed_config, choice)
     if adapters.enabled:
         model = lora.add_adapter(model, adapters, config.train.seed)
         if reference_adapter is not None:
@@ -173,7 +178,7 @@ def load_policy(config: Config, micro_steps: int) -> Any:
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
-    check_layout(policy, causal_lm(model), config)
+    prove_layout(choice, policy, config.model.dtype)
     return policy
 
 
@@ -185,44 +190,53 @@ def offloads_checkpoints(config: Config) -> bool:
     return config.model.gradient_checkpointing_offload
 
 
-def load_reference(config: Config) -> Any:
-    """The reference's DeepSpeed engine around a `PairScorer`, forward only."""
-    return load_scoring_model(config, reference_source(config))
+def load_reference(config: Config, choice: LayoutChoice | None = None, beside: Sequence[Any] = ()) -> Any:
+    """The reference's DeepSpeed engine around a `PairScorer`, forward only; arguments as of `load_scoring_model`."""
+    return load_scoring_model(config, reference_source(config), choice, beside)
 
 
 @patience("the loading of a model that only scores")
-def load_scoring_model(config: Config, source: ModelSource) -> Any:
-    """A forward-only DeepSpeed engine around a `PairScorer`, sharded as `reference.*` says."""
-    if config.data.layout == "auto":
-        settle_layout(config)
+def load_scoring_model(
+    config: Config, source: ModelSource, choice: LayoutChoice | None = None, beside: Sequence[Any] = ()
+) -> Any:
+    """A forward-only DeepSpeed engine around a `PairScorer`, sharded as `reference.*` says.
+
+    Args:
+        choice: of the run's layout; made from the config if not given. Its check may change `config.data.layout`.
+        beside: engines of the run that are loaded already, and follow if it does.
+    """
+    choice = choice or settle_layout(config)
     deepspeed_config = reference_deepspeed_config(config)
     if source.adapter is not None:
         lora.read_adapter_config(source.adapter)
-    model = _load_for(config, source, deepspeed_config)
+    model = _load_for(config, source, deepspeed_config, choice)
     if source.adapter is not None:
         model = lora.wear_adapter(model, source.adapter)
     if config.model.compile:  # as the policy, so that equal weights give equal numbers
         compile_layers(causal_lm(model))
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     reference = engine.initialize_reference(scorer, deepspeed_config)
-    check_layout(reference, causal_lm(model), config)
+    prove_layout(choice, reference, config.model.dtype, beside)
     return reference
 
 
-def _load_for(config: Config, source: ModelSource, deepspeed_config: dict[str, Any]) -> torch.nn.Module:
+def _load_for(
+    config: Config, source: ModelSource, deepspeed_config: dict[str, Any], choice: LayoutChoice
+) -> torch.nn.Module:
+    asked = config.model.attn_implementation
     with engine.partitioned_loading(deepspeed_config):
         model = load_causal_lm(
             source.path,
             dtype=config.model.dtype,
             revision=source.revision,
-            attn_implementation=config.model.attn_implementation,
+            attn_implementation=None if asked in OWN_NAMES else asked,
             trust_remote_code=config.model.trust_remote_code,
             disable_dropout=config.model.disable_dropout,
         )
     if deepspeed_config["zero_optimization"]["stage"] != 3:
         model.to(engine.device())
         check_head(model)
-    install_attention(model, config)
+    install_attention(model, choice.option)
     return model
 
 
@@ -245,8 +259,10 @@ def load_tokenizers(config: Config) -> tuple[Any, Any]:
     return tokenizer, model_config
 
 
-def settle_layout(config: Config) -> None:
+def settle_layout(config: Config) -> LayoutChoice:
     """Write what `data.layout` comes to into the config, and say it once. Before the run lays out any batch.
+
+    The models' check may still change it, so what is planned by it before they are loaded is planned again then.
 
     Raises:
         ConfigError: if a layout was asked for by name that the policy or the reference cannot take.
@@ -254,8 +270,9 @@ def settle_layout(config: Config) -> None:
     code = config.model.trust_remote_code
     sources = dict.fromkeys((policy_source(config), reference_source(config)))
     models = [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
-    config.data.layout, reason = choose_layout(config, models)
-    engine.log(f"layout {config.data.layout}: {reason}")
+    choice = choose_layout(config, models)
+    engine.log(choice.option.describe())
+    return choice
 
 
 def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
@@ -286,8 +303,3 @@ def check_same_tokenizer(policy: Any, reference: Any, policy_path: str, referenc
             f"({len(theirs)} against {len(ours)} tokens; {differing!r} is {theirs.get(differing)} there and "
             f"{ours.get(differing)} here); log-probs of the two can't be compared"
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -15,6 +15,7 @@ from dpo_scale.cache_folder import cache_folder
 from dpo_scale.config import Config
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.errors import ModelError, StoreError
+from dpo_scale.models.layouts import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.reference.adapter import AdapterReference
 from dpo_scale.reference.columns import ColumnReference
@@ -62,8 +63,13 @@ def open_book(config: Config) -> Book:
     return ReferenceStore(folder).book(BookKey(fingerprint, numerics_of(config)), model=described)
 
 
-def fill_for(config: Config, book: Book, datasets: Sequence[PairDataset], pad_token_id: int) -> int:
+def fill_for(
+    config: Config, book: Book, datasets: Sequence[PairDataset], pad_token_id: int, choice: LayoutChoice
+) -> int:
     """Compute what the book lacks of a config's data; the reference's engine is gone afterwards. Every rank calls it.
+
+    Args:
+        choice: of the run's layout, which the reference's check may change.
 
     Returns:
         The number of rows computed.
@@ -71,7 +77,7 @@ def fill_for(config: Config, book: Book, datasets: Sequence[PairDataset], pad_to
     held: list[Any] = []
 
     def load() -> Any:
-        held.append(load_reference(config))
+        held.append(load_reference(config, choice))
         return held[-1]
 
     computed = fill(
@@ -88,8 +94,13 @@ def fill_for(config: Config, book: Book, datasets: Sequence[PairDataset], pad_to
     return computed
 
 
-def stored_reference(config: Config, datasets: Sequence[PairDataset], pad_token_id: int) -> StoredReference:
+def stored_reference(
+    config: Config, datasets: Sequence[PairDataset], pad_token_id: int, choice: LayoutChoice
+) -> StoredReference:
     """The store as the run's reference, every row of the data sets in it; no reference model stays in memory.
+
+    Args:
+        choice: of the run's layout, which the reference's check may change if rows are missing.
 
     Raises:
         StoreError: with `reference.on_missing: error`, if rows are missing, saying how many and what computes them.
@@ -107,18 +118,21 @@ def stored_reference(config: Config, datasets: Sequence[PairDataset], pad_token_
         )
     if count:
         engine.log(f"reference store {book.folder}: {count} pairs are not there yet")
-        fill_for(config, book, datasets, pad_token_id)
+        fill_for(config, book, datasets, pad_token_id, choice)
     else:
         engine.log(f"reference store {book.folder}: all {sum(map(len, datasets))} pairs are there")
     return StoredReference(book)
 
 
-def make_reference(config: Config, policy: Any, stored: StoredReference | ColumnReference | None) -> Any:
+def make_reference(
+    config: Config, policy: Any, stored: StoredReference | ColumnReference | None, choice: LayoutChoice
+) -> Any:
     """What the policy's log-ratios are taken against, by `reference.mode`; None if the loss needs none.
 
     Args:
         policy: the policy's engine.
         stored: the filled store in mode `store`, the data's columns in mode `columns`.
+        choice: of the run's layout. If a reference that is loaded fails its check, the policy follows.
     """
     if not config.loss.needs_reference:
         return None
@@ -127,14 +141,19 @@ def make_reference(config: Config, policy: Any, stored: StoredReference | Column
         return stored
     if config.reference.mode == "adapter":
         return AdapterReference(policy)
-    reference = load_reference(config)
+    reference = load_reference(config, choice, beside=[policy])
     if config.reference.sync_steps is not None:
         return MovingReference(reference, policy, config.reference.sync_mixup)
     return reference
 
 
 def verify_start(
-    config: Config, stored: StoredReference | ColumnReference, policy: Any, dataset: PairDataset, pad_token_id: int
+    config: Config,
+    stored: StoredReference | ColumnReference,
+    policy: Any,
+    dataset: PairDataset,
+    pad_token_id: int,
+    choice: LayoutChoice,
 ) -> None:
     """Let the policy, which is the reference before the first step, compute some stored rows again.
 
@@ -150,7 +169,7 @@ def verify_start(
         verify(stored, policy, dataset, rows, **settings)
         policy.train(was_training)
     elif config.reference.verify_with_model:
-        reference = load_reference(config)
+        reference = load_reference(config, choice, beside=[policy])
         verify(stored, reference, dataset, rows, **settings)
         engine.release(reference)
     else:

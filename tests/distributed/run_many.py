@@ -1,14 +1,16 @@
 """Run many training jobs in one launch, since starting ranks costs more than these runs: `run_many.py JOBS.json`.
 
 JOBS.json is a list of {"overrides": [...], "resume": null or text, "profile": [first, last step] if any, "full_disk":
-[rank, step] if that rank is to write no file above 4 KiB while it saves the checkpoint of that step, "refused": true
-where a `UserError` is expected, on every rank}; every rank runs them one after another. `JOBS.json.messages` gets the
-errors' messages, null for a run that ended well.
+[rank, step] if that rank is to write no file above 4 KiB while it saves the checkpoint of that step, "attention":
+"raises" or "wrong" if that is what `blocks` does on rank 1, "refused": true where a `UserError` is expected, on every
+rank}; every rank runs them one after another. `JOBS.json.messages` gets the errors' messages, null for a run that ended
+well.
 """
 
 import json
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ from dpo_scale import engine, trainer
 from dpo_scale.cli import run
 from dpo_scale.config import load_config
 from dpo_scale.errors import UserError
+from dpo_scale.models import attention
 
 save_checkpoint = trainer.save_checkpoint
+attention_functions = attention.attention_functions
 
 
 def main() -> None:
@@ -28,6 +32,8 @@ def main() -> None:
     for job in json.loads(Path(path).read_text()):
         resume = job.get("resume")
         trainer.save_checkpoint = on_a_full_disk(*job["full_disk"]) if job.get("full_disk") else save_checkpoint
+        kind = job.get("attention") if engine.rank() == 1 else None
+        attention.attention_functions = partial(with_broken_blocks, kind) if kind else attention_functions
         try:
             first, last = job.get("profile", (0, -1))
             profile = range(first, last + 1)
@@ -39,6 +45,15 @@ def main() -> None:
             messages.append(str(error))
     if engine.is_main():
         Path(path + ".messages").write_text(json.dumps(messages))
+
+
+def with_broken_blocks(kind):
+    def broken(*arguments, **settings):
+        if kind == "raises":
+            raise RuntimeError("no kernel image is available for execution on the device")
+        return attention.blockwise_attention(*arguments, **settings)[0].flip(1), None
+
+    return {**attention_functions(), "blocks": torch.compiler.disable(attention._observable(broken))}
 
 
 def on_a_full_disk(rank, step):

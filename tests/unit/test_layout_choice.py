@@ -3,15 +3,21 @@
 import pytest
 import torch
 import transformers
+import varlen_kernels
 from tiny import tiny_config
-from transformers import AutoModelForCausalLM
 
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.errors import ConfigError, ModelError
-from dpo_scale.models import layouts
-from dpo_scale.models.layouts import check_layout, choose_attention, choose_layout, install_attention, why_padded
-from dpo_scale.models.scorer import PairScorer
+from dpo_scale.models import layouts, varlen_attention
+from dpo_scale.models.layouts import (
+    Option,
+    attention_options,
+    choose_layout,
+    why_padded,
+)
+
+PADDED = ("padded", None)
 
 
 def config_with(layout="auto", attention=None, dtype="float32"):
@@ -22,9 +28,11 @@ def config_with(layout="auto", attention=None, dtype="float32"):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "mistral", "gpt_oss"])
 def test_known_attention_shares_prompts_by_default(architecture):
-    layout, reason = choose_layout(config_with(), [tiny_config(architecture)])
-    assert layout == "shared_prefix"
-    assert "each prompt once" in reason and "scaled_dot_product_attention" in reason and "cpu" in reason
+    config = config_with()
+    option = choose_layout(config, [tiny_config(architecture)]).option
+    assert option.layout == config.data.layout == "shared_prefix"
+    for word in ("each prompt once", "scaled_dot_product_attention", "cpu"):
+        assert word in option.describe()
 
 
 def foreign_config():
@@ -47,105 +55,107 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_models_run_padded_with_the_reason_or_are_refused_by_name(kind):
     make, why = OTHERS[kind]
-    assert choose_layout(config_with(), [make()]) == ("padded", why_padded(make()))
+    assert choose_layout(config_with(), [make()]).option == Option("padded", None, why_padded(make()))
     assert kind in why_padded(make()) and why in why_padded(make())
     for layout in ("packed", "shared_prefix"):
         with pytest.raises(ConfigError, match=rf"data\.layout = '{layout}'.*{why}.*expected 'padded' or 'auto'"):
             choose_layout(config_with(layout), [make()])
-    assert choose_layout(config_with("padded"), [make()])[0] == "padded"
+    assert choose_layout(config_with("padded"), [make()]).option.layout == "padded"
 
 
 def test_one_model_that_cannot_decides_for_all():
     configs = [tiny_config("llama"), transformers.MambaConfig()]
-    assert choose_layout(config_with(), configs)[0] == "padded"
+    assert choose_layout(config_with(), configs).option.layout == "padded"
 
 
 @pytest.mark.parametrize("asked", ["eager", "flex_attention", "flash_attention_2", "flash_attention_3"])
 def test_attention_that_takes_one_sequence_a_row_on_this_device_means_padded(asked):
-    layout, reason = choose_layout(config_with(attention=asked), [tiny_config("llama")])
-    assert layout == "padded" and f"model.attn_implementation = {asked!r}" in reason
+    option = choose_layout(config_with(attention=asked), [tiny_config("llama")]).option
+    assert option.layout == "padded" and f"model.attn_implementation = {asked!r}" in option.reason
     with pytest.raises(ConfigError, match="attn_implementation"):
         choose_layout(config_with("packed", attention=asked), [tiny_config("llama")])
 
 
+@pytest.mark.parametrize("layout", ["auto", "padded", "packed"])
+def test_attention_that_transformers_does_not_have_is_refused_where_rows_are_padded(layout):
+    with pytest.raises(ConfigError, match="'varlen_attention'"):
+        choose_layout(config_with(layout, attention="varlen_attention"), [tiny_config("llama")])
+
+
+# packages: of flash-attn and of torch's kernel, "broken": there, but it cannot be imported
 @pytest.mark.parametrize(
-    ("attention", "dtype", "flash", "expected"),
+    ("attention", "dtype", "flash", "torchs", "expected"),
     [
-        (None, "bfloat16", True, "varlen"),
-        (None, "float32", True, "flex"),
-        (None, "bfloat16", False, "flex"),
-        ("sdpa", "bfloat16", True, "blocks"),
-        ("flex_attention", "bfloat16", True, "flex"),
-        ("flash_attention_2", "bfloat16", True, "varlen"),
-        ("flash_attention_2", "bfloat16", False, None),
-        ("eager", "bfloat16", True, None),
+        (None, "bfloat16", "there", "there", ["fa_varlen", "varlen", "flex"]),
+        (None, "bfloat16", "missing", "there", ["varlen", "flex"]),
+        (None, "float16", "broken", "there", ["varlen", "flex"]),
+        (None, "bfloat16", "there", "old", ["fa_varlen", "flex"]),
+        (None, "bfloat16", "missing", "old", ["flex"]),
+        (None, "float32", "there", "there", ["flex"]),
+        ("sdpa", "bfloat16", "there", "there", ["blocks"]),
+        ("flex_attention", "bfloat16", "there", "there", ["flex"]),
+        ("flash_attention_2", "bfloat16", "there", "there", ["fa_varlen"]),
+        ("flash_attention_2", "bfloat16", "missing", "there", [None]),
+        ("flash_attention_2", "bfloat16", "broken", "there", [None]),
+        ("varlen_attention", "bfloat16", "there", "there", ["varlen"]),
+        ("varlen_attention", "bfloat16", "there", "old", [None]),
+        ("eager", "bfloat16", "there", "there", [None]),
     ],
 )
-def test_on_cuda_the_fastest_that_is_installed(attention, dtype, flash, expected, monkeypatch):
+def test_on_cuda_the_fastest_that_is_there_comes_first(attention, dtype, flash, torchs, expected, monkeypatch):
     monkeypatch.setattr(engine, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(layouts, "find_spec", lambda name: object() if flash and name == "flash_attn" else None)
-    assert choose_attention(config_with(attention=attention, dtype=dtype))[0] == expected
+    kernel = varlen_kernels.varlen_attn_2_10 if torchs == "old" else None
+    varlen_kernels.install(monkeypatch, "torch 2.12", kernel)
+    varlen_kernels.install(monkeypatch, "flash-attn 2.8")
+    monkeypatch.setattr(layouts, "find_spec", lambda name: None if flash == "missing" else object())
+    if flash == "broken":
+
+        def undefined_symbol():
+            raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEi\n (and more)")
+
+        monkeypatch.setattr(varlen_attention, "flash_attn_kernel", undefined_symbol)
+    options = attention_options(config_with(attention=attention, dtype=dtype))
+    assert [backend for backend, _ in options] == expected
+    reasons = " ".join(reason for _, reason in options)
+    if attention is not None:
+        assert f"model.attn_implementation = {attention!r}" in reasons
+    elif dtype == "float32":
+        assert "float32" in reasons
+    else:
+        assert {"there": "flash_attn is installed", "missing": "not installed", "broken": "undefined symbol"}[
+            flash
+        ] in reasons
+        assert ("takes no scale or no window" in reasons) == (torchs == "old" and flash != "there")
+    assert "\n" not in reasons
 
 
-class Engine:
-    """Stands where DeepSpeed's engine would."""
-
-    def __init__(self, module):
-        self.module, self.eval, self.train = module, module.eval, module.train
-
-    def __call__(self, **inputs):
-        return self.module(**inputs)
-
-
-def loaded(architecture, layout="shared_prefix"):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4)
-    config = config_with(layout)
-    install_attention(model, config)
-    return model, Engine(PairScorer(model, layout=layout).train()), config
-
-
-@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_a_right_model_passes_and_is_left_as_it_was(architecture, layout):
-    model, scorer, config = loaded(architecture, layout)
-    check_layout(scorer, model, config)
-    assert model.training and model.config._attn_implementation == "dpo_scale_blocks"
-
-
-@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
-def test_a_model_that_mixes_neighbours_outside_its_attention_is_refused(layout):
-    model, scorer, config = loaded("llama", layout)
-    # a convolution over the row, as in hybrids of attention and state
-    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output + output.roll(1, dims=1))
-    with pytest.raises(ModelError, match=r"log-probs of separate sequences.*data\.layout=padded"):
-        check_layout(scorer, model, config)
-
-
-def test_padded_runs_keep_the_models_own_attention():
-    model, scorer, config = loaded("llama", "padded")
-    check_layout(scorer, model, config)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_what_padding_alone_changes_is_allowed_to_a_layout_too():
-    model, scorer, config = loaded("llama")
-
-    class Rounding(Engine):
-        """Values that depend on the shape of the batch, as those of a deep model in bf16 do."""
-
-        def __call__(self, **inputs):
-            values = self.module(**inputs)
-            draw = torch.Generator().manual_seed(sum(inputs["input_ids"].shape))
-            return values + self.size * torch.randn(len(values), generator=draw)
-
-    coarse = Rounding(scorer.module)
-    coarse.size = 0.1
-    check_layout(coarse, model, config)
-    coarse.size = 1.0
-    with pytest.raises(ModelError, match="log-probs of separate sequences"):
-        check_layout(coarse, model, config)
+@pytest.mark.parametrize(
+    ("layout", "attention", "expected"),
+    [
+        (
+            "auto",
+            None,
+            [("shared_prefix", "fa_varlen"), ("shared_prefix", "varlen"), ("shared_prefix", "flex"), PADDED],
+        ),
+        ("packed", None, [("packed", "fa_varlen"), ("packed", "varlen"), ("packed", "flex")]),
+        ("auto", "flex_attention", [("shared_prefix", "flex")]),
+        ("shared_prefix", "varlen_attention", [("shared_prefix", "varlen")]),
+        ("padded", None, [PADDED]),
+    ],
+)
+def test_what_the_config_leaves_open_may_be_exchanged_and_nothing_else(layout, attention, expected, monkeypatch):
+    monkeypatch.setattr(engine, "device", lambda: torch.device("cuda"))
+    varlen_kernels.install(monkeypatch, "torch 2.12")
+    varlen_kernels.install(monkeypatch, "flash-attn 2.8")
+    monkeypatch.setattr(layouts, "find_spec", lambda name: object())
+    config = config_with(layout, attention, "bfloat16")
+    choice = choose_layout(config, [tiny_config("llama")])
+    taken = [(choice.option.layout, choice.option.backend)]
+    while len(taken) < len(expected):
+        choice.give_up("model", "why")
+        taken.append((choice.option.layout, choice.option.backend))
+        assert config.data.layout == choice.option.layout
+    assert taken == expected
+    if expected[-1] != PADDED:
+        with pytest.raises(ModelError, match=f"model: data.layout = '{expected[-1][0]}'.*why; set data.layout=padded"):
+            choice.give_up("model", "why")

@@ -6,14 +6,16 @@ The yardstick is the plain transformers model with its own attention, one sequen
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex
 import torch.nn.functional as F
+import varlen_kernels
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
 from dpo_scale.errors import ModelError
-from dpo_scale.models import attention, flash_attention
+from dpo_scale.models import attention, varlen_attention
 from dpo_scale.models.activations import compile_layers
 from dpo_scale.models.attention import AttentionPlan, use_attention
 from dpo_scale.models.flex_attention import BLOCK, block_mask
@@ -91,30 +93,6 @@ def check(separate, layout, backend, checkpointing=False):
         assert close(ours[name], gradient), (name, (ours[name] - gradient).abs().max())
 
 
-def varlen_stand_in(
-    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-    softcap,
-):  # fmt: skip
-    """flash_attn_varlen_func as its documentation has it: causal aligned at the ends, GQA, window, soft-cap."""
-    assert causal and dropout_p == 0 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    outputs = []
-    for i in range(len(cu_seqlens_q) - 1):
-        qs = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]].transpose(0, 1)
-        ks, vs = (x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].transpose(0, 1) for x in (k, v))
-        ks, vs = (x.repeat_interleave(len(qs) // len(x), dim=0) for x in (ks, vs))
-        nq, nk = qs.shape[1], ks.shape[1]
-        assert nq <= max_seqlen_q and nk <= max_seqlen_k
-        behind = (torch.arange(nq)[:, None] + nk - nq) - torch.arange(nk)
-        allowed = behind >= 0
-        if window_size[0] >= 0:
-            allowed &= behind <= window_size[0]
-        scores = qs @ ks.transpose(1, 2) * softmax_scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        outputs.append((scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
-    return torch.cat(outputs)
-
-
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
 def test_blocks_give_separate_sequences_log_probs_and_gradients(separate, layout):
     check(separate, layout, "blocks")
@@ -130,17 +108,18 @@ def test_runs_of_few_queries_change_nothing(separate, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
-def test_the_variable_length_kernel_gives_them_too(separate, layout, monkeypatch):
-    monkeypatch.setattr(flash_attention, "varlen_function", lambda: varlen_stand_in)
-    check(separate, layout, "varlen")
+@pytest.mark.parametrize("kernel", varlen_kernels.KERNELS)
+def test_variable_length_kernels_give_them_too(separate, kernel, layout, monkeypatch):
+    monkeypatch.setattr(varlen_attention, "DTYPES", (torch.float32,))  # so that no rounding hides a mistake
+    check(separate, layout, varlen_kernels.install(monkeypatch, kernel))
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
-def test_flex_attention_gives_separate_sequences_log_probs(separate, layout):
-    architecture, expected, _ = separate
-    with torch.no_grad():  # FlexAttention has no backward pass on a CPU
-        _, logps = scored(architecture, layout, "flex")
-    torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
+def test_flex_attention_gives_separate_sequences_log_probs_and_gradients(separate, layout, monkeypatch):
+    """Through torch's own plain form of it, which has a backward pass, though FlexAttention refuses that on a CPU."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    check(separate, layout, "flex")
 
 
 def test_gradient_checkpointing_computes_the_same_row_again(separate):
@@ -175,8 +154,8 @@ def test_a_lost_window_is_far_from_right(separate, monkeypatch):
     architecture, expected, _ = separate
     right = attention._segment_attention
 
-    def unlimited(q, k, v, scaling, dropout, window, softcap, sinks):
-        return right(q, k, v, scaling, dropout, None, softcap, sinks)
+    def unlimited(plan, q, k, v, scaling, dropout, window, softcap, sinks):
+        return right(plan, q, k, v, scaling, dropout, None, softcap, sinks)
 
     monkeypatch.setattr(attention, "_segment_attention", unlimited)
     with torch.no_grad():
@@ -271,11 +250,12 @@ def test_a_model_that_keeps_the_plan_to_itself_is_refused():
         (None, {"is_causal": False}, "not causal"),
     ],
 )
-@pytest.mark.parametrize("backend", ["blocks", "flex", "varlen"])
-def test_attention_with_terms_that_no_plan_knows_is_refused(mask, settings, message, backend):
+@pytest.mark.parametrize("backend", ["blocks", "flex", "varlen", "fa_varlen"])
+def test_attention_with_terms_that_no_plan_knows_is_refused(mask, settings, message, backend, monkeypatch):
+    varlen_kernels.install(monkeypatch, "flash-attn 2.8")
     batch = make_batch("packed", pairs_of([(1, 1, 1)]), np.ones(1), pad_token_id=0)
     plan = AttentionPlan(batch.position_ids, batch.document_ids, batch.branch_ids, batch.segments)
-    q = torch.zeros(1, 1, 4, 16)
+    q = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)
     with pytest.raises(ModelError, match=message):
         attention.attention_functions()[backend](torch.nn.Linear(1, 1), q, q, q, mask, attention_plan=plan, **settings)
 

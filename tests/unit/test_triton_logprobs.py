@@ -300,7 +300,7 @@ def test_the_fused_pair_loss_is_the_loss_of_all_logits_at_once(rows, trained, mo
             tensor.requires_grad_(train)
     monkeypatch.setattr(TritonJob, "memory_bytes", rows * 2 * 128 * 3)
     loss, sums = fused_pair_loss(
-        *inputs[:2], targets, PairLoss(segments, len(counts), losses), bias=inputs[2], softcap=12.0,
+        *inputs[:2], targets, PairLoss(segments, [sum(pair) for pair in counts], losses), bias=inputs[2], softcap=12.0,
         implementation="triton",
     )  # fmt: skip
     (loss * 8.0).backward()
@@ -321,7 +321,7 @@ def test_the_fused_pair_loss_is_the_loss_of_all_logits_at_once(rows, trained, mo
 def test_the_fused_pair_loss_of_no_tokens_is_zero_gradients():
     hidden, weight, _, targets = make(torch.bfloat16, tokens=0)
     weight.requires_grad_(), hidden.requires_grad_()
-    nothing = PairLoss(targets, 1, lambda sums: sums.sum(1))
+    nothing = PairLoss(targets, [0], lambda sums: sums.sum(1))
     loss, _ = fused_pair_loss(hidden, weight, targets, nothing, implementation="triton")
     loss.backward()
     assert loss.item() == 0 and weight.grad.shape == weight.shape and not weight.grad.any()

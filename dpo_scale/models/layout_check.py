@@ -1,0 +1,146 @@
+"""The proof that a layout gives a loaded model the log-probs, and its attention the gradients, of separate sequences.
+
+A few pairs of random tokens go through the model twice: padded, with the model's own attention, and in the layout with
+the back end that is to keep sequences apart. Back ends choose kernels by length, so one row is short and one is longer
+than the blocks that they compute in. Gradients are those of the attention alone, layer by layer, beside those of
+`blockwise_attention` in fp32: a backward pass of the whole model would go through its engine. They are taken at random
+queries, keys and values whose scores have a variance of 1. Where a trained model's attention is nearly all on one key,
+gradients are differences of nearly equal numbers, and rounding is all that is left of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_scale import engine
+from dpo_scale.data.dataset import Pair
+from dpo_scale.data.layout import Layout, PairBatch, make_batch
+from dpo_scale.models.attention import Attention, blockwise_attention, observed, use_attention
+
+# Mean difference per token that another order of the same sums may cause on random tokens, which models find far
+# less likely than text. Deep models in 16 bits may come to more; so several times what padding alone changes is allowed
+# too, up to a limit: sequences that see each other differ by tenths and more.
+_ALLOWED_PER_TOKEN = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+_TIMES_PADDING, _MOST_ALLOWED = 4.0, 0.3
+# Norm of a gradient's error by its own norm. Rounding of 16 bits comes to a few thousandths; a key too many to tenths.
+_ALLOWED_IN_GRADIENT = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+# Tokens of prompt, chosen and rejected. The second row is longer than FlexAttention's blocks of 128, and so is one of
+# its documents, with its branches in different blocks.
+_ROWS = [[(9, 7, 5), (1, 4, 8)], [(120, 30, 40), (40, 3, 20), (1, 30, 2)]]
+
+
+@torch.no_grad()
+def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: str) -> str | None:
+    """Why a layout does not give a model the log-probs that separate sequences have; None if it does.
+
+    Every rank calls it, and all get the same answer: a failure on one is a failure on all. The back end is left in
+    place.
+
+    Args:
+        scorer: an engine around a `PairScorer`, at any stage; gradients are checked if it is in training mode.
+        model: the transformers model inside it, with `own_attention` (`layouts.install_attention`).
+        dtype: of the model.
+    """
+    was_training = scorer.module.training
+    scorer.eval()
+    watcher = _Watcher(gradients=was_training)
+    vocabulary, longest = _sizes(model.config.get_text_config())
+    apart = []
+
+    def log_probs(batch: PairBatch) -> Tensor:
+        return scorer(**batch.to(engine.device()).scorer_inputs)
+
+    for sizes in _ROWS:
+        pairs = _random_pairs(sizes, vocabulary, longest)
+        weights = np.ones(len(pairs), dtype=np.float32)
+        model.set_attn_implementation(model.own_attention)
+        expected = log_probs(make_batch("padded", pairs, weights, 0))
+        alone = torch.cat([log_probs(make_batch("padded", [pair], weights[:1], 0)) for pair in pairs])
+        use_attention(model, backend)
+        with observed(watcher):
+            got = log_probs(make_batch(layout, pairs, weights, 0))
+        by_padding, difference = ((values - expected).abs().mean().item() for values in (alone, got))
+        if not difference <= max(_ALLOWED_PER_TOKEN[dtype], min(_TIMES_PADDING * by_padding, _MOST_ALLOWED)):
+            apart.append(f"it does not give the log-probs of separate sequences ({difference:.3g} a token apart)")
+    scorer.train(was_training)
+    failures = engine.gather_objects(next(iter([*watcher.raised, *apart, *watcher.wrong_gradients]), None))
+    where = [f" (on rank {rank})" if len(failures) > 1 else "" for rank in range(len(failures))]
+    return next((failure + at for failure, at in zip(failures, where, strict=True) if failure is not None), None)
+
+
+class _Watcher:
+    """Stands between a model and its attention: keeps what a back end raises, and compares its gradients.
+
+    A layer whose attention raised goes on with zeros, so that all ranks of a sharded model take part in the same
+    collectives up to the end of the pass, whichever of them it fails on.
+    """
+
+    def __init__(self, *, gradients: bool) -> None:
+        self.raised: list[str] = []
+        self.wrong_gradients: list[str] = []
+        self._gradients, self._compared = gradients, set[Any]()
+
+    def __call__(
+        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+    ) -> tuple[Tensor, None]:
+        try:
+            output = function(module, query, key, value, mask, **settings)
+            if self._gradients and function is not blockwise_attention:
+                self._compare(function, module, query, key, value, mask, **settings)
+            return output
+        except Exception as error:
+            self.raised.append(f"{type(error).__name__}: {first_line(error)}")
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
+
+    def _compare(
+        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+    ) -> None:
+        """Once for each kind of layer and row."""
+        kind = (query.shape, key.shape, *(settings.get(name) for name in ("sliding_window", "softcap")))
+        if kind in self._compared:
+            return
+        self._compared.add(kind)
+        drawn = torch.Generator(query.device).manual_seed(0)
+        inputs = [torch.randn(t.shape, generator=drawn, device=t.device, dtype=t.dtype) for t in (query, key, value)]
+        inputs[0] *= 1 / ((settings.get("scaling") or query.shape[-1] ** -0.5) * query.shape[-1] ** 0.5)
+        got = _gradients(function, module, inputs, mask, settings)
+        sinks = settings.get("s_aux")
+        exact = settings if sinks is None else {**settings, "s_aux": sinks.float()}
+        expected = _gradients(blockwise_attention, module, [tensor.float() for tensor in inputs], mask, exact)
+        for name, ours, right in zip(("queries", "keys", "values"), got, expected, strict=True):
+            error = ((ours.float() - right).norm() / right.norm().clamp(min=1e-12)).item()
+            if not error <= _ALLOWED_IN_GRADIENT[query.dtype]:
+                self.wrong_gradients.append(f"its gradient of {name} is wrong (relative error {error:.3g})")
+
+
+@torch.enable_grad()
+def _gradients(
+    function: Attention, module: Any, inputs: list[Tensor], mask: Any, settings: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Of half the sum of the outputs' squares, with respect to queries, keys and values."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output, _ = function(module, *leaves, mask, **settings)
+    return torch.autograd.grad(output, leaves, output.detach())
+
+
+def _sizes(text_config: Any) -> tuple[int, int]:
+    """A model's vocabulary, and the tokens of its longest sequence; positions may be a table that ends there."""
+    return text_config.vocab_size, getattr(text_config, "max_position_embeddings", None) or 2**31
+
+
+def _random_pairs(sizes: list[tuple[int, int, int]], vocabulary: int, longest: int) -> list[Pair]:
+    """Pairs of random tokens, the same on every rank, no sequence of them longer than `longest`."""
+    draw = np.random.default_rng(0)
+    shares = min(1.0, longest / max(prompt + max(completions) for prompt, *completions in sizes))
+    of_pairs = [[max(1, int(n * shares)) for n in of_pair] for of_pair in sizes]
+    return [Pair(*(draw.integers(0, vocabulary, n) for n in of_pair), b"", i) for i, of_pair in enumerate(of_pairs)]
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message; its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
