@@ -392,6 +392,28 @@ def deaths(folder: Path, rng: random.Random, count: int) -> Outcome:
     return outcome
 
 
+def requeued_deaths(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """A rank is killed under a real launcher that `launch/requeue.sh` started: the run goes on by itself."""
+    outcome = Outcome("launch/requeue.sh, a rank killed")
+    whole = uninterrupted(folder)
+    for k in range(count):
+        launcher, run_dir = LAUNCHERS[k % 2], fresh(folder, "requeued-lost", rng)
+
+        def one() -> None:
+            settings = overrides(folder, f"output_dir={run_dir}")
+            script = Launched(folder, settings, launcher, through=["bash", str(ROOT / "launch/requeue.sh"), "2"])
+            assert wait_for_step(run_dir, 3, script.running), script.output()[-3000:]
+            os.kill(script.find("rank1"), signal.SIGKILL)
+            code, _ = script.wait(120)
+            assert code == 0, f"exit code {code}\n{script.output()[-3000:]}"
+            assert "try 1: lost a rank" in script.output() and "was killed or crashed" in script.output()
+            assert_same_run(run_dir, whole)
+
+        outcome.attempt(launcher, one)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
 def slow_saves(folder: Path, rng: random.Random, count: int) -> Outcome:
     """One rank's disk is so slow that a save and the export take longer than the hang timeout; the run goes on."""
     outcome = Outcome("a save and an export slower than the hang timeout")
