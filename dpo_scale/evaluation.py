@@ -29,10 +29,10 @@ from dpo_scale.models.load import (
     settle_layout,
 )
 from dpo_scale.models.scorer import backbone_and_head
+from dpo_scale.progress import beat
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 from dpo_scale.reference.values import ReferenceValues
-from dpo_scale.watchdog import beat
 
 
 def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -18,6 +18,7 @@ import torch
 
 from dpo_scale import bad_numbers, engine, preemption
 from dpo_scale.checkpoint import (
+    Checkpoint,
     TrainState,
     checkpoint_path,
     choose_checkpoint,
@@ -50,6 +51,8 @@ from dpo_scale.models.load import (
     settle_layout,
 )
 from dpo_scale.profiler import StepProfiler
+from dpo_scale.progress import beat
+from dpo_scale.rank_files import this_process
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
@@ -61,7 +64,7 @@ from dpo_scale.schedule import learning_rate
 from dpo_scale.steps import MicroStep, Planner, make_planner, micro_steps_of_run
 from dpo_scale.timing import StepTimer
 from dpo_scale.tracking import Tracker, check_trackers
-from dpo_scale.watchdog import Watchdog, beat
+from dpo_scale.watchdog import Watchdog, unmark_lost
 
 
 def train(config: Config, resume: str | None = None, profile: range | None = None) -> Path:
@@ -86,6 +89,25 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     check_trackers(config.logging.report_to)
     peak = peak_flops_of(config)
     run_dir, found = agree_on_run_dir(config, resume)
+    processes = engine.gather_objects(this_process())
+    with Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), processes):
+        return train_in(run_dir, found, config, resume, profile, peak)
+
+
+def train_in(
+    run_dir: Path,
+    found: list[Checkpoint],
+    config: Config,
+    resume: str | None,
+    profile: range | None,
+    peak: float | None,
+) -> Path:
+    """`train` from where the ranks know their folder, and one another.
+
+    Args:
+        found: the checkpoints that the run may start from, the best first.
+        peak: what one rank's device could do at most, in FLOP/s, if that is known.
+    """
     finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
     if finished is not None and not found:
         engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
@@ -124,6 +146,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
         try:
             unmark_finished(run_dir)
             preemption.unmark_preempted(run_dir)
+            unmark_lost(run_dir)
             remove_leftovers(run_dir)
             config.save(run_dir / CONFIG_FILE)
         except OSError as error:
@@ -176,12 +199,12 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     preemption.allow(config.checkpoint.preempt_grace_seconds, run_dir, looks_for_file=engine.is_main())
     try:
-        watchdog = Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), engine.world_size())
-        with watchdog, StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
+        with StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
             last_is_saved = run_steps(run, state, tracker, profiler)
     finally:
         if tracker is not None:
             tracker.close()
+    beat("the export of the model")
     exported = state
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None

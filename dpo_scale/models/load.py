@@ -28,6 +28,7 @@ from dpo_scale.models.layout_check import first_line
 from dpo_scale.models.layouts import OWN_NAMES, LayoutChoice, choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
+from dpo_scale.progress import patience
 
 
 def check_logprobs(config: Config) -> None:
@@ -151,6 +152,7 @@ def switch_off_dropout(config: Any) -> dict[str, float]:
     return found
 
 
+@patience("the loading of the policy")
 def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = None) -> Any:
     """The policy's DeepSpeed engine around a `PairScorer`, in training mode; with LoRA its adapter is on it.
 
@@ -193,6 +195,7 @@ def load_reference(config: Config, choice: LayoutChoice | None = None, beside: S
     return load_scoring_model(config, reference_source(config), choice, beside)
 
 
+@patience("the loading of a model that only scores")
 def load_scoring_model(
     config: Config, source: ModelSource, choice: LayoutChoice | None = None, beside: Sequence[Any] = ()
 ) -> Any:
