@@ -1,0 +1,226 @@
+"""The parts of the GPU suite: what each runs, what it needs, how long it may take, which of its results matter.
+
+In the order in which they are worth having, should the host be taken away: first that steps work at all, then that
+they are right, then what they take. `gpu_suite.py` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+BENCHMARKS = PROJECT / "benchmarks"
+TRAINING = ("transformers", "accelerate", "datasets", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        limit: seconds after which it is ended.
+        commands: run one after the other, all of them, whatever the others do.
+        needs: modules without which it is left out; a name with a slash is a file of the project.
+        figures: those that matter, from what the commands wrote into the folder of results.
+        results: names of the files NAME.json that it reads, from this run and no earlier one.
+    """
+
+    name: str
+    subject: str
+    limit: float
+    commands: tuple[tuple[str, ...], ...]
+    needs: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
+    figures: Callable[[dict[str, Any]], dict[str, Any]] = lambda reports: {}
+
+
+def all_parts(device: str, dry_run: bool, output: Path) -> list[Part]:
+    """Every part, for a device and a folder of results; a dry run takes the smallest case of each."""
+    where = ("--device", device, "--output", str(output))
+    quick = ("--quick",) if dry_run else ()
+
+    def script(name: str, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments, *where)
+
+    def short_runs(name: str, subject: str, limit: float, group: str, *more: tuple[str, ...]) -> Part:
+        result = f"short_runs_{group}"
+        commands = (*more, script("short_runs", group, *quick))
+        return Part(name, subject, limit, commands, TRAINING, (result,), lambda found: of_runs(found[result]))
+
+    return [
+        short_runs("first", "a first step with each attention", 150, "first"),
+        Part("kernels", "the kernels' tests", 270, (kernel_tests(dry_run),), ("pytest", "triton", "transformers")),
+        Part(
+            "layouts", "rows of many sequences, forward and backward in bf16", 150, (script("layouts", *quick),),
+            ("transformers", "deepspeed"), ("layouts",), lambda found: of_layouts(found["layouts"]),
+        ),
+        short_runs("waits", "200 quick steps; what the host waits for", 90, "waits"),
+        short_runs("shape", "Llama-3.1-8B's shape, 8 layers, ZeRO 2 and 3", 360, "shape"),
+        leaves(device, quick, script, short_runs),
+        Part(
+            "attention", "attention back ends beside each other", 90, (script("attention", *quick),),
+            ("deepspeed",), ("attention",), lambda found: of_attention(found["attention"]),
+        ),
+        Part(
+            "heads", "log-probs beside every peer; memory of a step", 240, tuple(heads(script, dry_run)),
+            ("transformers",), ("logprobs",), lambda found: of_heads(found["logprobs"]),
+        ),
+        Part(
+            "throughput", "training beside TRL", 540, tuple(throughput(script, dry_run)), TRAINING, THROUGHPUTS,
+            lambda found: {name: of_throughput(report) for name, report in found.items()},
+        ),
+        short_runs("offload", "weights and optimizer in host memory", 150, "offload"),
+        short_runs("resume", "a run that is killed and resumed", 90, "resume"),
+        short_runs("trace", "a profiler's trace of a step of 16 k tokens", 90, "trace"),
+    ]  # fmt: skip
+
+
+def kernel_tests(dry_run: bool) -> tuple[str, ...]:
+    # Settings of the tools that may be missing here (pytest-timeout) would be errors, so the project's are left aside.
+    pytest = (sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", str(PROJECT), "--import-mode=importlib")
+    pytest += ("-p", "no:cacheprovider", "-q", "-W", "ignore::pytest.PytestUnknownMarkWarning")
+    if dry_run:  # in Triton's interpreter all of them take minutes
+        return (*pytest, "tests/unit/test_triton_logprobs.py", "-k", "saves or of_no_tokens")
+    unit = PROJECT / "tests" / "unit"
+    files = [
+        f for name in ("test_triton*", "test_pair_loss*", "test_logprobs*") for f in sorted(unit.glob(f"{name}.py"))
+    ]
+    # compiling for GPUs that are not there is the CPU's part of the suite
+    return (*pytest, *map(str, files), "-k", "not compile")
+
+
+def leaves(device: str, quick: tuple[str, ...], script: Callable[..., Any], short_runs: Callable[..., Part]) -> Part:
+    return short_runs(
+        "leaves", "ZeRO 3: decoder layers as leaves, compiled and not", 180, "compile", script("zero3_hooks", *quick)
+    )
+
+
+def heads(script: Callable[..., tuple[str, ...]], dry_run: bool) -> list[tuple[str, ...]]:
+    if dry_run:
+        small = ("--shapes", "64x4096", "--tokens", "64", "--repeats", "2")
+        return [
+            script("logprobs", *small, "--implementations", "naive", "chunked", "log_softmax", "trl"),
+            script("step_memory", "--layers", "1", "--completion-tokens", "8", "--implementations", "chunked"),
+        ]
+    shapes = ("--shapes", "Llama-3-8B", "Qwen2.5-7B", "SmolLM2-135M", "--tokens", "8192", "2048")
+    return [
+        script("logprobs", *shapes, "--minutes", "2.5", "--case-seconds", "3"),
+        script("step_memory", "--pairs", "4", "--completion-tokens", "512"),
+    ]
+
+
+SHAPES_BESIDE_TRL = ("llama-3.2-1b", "qwen2.5-3b")
+THROUGHPUTS = (*(f"throughput_{shape}" for shape in SHAPES_BESIDE_TRL), "throughput_ratios")
+
+
+def throughput(script: Callable[..., tuple[str, ...]], dry_run: bool) -> list[tuple[str, ...]]:
+    """Both shapes beside TRL, then one of them over ratios of prompt to completion, packed and with shared prefixes."""
+    common = ("--data", "generated", "--references", "store")
+    if dry_run:
+        tiny = (*common, "--model", "shape:tiny", "--dtype", "float32", "--quick", "--ratios", "1")
+        return [script("throughput", *tiny, "--layouts", "shared_prefix", "--name", THROUGHPUTS[0])]
+    common += ("--repeats", "1", "--tokens-per-pair", "2000", "--max-length", "4096", "--max-tokens", "16384")
+    common += ("--global-batch-size", "32", "--trl-batch-sizes", "4")
+    commands = []
+    for shape, more in zip(SHAPES_BESIDE_TRL, ((), ("--gradient-checkpointing",)), strict=True):
+        model = (*common, *more, "--model", f"shape:{shape}", "--ratios", "1", "--name", f"throughput_{shape}")
+        commands.append(
+            script("throughput", *model, "--layouts", "shared_prefix", "--compiled-layouts", "--trl-kinds", "same")
+        )
+    ratios = (
+        *common,
+        "--model",
+        f"shape:{SHAPES_BESIDE_TRL[0]}",
+        "--layouts",
+        "packed",
+        "shared_prefix",
+        "--trl-kinds",
+    )
+    commands.append(script("throughput", *ratios, "--compiled-layouts", "--name", THROUGHPUTS[-1]))
+    return commands
+
+
+def of_runs(report: dict[str, Any]) -> dict[str, Any]:
+    """Of short runs: what a step took, memory, waits; and what failed or is absent."""
+    kept = ("step_seconds", "mfu", "reserved_bytes", "alloc_retries", "first_margin", "waits", "absent", "failed")
+    found = {run["run"]: {name: run[name] for name in kept if name in run} for run in report["runs"]}
+    return found | {name: report[name] for name in ("losses_apart", "failed") if name in report}
+
+
+def of_layouts(report: dict[str, Any]) -> dict[str, Any]:
+    """Of each back end: on how many rows it agrees, the largest distance, and the graphs that were compiled."""
+    found: dict[str, Any] = {}
+    for backend in dict.fromkeys(row["backend"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["backend"] == backend]
+        ran = [row for row in rows if "logps" in row]
+        if not ran:
+            found[backend] = {name: rows[0][name] for name in ("absent", "failed") if name in rows[0]}
+            continue
+        found[backend] = {
+            "agree": sum(row["agrees"] for row in ran),
+            "of": len(rows),
+            "logps": max(row["logps"] for row in ran),
+            "gradients": max(row["gradients"] for row in ran),
+            "graphs": max(row["graphs"] for row in ran),
+        }
+    return found
+
+
+def of_attention(report: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of forward and backward, by shape, row and back end."""
+    found: dict[str, Any] = {}
+    for row in report["rows"]:
+        what = "one pair" if row["pair_tokens"] == report["tokens"] else "many pairs"
+        value = round(1000 * statistics.median(row["both"]), 2) if "both" in row else row.get("absent", "failed")
+        found.setdefault(f"{row['shape']}, {what}", {})[row["backend"]] = value
+    return found
+
+
+def of_heads(report: dict[str, Any]) -> dict[str, Any]:
+    """Of each head at its most tokens, forward and backward: our fastest arm, and the fastest of the others."""
+    from logprob_arms import NAIVE, OURS  # brings torch
+
+    found: dict[str, Any] = {}
+    for head in dict.fromkeys(row["head"] for row in report["rows"]):
+        rows = [r for r in report["rows"] if r["head"] == head and r["mode"] == "forward_backward" and "seconds" in r]
+        rows = [row for row in rows if row["tokens"] == max(r["tokens"] for r in rows)]
+        ours = [row for row in rows if row["arm"] in OURS and row["arm"] not in NAIVE]
+        others = [row for row in rows if row not in ours]
+        if not ours:
+            continue
+        best = min(ours, key=lambda row: row["time"])
+        found[f"{head}, {best['tokens']} tokens"] = {
+            "arm": best["arm"], "seconds": best["time"], "floor_share": best["floor_share"],
+            "extra_bytes": best["extra_bytes"],
+            "others": {row["arm"]: row["time"] for row in others},
+        }  # fmt: skip
+    return found
+
+
+def of_throughput(report: dict[str, Any]) -> dict[str, Any]:
+    """Of each data set: pairs a second of our arms, the fastest over TRL's fastest, utilisation."""
+    found = {}
+    for data_set in report["data_sets"]:
+        ours = [arm for arm in data_set["arms"] if arm["work"] != "trl"]
+        theirs = [arm["pairs_per_second"] for arm in data_set["arms"] if arm["work"] == "trl"]
+        best = max(ours, key=lambda arm: arm["pairs_per_second"])
+        rates = {f"{arm['layout']}{' compiled' if arm['compile'] else ''}": arm["pairs_per_second"] for arm in ours}
+        found[data_set["name"]] = {
+            "pairs_per_second": rates,
+            **({"times_trl": best["pairs_per_second"] / max(theirs)} if theirs else {}),
+            **({"mfu": best["extra"]["mfu"]} if "mfu" in best["extra"] else {}),
+        }
+    return found
+
+
+def read_reports(folder: Path, names: tuple[str, ...], since: float) -> dict[str, Any]:
+    """Those results of these names that were written since then."""
+    files = {name: folder / f"{name}.json" for name in names}
+    new = {name: file for name, file in files.items() if file.exists() and file.stat().st_mtime >= since}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in new.items()}
