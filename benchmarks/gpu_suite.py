@@ -31,10 +31,10 @@ from typing import Any, NoReturn
 
 from gpu_parts import BENCHMARKS, PROJECT, Part, all_parts, read_reports
 from gpu_report import update_page
-from gpu_wheels import list_wheels, missing
+from gpu_wheels import install, list_wheels, missing
 
 RECORD = "gpu_suite.jsonl"
-NEEDED = ("numpy", "torch", "transformers")  # without which nothing runs
+NEEDED = ("numpy", "torch", "transformers", "yaml")  # without which nothing runs
 MINUTES = 24.0
 LEAST_SECONDS = 20.0  # a part does not begin with less
 SECONDS_TO_END = 10.0
@@ -43,17 +43,29 @@ LINES_KEPT = 25
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    wheels = Path(os.environ["WHEELS"]) if os.environ.get("WHEELS") else None
     if arguments.list_wheels:
-        folder = Path(os.environ["WHEELS"]) if os.environ.get("WHEELS") else None
-        return list_wheels(folder)
+        return list_wheels(wheels)
     if arguments.readme is not None:
         try:
             update_page(arguments.readme, BENCHMARKS / "results")
         except (OSError, ValueError) as error:
             refuse(f"--readme: {error}")
         return 0
+    end_on_signals()
+    with tempfile.TemporaryDirectory() as target:
+        if wheels is not None:
+            try:
+                install(wheels, Path(target))
+            except ValueError as error:
+                refuse(str(error))
+        return run_suite(arguments)
+
+
+def run_suite(arguments: argparse.Namespace) -> int:
+    """Run the parts that were asked for; the exit code."""
     if lacking := [name for name in NEEDED if find_spec(name) is None]:
-        refuse(f"not installed here: {', '.join(lacking)}; a host needs torch and transformers at least")
+        refuse(f"not installed here: {', '.join(lacking)}; --list-wheels says what a host needs and how to bring it")
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -70,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"not installed: {', '.join(absent.values())}; --list-wheels says how to bring them", flush=True)
     record = output / RECORD
     begin_record(record, arguments.dry_run)
-    end_on_signals()
     outcomes = run_parts(parts, output, record, time.monotonic() + 60 * arguments.minutes)
     print(f"\nresults in {output}")
     for outcome in outcomes:

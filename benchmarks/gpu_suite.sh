@@ -17,10 +17,4 @@ command -v "$PYTHON" >/dev/null || {
 }
 # The benchmarks need no installed dpo_scale, and no compiled code or settings from elsewhere.
 export PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-if [ -n "${WHEELS:-}" ]; then
-    installed=$(mktemp -d) || exit 2
-    trap 'rm -rf -- "$installed"' EXIT
-    "$PYTHON" benchmarks/gpu_wheels.py --install "$WHEELS" "$installed" || exit 2
-    export PYTHONPATH=$PYTHONPATH:$installed
-fi
-"$PYTHON" benchmarks/gpu_suite.py "$@"
+exec "$PYTHON" benchmarks/gpu_suite.py "$@"

@@ -1,13 +1,14 @@
 """What the GPU suite needs beside what an image for GPUs has, as wheels that are carried in.
 
 An image is taken to have torch, Triton, transformers, accelerate and safetensors, with what these need. The rest is
-below: all of it is under 64 MB (MiB), most of that Arrow and pandas, which `datasets` brings and many images have.
+below: all of it is under 64 MiB, most of that Arrow and pandas, which `datasets` needs and many images have.
 `gpu_suite.sh --list-wheels` prints the list, `WHEELS=folder bash benchmarks/gpu_suite.sh` installs what is missing.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -17,10 +18,9 @@ from pathlib import Path
 MOST_BYTES = 64 * 2**20
 # module -> what to ask pip for. Arrow has grown by a quarter since version 21, which datasets 4 still takes.
 WHEELS = {
-    "yaml": "pyyaml", "xxhash": "xxhash", "psutil": "psutil",
-    "datasets": "datasets<5", "pyarrow": "pyarrow<22", "pandas": "pandas", "dateutil": "python-dateutil", "six": "six",
-    "dill": "dill", "multiprocess": "multiprocess", "requests": "requests", "urllib3": "urllib3",
-    "charset_normalizer": "charset-normalizer", "idna": "idna", "certifi": "certifi",
+    "xxhash": "xxhash", "datasets": "datasets<5", "pyarrow": "pyarrow<22", "pandas": "pandas",
+    "dateutil": "python-dateutil", "six": "six", "dill": "dill", "multiprocess": "multiprocess",
+    "requests": "requests", "urllib3": "urllib3", "charset_normalizer": "charset-normalizer",
     "deepspeed": "deepspeed", "einops": "einops", "hjson": "hjson", "msgpack": "msgpack", "ninja": "ninja",
     "cpuinfo": "py-cpuinfo", "pydantic": "pydantic", "pydantic_core": "pydantic-core",
     "annotated_types": "annotated-types", "typing_inspection": "typing-inspection",
@@ -62,11 +62,14 @@ def list_wheels(folder: Path | None) -> int:
     return 0
 
 
-def install(folder: Path, target: Path) -> int:
-    """Install what is missing into a folder of its own, touching nothing else; 2 if there are no wheels."""
+def install(folder: Path, target: Path) -> None:
+    """Install what is missing into a folder of its own, for this process and those it starts; the host stays as it is.
+
+    Raises:
+        ValueError: if there is no such folder of wheels, or pip refuses one.
+    """
     if not folder.is_dir():
-        print(f"error: WHEELS={folder}: no such folder", file=sys.stderr)
-        return 2
+        raise ValueError(f"WHEELS={folder}: no such folder")
     absent = missing()
     files = {wheel: file_of(wheel, folder) for wheel in absent.values()}
     for wheel, file in files.items():
@@ -76,13 +79,9 @@ def install(folder: Path, target: Path) -> int:
     if found:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
         if subprocess.run([*pip, *found], stdin=subprocess.DEVNULL).returncode != 0:
-            print(f"error: the wheels in {folder} could not be installed; pip says why above", file=sys.stderr)
-            return 2
-    print(f"{len(found)} packages from {folder}, for this run")
-    return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install", nargs=2, type=Path, required=True, metavar=("WHEELS", "TARGET"))
-    raise SystemExit(install(*parser.parse_args().install))
+            raise ValueError(f"WHEELS={folder}: they could not be installed; pip says why above")
+    print(f"{len(found)} packages from {folder}, for this run", flush=True)
+    # behind what is there already, which so stays what it is
+    sys.path.append(str(target))
+    os.environ["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}:{target}" if os.environ.get("PYTHONPATH") else str(target)
+    importlib.invalidate_caches()
