@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.shapes:
         for pair_tokens in (arguments.pair_tokens, arguments.tokens):
             report["rows"] += measure(arguments, name, pair_tokens)
-            write_results("attention", report, table(report), arguments.output)
+            write_results("attention", report, table(report), arguments.output, final=False)
+    write_results("attention", report, table(report), arguments.output)
     return int(any("failed" in row for row in report["rows"]))
 
 
@@ -90,7 +91,7 @@ def why_absent(backend: str, device: str) -> str | None:
     """Why a back end can't be trained with here; None if it can."""
     if device == "cpu" and backend != "blocks":
         return "no backward pass on a CPU" if backend == "flex" else "its kernels run on CUDA"
-    if backend == "flash" and find_spec("flash_attn") is None:
+    if backend == "fa_varlen" and find_spec("flash_attn") is None:
         return "flash_attn is not installed"
     return None
 

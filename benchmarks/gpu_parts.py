@@ -26,7 +26,7 @@ class Part:
     Attributes:
         limit: seconds after which it is ended.
         commands: run one after the other, all of them, whatever the others do.
-        needs: modules without which it is left out; a name with a slash is a file of the project.
+        needs: modules without which it is left out.
         figures: those that matter, from what the commands wrote into the folder of results.
         results: names of the files NAME.json that it reads, from this run and no earlier one.
     """
@@ -68,15 +68,20 @@ def all_parts(device: str, dry_run: bool, output: Path) -> list[Part]:
             ("deepspeed",), ("attention",), lambda found: of_attention(found["attention"]),
         ),
         Part(
-            "heads", "log-probs beside every peer; memory of a step", 240, tuple(heads(script, dry_run)),
+            "heads", "log-probs beside every peer; memory of a step", 270, tuple(heads(script, dry_run)),
             ("transformers",), ("logprobs",), lambda found: of_heads(found["logprobs"]),
         ),
         Part(
-            "throughput", "training beside TRL", 540, tuple(throughput(script, dry_run)), TRAINING, THROUGHPUTS,
+            "throughput", "training beside TRL", 360, tuple(throughput(script, dry_run)), TRAINING,
+            tuple(f"throughput_{shape}" for shape in SHAPES_BESIDE_TRL),
             lambda found: {name: of_throughput(report) for name, report in found.items()},
         ),
         short_runs("offload", "weights and optimizer in host memory", 150, "offload"),
         short_runs("resume", "a run that is killed and resumed", 90, "resume"),
+        Part(
+            "ratios", "prompts once, over ratios of prompt to completion", 360, (ratios(script, dry_run),), TRAINING,
+            ("throughput_ratios",), lambda found: of_throughput(found["throughput_ratios"]),
+        ),
         short_runs("trace", "a profiler's trace of a step of 16 k tokens", 90, "trace"),
     ]  # fmt: skip
 
@@ -96,9 +101,8 @@ def kernel_tests(dry_run: bool) -> tuple[str, ...]:
 
 
 def leaves(device: str, quick: tuple[str, ...], script: Callable[..., Any], short_runs: Callable[..., Part]) -> Part:
-    return short_runs(
-        "leaves", "ZeRO 3: decoder layers as leaves, compiled and not", 180, "compile", script("zero3_hooks", *quick)
-    )
+    hooks = [script("zero3_hooks", *quick)] if (BENCHMARKS / "zero3_hooks.py").exists() else []
+    return short_runs("leaves", "ZeRO 3: decoder layers as leaves, compiled and not", 180, "compile", *hooks)
 
 
 def heads(script: Callable[..., tuple[str, ...]], dry_run: bool) -> list[tuple[str, ...]]:
@@ -116,34 +120,33 @@ def heads(script: Callable[..., tuple[str, ...]], dry_run: bool) -> list[tuple[s
 
 
 SHAPES_BESIDE_TRL = ("llama-3.2-1b", "qwen2.5-3b")
-THROUGHPUTS = (*(f"throughput_{shape}" for shape in SHAPES_BESIDE_TRL), "throughput_ratios")
+GENERATED = ("--data", "generated", "--references", "store", "--repeats", "1", "--compiled-layouts")
+# rows, and micro-batches, as on a GPU of 80 GB
+LARGE = ("--tokens-per-pair", "2000", "--max-length", "4096", "--max-tokens", "16384", "--global-batch-size", "32")
+TINY = ("--model", "shape:tiny", "--dtype", "float32", "--ratios", "1", "--global-batch-size", "4", "--steps", "1")
 
 
 def throughput(script: Callable[..., tuple[str, ...]], dry_run: bool) -> list[tuple[str, ...]]:
-    """Both shapes beside TRL, then one of them over ratios of prompt to completion, packed and with shared prefixes."""
-    common = ("--data", "generated", "--references", "store")
+    """Both shapes beside TRL."""
+    names = [f"throughput_{shape}" for shape in SHAPES_BESIDE_TRL]
     if dry_run:
-        tiny = (*common, "--model", "shape:tiny", "--dtype", "float32", "--quick", "--ratios", "1")
-        return [script("throughput", *tiny, "--layouts", "shared_prefix", "--name", THROUGHPUTS[0])]
-    common += ("--repeats", "1", "--tokens-per-pair", "2000", "--max-length", "4096", "--max-tokens", "16384")
-    common += ("--global-batch-size", "32", "--trl-batch-sizes", "4")
-    commands = []
-    for shape, more in zip(SHAPES_BESIDE_TRL, ((), ("--gradient-checkpointing",)), strict=True):
-        model = (*common, *more, "--model", f"shape:{shape}", "--ratios", "1", "--name", f"throughput_{shape}")
-        commands.append(
-            script("throughput", *model, "--layouts", "shared_prefix", "--compiled-layouts", "--trl-kinds", "same")
-        )
-    ratios = (
-        *common,
-        "--model",
-        f"shape:{SHAPES_BESIDE_TRL[0]}",
-        "--layouts",
-        "packed",
-        "shared_prefix",
-        "--trl-kinds",
-    )
-    commands.append(script("throughput", *ratios, "--compiled-layouts", "--name", THROUGHPUTS[-1]))
-    return commands
+        arms = (*GENERATED, *TINY, "--layouts", "shared_prefix", "--trl-kinds", "same")
+        return [script("throughput", *arms, "--name", names[0])]
+    arms = (*GENERATED, *LARGE, "--ratios", "1", "--layouts", "shared_prefix")
+    arms += ("--trl-kinds", "same", "--trl-batch-sizes", "4")
+    # 3 billion weights with their optimizer's states leave no room for 16 k tokens of activations
+    more: tuple[tuple[str, ...], ...] = ((), ("--gradient-checkpointing",))
+    return [
+        script("throughput", *arms, *options, "--model", f"shape:{shape}", "--name", name)
+        for shape, name, options in zip(SHAPES_BESIDE_TRL, names, more, strict=True)
+    ]
+
+
+def ratios(script: Callable[..., tuple[str, ...]], dry_run: bool) -> tuple[str, ...]:
+    """The smaller shape, packed and with shared prefixes, over the ratios of `throughput.py`."""
+    layouts = ("--layouts", "packed", "shared_prefix", "--trl-kinds")
+    model = TINY if dry_run else (*LARGE, "--trl-batch-sizes", "4", "--model", f"shape:{SHAPES_BESIDE_TRL[0]}")
+    return script("throughput", *GENERATED, *model, *layouts, "--name", "throughput_ratios")
 
 
 def of_runs(report: dict[str, Any]) -> dict[str, Any]:

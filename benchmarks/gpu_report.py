@@ -100,7 +100,7 @@ def utilisation(figures: Figures) -> str:
 
 def shared_over_packed(figures: Figures) -> str:
     found = []
-    for data_set in figures["throughput"]["throughput_ratios"].values():
+    for data_set in figures["ratios"].values():
         rates = data_set["pairs_per_second"]
         found.append(f"{rates['shared_prefix'] / rates['packed']:.2f}")
     return ", ".join(found)

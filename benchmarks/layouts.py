@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
                 row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             del in_bf16
             release()
+            write_results("layouts", report, table(report), arguments.output, final=False)
     write_results("layouts", report, table(report), arguments.output)
     return int(any("failed" in row or row.get("agrees") is False for row in report["rows"]))
 

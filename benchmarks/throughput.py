@@ -66,9 +66,10 @@ def main() -> None:
             return
         name = arguments.name or ("throughput_generated" if arguments.data == "generated" else "throughput")
         output, report["data_sets"] = arguments.output or RESULTS / folder_name(device), []
-        for data in data_sets(arguments):  # written after each: a machine may be taken away before the last
+        for data in data_sets(arguments):
             report["data_sets"].append(compare(arguments, data, Path(folder)))
-            write_results(name, report, table(report), output)
+            write_results(name, report, table(report), output, final=False)
+    write_results(name, report, table(report), output)
     plot(report, output / f"{name}.png")
 
 

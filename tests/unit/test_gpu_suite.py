@@ -138,7 +138,7 @@ def test_every_part_has_a_dry_form_and_together_they_fit_into_the_time(tmp_path)
     dry = gpu_parts.all_parts("cpu", True, tmp_path)
     full = gpu_parts.all_parts("cuda", False, tmp_path)
     assert [p.name for p in dry] == [p.name for p in full]
-    assert len({p.name for p in dry}) == len(dry) == 12
+    assert len({p.name for p in dry}) == len(dry) == 13
     for p in (*dry, *full):
         for command in p.commands:
             assert str(tmp_path) in command or "pytest" in command  # never among the stored results by mistake
@@ -198,12 +198,12 @@ def test_targets_are_read_from_results_and_what_has_none_is_not_measured(tmp_pat
     reports = {
         "throughput_llama-3.2-1b": throughput_report({"shared_prefix": 46.0}, 20.0),
         "throughput_qwen2.5-3b": throughput_report({"shared_prefix": 41.0}, 20.0),
-        "throughput_ratios": throughput_report({"packed": 10.0, "shared_prefix": 13.5}),
     }
     figures = {
         "heads": gpu_parts.of_heads({"rows": [*rows, head_row("triton", 0.001, tokens=512)]}),
         "shape": runs,
         "throughput": {name: gpu_parts.of_throughput(report) for name, report in reports.items()},
+        "ratios": gpu_parts.of_throughput(throughput_report({"packed": 10.0, "shared_prefix": 13.5})),
     }
     folder = results / "a-gpu"
     folder.mkdir(parents=True)
