@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ import layouts  # noqa: E402
 import short_runs  # noqa: E402
 from gpu_parts import Part  # noqa: E402
 
+from dpo_scale.config import load_config  # noqa: E402
+from dpo_scale.errors import ConfigError  # noqa: E402
 from dpo_scale.models.attention import AttentionPlan  # noqa: E402
 
 
@@ -142,6 +145,36 @@ def test_every_part_has_a_dry_form_and_together_they_fit_into_the_time(tmp_path)
     for p in (*dry, *full):
         for command in p.commands:
             assert str(tmp_path) in command or "pytest" in command  # never among the stored results by mistake
+
+
+@pytest.mark.parametrize("group", short_runs.GROUPS)
+def test_the_runs_for_a_gpu_are_valid_configs(group, tmp_path):
+    """Which no CPU will train: at least no setting is misspelt or contradicts another."""
+    for case in short_runs.GROUPS[group](False, False):
+        overrides = short_runs.settings_of(case, "cuda", tmp_path, tmp_path, tmp_path, tmp_path)
+        try:
+            load_config(None, overrides)
+        except ConfigError:
+            assert case.may_be_refused
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run them")
+def test_the_commands_for_a_gpu_are_understood_by_their_scripts(tmp_path, monkeypatch, capsys):
+    """Each reads its arguments and then says that there is no GPU, and nothing else."""
+    commands = [command for p in gpu_parts.all_parts("cuda", False, tmp_path) for command in p.commands]
+    say_so_first = {"short_runs", "layouts", "attention", "logprobs", "throughput"}
+    seen = set()
+    for _, script, *arguments in commands:
+        if Path(script).stem not in say_so_first:
+            continue
+        module = importlib.import_module(Path(script).stem)
+        seen.add(module.__name__)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert "--device cuda: " in f"{ended.value}{capsys.readouterr().err}"
+    assert seen == say_so_first
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_wheels_is_weighed_by_what_is_needed(tmp_path, capsys):
