@@ -48,21 +48,27 @@ def all_parts(device: str, dry_run: bool, output: Path) -> list[Part]:
     def script(name: str, *arguments: str) -> tuple[str, ...]:
         return (sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments, *where)
 
-    def short_runs(name: str, subject: str, limit: float, group: str, *more: tuple[str, ...]) -> Part:
-        result = f"short_runs_{group}"
-        commands = (*more, script("short_runs", group, *quick))
+    def short_runs(name: str, subject: str, limit: float) -> Part:
+        result, commands = f"short_runs_{name}", (script("short_runs", name, *quick),)
         return Part(name, subject, limit, commands, TRAINING, (result,), lambda found: of_runs(found[result]))
 
     return [
-        short_runs("first", "a first step with each attention", 150, "first"),
+        short_runs("first", "a first step with each attention", 150),
         Part("kernels", "the kernels' tests", 270, (kernel_tests(dry_run),), ("pytest", "triton", "transformers")),
         Part(
             "layouts", "rows of many sequences, forward and backward in bf16", 150, (script("layouts", *quick),),
             ("transformers", "deepspeed"), ("layouts",), lambda found: of_layouts(found["layouts"]),
         ),
-        short_runs("waits", "200 quick steps; what the host waits for", 90, "waits"),
-        short_runs("shape", "Llama-3.1-8B's shape, 8 layers, ZeRO 2 and 3", 360, "shape"),
-        leaves(device, quick, script, short_runs),
+        short_runs("waits", "200 quick steps; what the host waits for", 90),
+        short_runs("shape", "Llama-3.1-8B's shape, 8 layers, ZeRO 2 and 3", 360),
+        Part(
+            "leaves", "ZeRO 3: decoder layers as leaves, compiled and not", 180,
+            (
+                script("zero3_hooks", *(("--layers", "2", "--repeats", "2") if dry_run else ())),
+                script("short_runs", "compile", *quick),
+            ),
+            TRAINING, ("zero3_hooks", "short_runs_compile"), of_leaves,
+        ),
         Part(
             "attention", "attention back ends beside each other", 90, (script("attention", *quick),),
             ("deepspeed",), ("attention",), lambda found: of_attention(found["attention"]),
@@ -76,13 +82,13 @@ def all_parts(device: str, dry_run: bool, output: Path) -> list[Part]:
             tuple(f"throughput_{shape}" for shape in SHAPES_BESIDE_TRL),
             lambda found: {name: of_throughput(report) for name, report in found.items()},
         ),
-        short_runs("offload", "weights and optimizer in host memory", 150, "offload"),
-        short_runs("resume", "a run that is killed and resumed", 90, "resume"),
+        short_runs("offload", "weights and optimizer in host memory", 150),
+        short_runs("resume", "a run that is killed and resumed", 90),
         Part(
             "ratios", "prompts once, over ratios of prompt to completion", 360, (ratios(script, dry_run),), TRAINING,
             ("throughput_ratios",), lambda found: of_throughput(found["throughput_ratios"]),
         ),
-        short_runs("trace", "a profiler's trace of a step of 16 k tokens", 90, "trace"),
+        short_runs("trace", "a profiler's trace of a step of 16 k tokens", 90),
     ]  # fmt: skip
 
 
@@ -98,11 +104,6 @@ def kernel_tests(dry_run: bool) -> tuple[str, ...]:
     ]
     # compiling for GPUs that are not there is the CPU's part of the suite
     return (*pytest, *map(str, files), "-k", "not compile")
-
-
-def leaves(device: str, quick: tuple[str, ...], script: Callable[..., Any], short_runs: Callable[..., Part]) -> Part:
-    hooks = [script("zero3_hooks", *quick)] if (BENCHMARKS / "zero3_hooks.py").exists() else []
-    return short_runs("leaves", "ZeRO 3: decoder layers as leaves, compiled and not", 180, "compile", *hooks)
 
 
 def heads(script: Callable[..., tuple[str, ...]], dry_run: bool) -> list[tuple[str, ...]]:
@@ -154,6 +155,16 @@ def of_runs(report: dict[str, Any]) -> dict[str, Any]:
     kept = ("step_seconds", "mfu", "reserved_bytes", "alloc_retries", "first_margin", "waits", "absent", "failed")
     found = {run["run"]: {name: run[name] for name in kept if name in run} for run in report["runs"]}
     return found | {name: report[name] for name in ("losses_apart", "failed") if name in report}
+
+
+def of_leaves(found: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a pass without ZeRO 3 and with its hooks; what steps took."""
+    passes = found.get("zero3_hooks", {"seconds": {}})["seconds"]
+    hooks = {
+        name: {arm: round(1000 * statistics.median(seconds), 2) for arm, seconds in arms.items()}
+        for name, arms in passes.items()
+    }
+    return hooks | (of_runs(found["short_runs_compile"]) if "short_runs_compile" in found else {})
 
 
 def of_layouts(report: dict[str, Any]) -> dict[str, Any]:
