@@ -152,7 +152,9 @@ def load_policy(config: Config, micro_steps: int) -> Any:
     """The policy's DeepSpeed engine around a `PairScorer`, in training mode; with LoRA its adapter is on it."""
     if config.data.layout == "auto":
         settle_layout(config)
-    deepspeed_config = policy_deepspeed_config(config, micro_steps)
+    deepspeed_config = policy_deepspeed_config(config, micro_steps, engine.device().type)
+    if config.deepspeed.bf16_optimizer_states:
+        engine.log(lost_updates(config.train.learning_rate, config.train.adam_beta2))
     source, adapters = policy_source(config), config.lora
     reference_adapter = reference_source(config).adapter if config.reference.mode == "adapter" else None
     for path in (source.adapter, reference_adapter):
@@ -175,6 +177,24 @@ def load_policy(config: Config, micro_steps: int) -> Any:
     return policy
 
 
+def lost_updates(learning_rate: float, beta2: float) -> str:
+    """What bf16 optimizer states cost, in numbers, for the log.
+
+    bf16 has 8 significant bits, so the neighbours of a weight w are |w| / 256 to |w| / 128 away, and what is added is
+    lost if it is less than half of that. Adam's step is about the learning rate, at most.
+    """
+    stuck = (
+        f"; Adam's second moments can grow but not decay, as 1 - beta2 is below 1/512 (adam_beta2 = {beta2:g})"
+        if 1 - beta2 < 2**-9
+        else ""
+    )
+    return (
+        "WARNING: deepspeed.bf16_optimizer_states: there are no fp32 weights, so an update below 1/512 of a weight is "
+        f"lost to rounding; at train.learning_rate = {learning_rate:g} weights above {512 * learning_rate:.1e} in "
+        f"absolute value do not move{stuck}"
+    )
+
+
 def offloads_checkpoints(config: Config) -> bool:
     """Whether checkpoints are kept on the host; on a CPU they are there anyway."""
     if config.model.gradient_checkpointing_offload and engine.device().type == "cpu":
@@ -192,7 +212,7 @@ def load_scoring_model(config: Config, source: ModelSource) -> Any:
     """A forward-only DeepSpeed engine around a `PairScorer`, sharded as `reference.*` says."""
     if config.data.layout == "auto":
         settle_layout(config)
-    deepspeed_config = reference_deepspeed_config(config)
+    deepspeed_config = reference_deepspeed_config(config, engine.device().type)
     if source.adapter is not None:
         lora.read_adapter_config(source.adapter)
     model = _load_for(config, source, deepspeed_config)

@@ -89,6 +89,8 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
             "model.gradient_checkpointing_offload=true",
             ["gradient_checkpointing_offload", "gradient_checkpointing=true"],
         ),
+        ("train.reduce_dtype=float16", ["train.reduce_dtype", "float16", "'float32', 'bfloat16'"]),
+        ("deepspeed.bf16_optimizer_states=1", ["deepspeed.bf16_optimizer_states", "1", "true or false"]),
         ("logging.peak_tflops=0", ["logging.peak_tflops", "more than 0"]),
         ("noequals", ["noequals", "section.key=value"]),
     ],
@@ -120,6 +122,24 @@ def test_a_budget_of_tokens_and_a_number_of_pairs_exclude_each_other():
 def test_compiled_layers_are_refused_with_what_they_do_not_go_with(overrides):
     message = refusal("model.compile=true", *overrides)
     assert message.startswith(overrides[-1].partition("=")[0]) and "model.compile" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.dtype=float32"], ["model.dtype = 'float32'", "bfloat16 with"]),
+        (["deepspeed.stage=1"], ["deepspeed.stage = 1", "2 or 3 with", "fp32 copies"]),
+        (["train.optim=Lion"], ["train.optim = 'Lion'", "adamw_torch or Adam or AdamW"]),
+        (
+            ["deepspeed.offload_optimizer=cpu"],
+            ["train.optim = 'adamw_torch'", "Adam or AdamW with", "offload_optimizer"],
+        ),
+    ],
+)
+def test_bf16_optimizer_states_are_refused_with_what_deepspeed_has_none_for(overrides, parts):
+    message = refusal("deepspeed.bf16_optimizer_states=true", *overrides)
+    for part in [*parts, "deepspeed.bf16_optimizer_states"]:
+        assert part in message, message
 
 
 def test_reference_model_is_refused_for_a_loss_that_needs_none():
