@@ -74,6 +74,7 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     gradient_checkpointing_offload: bool = False  # keep what it keeps in host memory
     compile: bool = False  # torch.compile of the layers
+    liger: bool | Literal["auto"] = "auto"  # Liger's RMSNorm, rotary embedding, SwiGLU; auto: where they can be had
     disable_dropout: bool = True
     trust_remote_code: bool = False
 
@@ -470,6 +471,8 @@ class Config:
             True,
             "false with model.compile: a compiled layer decides itself what it keeps",
         )
+        fused = "auto or false with model.compile, which fuses the layers' elementwise operations by itself"
+        _check(self.model.liger is not True, "model.liger", True, fused)
 
     def _check_bf16_optimizer_states(self) -> None:
         """Refuse what DeepSpeed 0.19 does not keep in bf16."""

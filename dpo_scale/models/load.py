@@ -24,6 +24,7 @@ from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.files import check_models
 from dpo_scale.models.layouts import check_layout, choose_layout, install_attention
+from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 
 
@@ -40,6 +41,27 @@ def check_logprobs(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"logprobs.implementation = {config.logprobs.implementation!r}: {error}") from error
     engine.log(f"log-probs: {name} ({reason})")
+
+
+def check_liger(config: Config) -> None:
+    """Log whether the models take Liger's kernels, and why; every entry point calls it once.
+
+    Raises:
+        ConfigError: if `model.liger: true` cannot be.
+    """
+    used, reason = uses_liger(config)
+    engine.log(f"liger: {'RMSNorm, rotary embedding and SwiGLU' if used else 'not used'} ({reason})")
+
+
+def uses_liger(config: Config) -> tuple[bool, str]:
+    """Whether policy and reference, which are alike in that, take Liger's kernels, and why."""
+
+    def model_configs() -> list[Any]:
+        code = config.model.trust_remote_code
+        sources = dict.fromkeys((policy_source(config), reference_source(config)))
+        return [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
+
+    return choose_liger(config.model, engine.device().type, model_configs)
 
 
 @dataclass(frozen=True)
@@ -239,6 +261,8 @@ def _load_for(config: Config, source: ModelSource, deepspeed_config: dict[str, A
     if deepspeed_config["zero_optimization"]["stage"] != 3:
         model.to(engine.device())
         check_head(model)
+    if uses_liger(config)[0]:
+        take_kernels(model, check=deepspeed_config["zero_optimization"]["stage"] != 3)
     install_attention(model, config)
     return model
 

@@ -131,3 +131,12 @@ def test_updates_that_the_warning_calls_lost_are_lost(runs):
         moved += int((without[name].float() != before).sum())
         moved_in_fp32 += int((with_fp32[name].float() != before)[large].sum())
     assert moved > 0 and moved_in_fp32 > stuck / 10  # four steps in fp32 add up to what bf16 can show
+
+
+def test_ligers_kernels_run_in_layers_that_zero_3_gathers_and_checkpointing_computes_again(tmp_path):
+    done = launch("tests/distributed/liger_zero3.py", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["calls"] == {"norm": 9, "rope": 4, "swiglu": 4}  # the norms of two layers twice, and the last one
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+    assert found["gradients"] > 15 and found["worst"] < 1e-5

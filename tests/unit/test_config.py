@@ -65,6 +65,8 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
         ("train.beta=0.1", ["train.beta", "loss.beta"]),
         ("modle.path=x", ["modle", "model"]),
         ("model.model_name_or_path=x", ["model.path"]),
+        ("train.use_liger_kernel=true", ["model.liger"]),
+        ("model.liger=maybe", ["model.liger", "maybe", "'auto'", "true or false"]),
         ("train.max_steps=many", ["train.max_steps", "'many'", "whole number"]),
         ("train.max_steps=0", ["train.max_steps", "0", "at least 1"]),
         ("train.seed=true", ["train.seed", "True", "whole number"]),
@@ -117,6 +119,7 @@ def test_a_budget_of_tokens_and_a_number_of_pairs_exclude_each_other():
         ["deepspeed.stage=3"],
         ["reference.stage=3"],
         ["model.gradient_checkpointing=true", "model.gradient_checkpointing_offload=true"],
+        ["model.liger=true"],
     ],
 )
 def test_compiled_layers_are_refused_with_what_they_do_not_go_with(overrides):
