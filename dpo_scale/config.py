@@ -38,7 +38,6 @@ PHASES = ("data", "reference", "forward", "backward", "optimizer", "communicatio
 CONFIG_FILE = "config.yaml"  # of a run folder
 MANIFEST_FILE = "manifest.json"  # of a complete checkpoint
 FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
-FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
 CHECKPOINTS_DIR = "checkpoints"
 # what a training step measures beside the loss's own metrics
 STEP_METRICS = (
@@ -75,6 +74,7 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     gradient_checkpointing_offload: bool = False  # keep what it keeps in host memory
     compile: bool = False  # torch.compile of the layers
+    liger: bool | Literal["auto"] = "auto"  # Liger's RMSNorm, rotary embedding, SwiGLU; auto: where they can be had
     disable_dropout: bool = True
     trust_remote_code: bool = False
 
@@ -91,6 +91,12 @@ class ModelSettings:
             "model.gradient_checkpointing_offload",
             True,
             "false with model.compile: a compiled layer decides itself what it keeps",
+        )
+        _check(
+            not (self.compile and self.liger is True),
+            "model.liger",
+            True,
+            "auto or false with model.compile, which fuses the layers' elementwise operations by itself",
         )
 
 
@@ -215,6 +221,8 @@ class TrainSettings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1.0e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    # what gradients are summed over the ranks in; null: what deepspeed.config says, else model.dtype
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
     seed: int = 42
     eval_steps: int | None = None  # null: at the end only, if there is held-out data
     eval_on_start: bool = False
@@ -271,6 +279,8 @@ class DeepspeedSettings:
     stage: Literal[0, 1, 2, 3] | None = None  # null: what `config` says, else 2
     offload_optimizer: Literal["none", "cpu"] | None = None  # null: what `config` says, else none
     offload_param: Literal["none", "cpu"] | None = None
+    # Adam's moments and the weights it updates in bf16, without fp32 copies; null: what `config` says, else false
+    bf16_optimizer_states: bool | None = None
     config: str | dict[str, Any] | None = None  # a DeepSpeed JSON (path or mapping), merged with the settings
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
 
@@ -282,13 +292,19 @@ class DeepspeedSettings:
         if self.config is not None:
             self.config = clean_user_config(self.config)
             stated = zero_settings_of(self.config)
-        for name, default in (("stage", 2), ("offload_optimizer", "none"), ("offload_param", "none")):
-            if getattr(self, name) is None:
-                setattr(self, name, stated.get(name, default))
-        allowed = {"stage": (0, 1, 2, 3), "offload_optimizer": ("none", "cpu"), "offload_param": ("none", "cpu")}
+        allowed: dict[str, tuple[Any, ...]] = {
+            "stage": (0, 1, 2, 3),
+            "offload_optimizer": ("none", "cpu"),
+            "offload_param": ("none", "cpu"),
+            "bf16_optimizer_states": (False, True),
+        }
+        defaults = {"stage": 2, "offload_optimizer": "none", "offload_param": "none", "bf16_optimizer_states": False}
         for name, values in allowed.items():
+            if getattr(self, name) is None:
+                setattr(self, name, stated.get(name, defaults[name]))
             value = getattr(self, name)
-            _check(value in values and not isinstance(value, bool), f"deepspeed.{name}", value, f"one of {values}")
+            known = any(value == one and type(value) is type(one) for one in values)  # to Python, True equals 1
+            _check(known, f"deepspeed.{name}", value, f"one of {values}")
 
     def validate(self) -> None:
         _check(
@@ -396,8 +412,11 @@ class Config:
             "fused",
             "auto or tokens with this loss: aot and aot_unpaired need all pairs, loss.use_weighting needs by-products",
         )
+        if self.deepspeed.bf16_optimizer_states:
+            self._check_bf16_optimizer_states()
         has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
-        policy_deepspeed_config(self, micro_steps=1)  # refuses a DeepSpeed JSON that contradicts the settings
+        # refuses a DeepSpeed JSON that contradicts the settings
+        policy_deepspeed_config(self, micro_steps=1, device_type="cpu")
         for key, value in (
             ("train.eval_steps", self.train.eval_steps),
             ("train.eval_on_start", self.train.eval_on_start or None),
@@ -449,6 +468,18 @@ class Config:
                 value = getattr(self.reference, name)
                 expected = f"null: loss.loss_type {self.loss.loss_type!r} uses no reference model"
                 _check(value is None, f"reference.{name}", value, expected)
+
+    def _check_bf16_optimizer_states(self) -> None:
+        """Refuse what DeepSpeed 0.19 does not keep in bf16."""
+        key = "deepspeed.bf16_optimizer_states"
+        _check(self.model.dtype == "bfloat16", "model.dtype", self.model.dtype, f"bfloat16 with {key}")
+        reason = "at stage 1 DeepSpeed's optimizer for bf16 keeps fp32 copies all the same"
+        _check(self.deepspeed.stage in (2, 3), "deepspeed.stage", self.deepspeed.stage, f"2 or 3 with {key}: {reason}")
+        offloads = self.deepspeed.offload_optimizer == "cpu"
+        names = ("Adam", "AdamW") if offloads else ("adamw_torch", "Adam", "AdamW")
+        allowed = self.train.optim.lower() in (name.lower() for name in names)
+        where = "deepspeed.offload_optimizer cpu and " if offloads else ""
+        _check(allowed, "train.optim", self.train.optim, f"{' or '.join(names)} with {where}{key}")
 
     def save(self, path: Path) -> None:
         """Write the resolved tree as YAML; `load_config(path)` gives an equal tree."""

@@ -20,6 +20,7 @@ from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import (
+    check_liger,
     check_logprobs,
     check_vocabulary,
     load_reference,
@@ -258,6 +259,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
+    check_liger(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     choice = settle_layout(config)

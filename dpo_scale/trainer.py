@@ -44,6 +44,7 @@ from dpo_scale.identity import Identity, check_identity
 from dpo_scale.metrics import MetricSums
 from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import (
+    check_liger,
     check_logprobs,
     check_vocabulary,
     load_policy,
@@ -85,6 +86,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
+    check_liger(config)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
     peak = peak_flops_of(config)
