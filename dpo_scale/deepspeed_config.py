@@ -163,7 +163,11 @@ def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) 
 
 
 MOST_BUCKET_ELEMENTS = 200_000_000
-_COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {("steps_per_print",): 10**9}
+_COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {
+    ("steps_per_print",): 10**9,
+    # from the third step on it would have the host wait for the device before every forward pass
+    ("timers", "throughput", "enabled"): False,
+}
 _OPTIMIZER_KEYS = {
     "lr": "train.learning_rate",
     "weight_decay": "train.weight_decay",
