@@ -77,13 +77,21 @@ def describe_circumstances(report: dict[str, Any]) -> str:
     return f"{machine}, {report['date']}; {numbers}."
 
 
-def write_results(name: str, report: dict[str, Any], table: str, folder: Path | None = None) -> Path:
-    """Write `name`.json and `name`.md, print the table, and return the folder: the device's own if none is given."""
+def write_results(
+    name: str, report: dict[str, Any], table: str, folder: Path | None = None, *, final: bool = True
+) -> Path:
+    """Write `name`.json and `name`.md, print the table, and return the folder: the device's own if none is given.
+
+    Args:
+        final: False if there is more to come: the files are written, in case that the machine is taken away before,
+            but the table is not printed.
+    """
     folder = folder or RESULTS / folder_name(report["device"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(table, encoding="utf-8")
-    print(table, end="", flush=True)
+    if final:
+        print(table, end="", flush=True)
     return folder
 
 

@@ -101,7 +101,8 @@ def _pair_loss(case: Case, mode: str) -> Arm:
     if mode == FORWARD:
         raise Absent("loss and gradient come together; forward only is the token path's work")
     hidden, weight = _leaves(case, mode)
-    pair_loss = PairLoss(case.segments, case.pairs, lambda sums: loss_of_sums(sums) / case.pairs)
+    tokens_of_pairs = [case.tokens // case.pairs] * case.pairs
+    pair_loss = PairLoss(case.segments, tokens_of_pairs, lambda sums: loss_of_sums(sums) / case.pairs)
 
     def run() -> Output:
         loss, sums = fused_pair_loss(hidden, weight, case.targets, pair_loss, softcap=case.softcap)

@@ -64,9 +64,12 @@ def main() -> None:
             report["sweep"] = sweep(arguments, Path(folder))
             write_results("throughput_sweep", report, sweep_table(report), arguments.output)
             return
-        report["data_sets"] = [compare(arguments, data, Path(folder)) for data in data_sets(arguments)]
-    name = "throughput_generated" if arguments.data == "generated" else "throughput"
-    output = write_results(name, report, table(report), arguments.output or RESULTS / folder_name(device))
+        name = arguments.name or ("throughput_generated" if arguments.data == "generated" else "throughput")
+        output, report["data_sets"] = arguments.output or RESULTS / folder_name(device), []
+        for data in data_sets(arguments):
+            report["data_sets"].append(compare(arguments, data, Path(folder)))
+            write_results(name, report, table(report), output, final=False)
+    write_results(name, report, table(report), output)
     plot(report, output / f"{name}.png")
 
 
@@ -101,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compiled-layouts", nargs="*", default=["shared_prefix"], choices=LAYOUTS)
     parser.add_argument(
         "--trl-kinds",
-        nargs="+",
+        nargs="*",
         default=["same", "compiled", "mixed"],
         choices=["same", "compiled", "mixed"],
         help="see above",
@@ -112,6 +115,7 @@ def parse() -> argparse.Namespace:
         "--sweep", nargs="*", choices=SWEPT, help="dpo_scale alone, over these quantities, or over all of them"
     )
     parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--name", help="of the results' files (default: throughput, or throughput_generated)")
     arguments = parser.parse_args()
     if arguments.quick:
         for name, value in QUICK.items():

@@ -26,6 +26,10 @@ WORDS = "the of and to in is that for it was on are as with they at be this from
 
 # random weights of these shapes; no network is needed to make them
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-heads": {
+        "kind": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 512,
+    },
     "tiny": {
         "kind": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "vocab_size": 256,
@@ -129,8 +133,12 @@ def generated_rows(path: Path, count: int, *, ratio: float, tokens: int) -> str:
     return str(path)
 
 
-def random_model(folder: Path, shape: str, vocabulary: int | None) -> Path:
-    """A model of one of `SHAPES` with random weights, and a tokenizer whose words are those of generated rows."""
+def random_model(folder: Path, shape: str, vocabulary: int | None = None, layers: int | None = None) -> Path:
+    """A model of one of `SHAPES` with random weights, and a tokenizer whose words are those of generated rows.
+
+    Args:
+        vocabulary, layers: how many, instead of the shape's.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
@@ -143,9 +151,12 @@ def random_model(folder: Path, shape: str, vocabulary: int | None) -> Path:
     settings = dict(SHAPES[shape])
     config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[str(settings.pop("kind"))]
     settings |= {"vocab_size": vocabulary} if vocabulary else {}
+    settings |= {"num_hidden_layers": layers} if layers else {}
     config = config_class(**settings, max_position_embeddings=8192, eos_token_id=1, pad_token_id=1, bos_token_id=None)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of random numbers
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     return folder
 
 

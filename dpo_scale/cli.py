@@ -17,10 +17,9 @@ import yaml
 from dpo_scale import preemption
 from dpo_scale.config import Config
 from dpo_scale.config_reader import list_keys, to_mapping
-from dpo_scale.errors import UserError
-from dpo_scale.watchdog import Position, Watchdog
+from dpo_scale.errors import EXIT_USER_ERROR, UserError
+from dpo_scale.watchdog import Watchdog
 
-EXIT_USER_ERROR = 2
 SECONDS_TO_SPEAK_FIRST = 5.0
 POLL_SECONDS = 0.2
 MOST_KEPT = 2**16  # characters of the console
@@ -104,16 +103,15 @@ def _say(error: Exception, rank: int) -> None:
     A launcher ends all ranks as soon as one exits. So the rank that knows best speaks at once and the others wait,
     to be ended before they add to it: a rank other than 0 mostly fails for rank 0's reason, and what is no
     `UserError` is mostly the broken connection to a rank that is gone. If that one was killed and could say nothing
-    itself, the first of those that are left says where it was.
+    itself, the watchdog says where it was, and ends this rank.
     """
     is_users = isinstance(error, UserError)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         told_before = preemption.was_noticed()
         until = time.monotonic() + SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not is_users))
         while time.monotonic() < until:
-            lost = Watchdog.current.lost_peers() if Watchdog.current and not is_users else []
-            if lost:
-                return _say_who_was_killed(lost)
+            if Watchdog.current is not None and not is_users:
+                Watchdog.current.end_with_others()
             if told_before:  # the launcher's notice came first, the broken connection after it
                 time.sleep(POLL_SECONDS)
             elif preemption.wait_for_notice(POLL_SECONDS):
@@ -123,12 +121,3 @@ def _say(error: Exception, rank: int) -> None:
     else:
         print(f"rank {rank}:", file=sys.stderr)
         traceback.print_exception(error)
-
-
-def _say_who_was_killed(lost: list[Position]) -> None:
-    assert Watchdog.current is not None
-    killed = [position for position in lost if position.last_word is None]
-    if killed and Watchdog.current.speaks_for(lost):
-        for position in killed:
-            lines = Watchdog.current.last_lines(position.rank)
-            print(f"{position} was killed or crashed; the end of its log:{lines}", file=sys.stderr, flush=True)

@@ -38,7 +38,6 @@ PHASES = ("data", "reference", "forward", "backward", "optimizer", "communicatio
 CONFIG_FILE = "config.yaml"  # of a run folder
 MANIFEST_FILE = "manifest.json"  # of a complete checkpoint
 FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
-FINISHED_FILE = "finished.json"  # of the folder of a run that came to its end
 CHECKPOINTS_DIR = "checkpoints"
 # what a training step measures beside the loss's own metrics
 STEP_METRICS = (
@@ -75,6 +74,7 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     gradient_checkpointing_offload: bool = False  # keep what it keeps in host memory
     compile: bool = False  # torch.compile of the layers
+    liger: bool | Literal["auto"] = "auto"  # Liger's RMSNorm, rotary embedding, SwiGLU; auto: where they can be had
     disable_dropout: bool = True
     trust_remote_code: bool = False
 
@@ -85,6 +85,18 @@ class ModelSettings:
             "model.gradient_checkpointing_offload",
             True,
             "model.gradient_checkpointing=true with it: it moves what that keeps",
+        )
+        _check(
+            not (self.compile and self.gradient_checkpointing_offload),
+            "model.gradient_checkpointing_offload",
+            True,
+            "false with model.compile: a compiled layer decides itself what it keeps",
+        )
+        _check(
+            not (self.compile and self.liger is True),
+            "model.liger",
+            True,
+            "auto or false with model.compile, which fuses the layers' elementwise operations by itself",
         )
 
 
@@ -103,7 +115,7 @@ class ReferenceSettings:
     on_missing: Literal["compute", "error"] = "compute"  # mode store: rows that the store does not have
     verify: int = 8  # modes store, columns: rows that are computed again at the start and compared; 0: none
     verify_with_model: bool = False  # load the reference for that where the policy starts from elsewhere
-    max_tokens_per_micro_batch: int = 16384  # token slots of a forward pass that fills the store
+    max_tokens_per_micro_batch: int = 16384  # token slots of a pass, in a step or filling the store
     seconds_per_shard: float = 60.0  # a rank puts what it computed on the disk so often: what a kill can cost
     sync_steps: int | None = None  # mode live: every so many steps the reference moves to the policy (TR-DPO)
     sync_mixup: float = 1.0  # share of the policy in the moved reference; 1 replaces it
@@ -209,6 +221,8 @@ class TrainSettings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1.0e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    # what gradients are summed over the ranks in; null: what deepspeed.config says, else model.dtype
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
     seed: int = 42
     eval_steps: int | None = None  # null: at the end only, if there is held-out data
     eval_on_start: bool = False
@@ -265,6 +279,8 @@ class DeepspeedSettings:
     stage: Literal[0, 1, 2, 3] | None = None  # null: what `config` says, else 2
     offload_optimizer: Literal["none", "cpu"] | None = None  # null: what `config` says, else none
     offload_param: Literal["none", "cpu"] | None = None
+    # Adam's moments and the weights it updates in bf16, without fp32 copies; null: what `config` says, else false
+    bf16_optimizer_states: bool | None = None
     config: str | dict[str, Any] | None = None  # a DeepSpeed JSON (path or mapping), merged with the settings
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
 
@@ -276,13 +292,19 @@ class DeepspeedSettings:
         if self.config is not None:
             self.config = clean_user_config(self.config)
             stated = zero_settings_of(self.config)
-        for name, default in (("stage", 2), ("offload_optimizer", "none"), ("offload_param", "none")):
-            if getattr(self, name) is None:
-                setattr(self, name, stated.get(name, default))
-        allowed = {"stage": (0, 1, 2, 3), "offload_optimizer": ("none", "cpu"), "offload_param": ("none", "cpu")}
+        allowed: dict[str, tuple[Any, ...]] = {
+            "stage": (0, 1, 2, 3),
+            "offload_optimizer": ("none", "cpu"),
+            "offload_param": ("none", "cpu"),
+            "bf16_optimizer_states": (False, True),
+        }
+        defaults = {"stage": 2, "offload_optimizer": "none", "offload_param": "none", "bf16_optimizer_states": False}
         for name, values in allowed.items():
+            if getattr(self, name) is None:
+                setattr(self, name, stated.get(name, defaults[name]))
             value = getattr(self, name)
-            _check(value in values and not isinstance(value, bool), f"deepspeed.{name}", value, f"one of {values}")
+            known = any(value == one and type(value) is type(one) for one in values)  # to Python, True equals 1
+            _check(known, f"deepspeed.{name}", value, f"one of {values}")
 
     def validate(self) -> None:
         _check(
@@ -390,10 +412,11 @@ class Config:
             "fused",
             "auto or tokens with this loss: aot and aot_unpaired need all pairs, loss.use_weighting needs by-products",
         )
-        if self.model.compile:
-            self._check_compile()
+        if self.deepspeed.bf16_optimizer_states:
+            self._check_bf16_optimizer_states()
         has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
-        policy_deepspeed_config(self, micro_steps=1)  # refuses a DeepSpeed JSON that contradicts the settings
+        # refuses a DeepSpeed JSON that contradicts the settings
+        policy_deepspeed_config(self, micro_steps=1, device_type="cpu")
         for key, value in (
             ("train.eval_steps", self.train.eval_steps),
             ("train.eval_on_start", self.train.eval_on_start or None),
@@ -446,18 +469,17 @@ class Config:
                 expected = f"null: loss.loss_type {self.loss.loss_type!r} uses no reference model"
                 _check(value is None, f"reference.{name}", value, expected)
 
-    def _check_compile(self) -> None:
-        """Refuse what compiled layers do not go with."""
-        hooks = "ZeRO-3 gathers and frees weights in hooks of every module, which a compiled layer does not run"
-        _check(self.deepspeed.stage != 3, "deepspeed.stage", 3, f"0, 1 or 2 with model.compile: {hooks}")
-        needs_model = self.loss.needs_reference and self.reference.mode != "adapter"
-        _check(not needs_model or self.reference.stage != 3, "reference.stage", 3, f"0 with model.compile: {hooks}")
-        _check(
-            not self.model.gradient_checkpointing_offload,
-            "model.gradient_checkpointing_offload",
-            True,
-            "false with model.compile: a compiled layer decides itself what it keeps",
-        )
+    def _check_bf16_optimizer_states(self) -> None:
+        """Refuse what DeepSpeed 0.19 does not keep in bf16."""
+        key = "deepspeed.bf16_optimizer_states"
+        _check(self.model.dtype == "bfloat16", "model.dtype", self.model.dtype, f"bfloat16 with {key}")
+        reason = "at stage 1 DeepSpeed's optimizer for bf16 keeps fp32 copies all the same"
+        _check(self.deepspeed.stage in (2, 3), "deepspeed.stage", self.deepspeed.stage, f"2 or 3 with {key}: {reason}")
+        offloads = self.deepspeed.offload_optimizer == "cpu"
+        names = ("Adam", "AdamW") if offloads else ("adamw_torch", "Adam", "AdamW")
+        allowed = self.train.optim.lower() in (name.lower() for name in names)
+        where = "deepspeed.offload_optimizer cpu and " if offloads else ""
+        _check(allowed, "train.optim", self.train.optim, f"{' or '.join(names)} with {where}{key}")
 
     def save(self, path: Path) -> None:
         """Write the resolved tree as YAML; `load_config(path)` gives an equal tree."""

@@ -20,7 +20,12 @@ import yaml
 
 from dpo_scale.errors import ConfigError
 
-KEY_ALIASES = {"model.model_name_or_path": "model.path", "model.torch_dtype": "model.dtype"}
+KEY_ALIASES = {
+    "model.model_name_or_path": "model.path",
+    "model.torch_dtype": "model.dtype",
+    "train.use_liger_kernel": "model.liger",
+    "train.mixed_precision_reduce": "train.reduce_dtype",
+}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -93,7 +93,7 @@ def clean_user_config(mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 def zero_settings_of(user: dict[str, Any]) -> dict[str, Any]:
-    """Stage and offload devices that a user's DeepSpeed config states; only what is stated is in the result."""
+    """What a user's DeepSpeed config states of `deepspeed.*`; only what is stated is in the result."""
     zero = user.get("zero_optimization", {})
     stated: dict[str, Any] = {}
     if "stage" in zero:
@@ -101,15 +101,18 @@ def zero_settings_of(user: dict[str, Any]) -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(name), dict):
             stated[name] = zero[name].get("device", "none")
+    if "bf16_optimizer_states" in user.get("bf16", {}):
+        stated["bf16_optimizer_states"] = user["bf16"]["bf16_optimizer_states"]
     return stated
 
 
-def policy_deepspeed_config(config: Config, micro_steps: int) -> dict[str, Any]:
+def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) -> dict[str, Any]:
     """The policy engine's DeepSpeed config.
 
     Args:
         config: a validated config, its `deepspeed.stage` and offloads resolved.
         micro_steps: most micro-steps an optimizer step can take; DeepSpeed sizes offload buffers by it.
+        device_type: what the engine runs on, e.g. "cuda"; anything but "cpu" gets at host memory by copies.
 
     Raises:
         ConfigError: where `deepspeed.config` says otherwise than the settings; both places are named.
@@ -131,24 +134,36 @@ def policy_deepspeed_config(config: Config, micro_steps: int) -> dict[str, Any]:
         device = getattr(settings, name)
         if device != "none":
             binding[("zero_optimization", name, "device")] = (device, f"deepspeed.{name}")
-            defaults[("zero_optimization", name, "pin_memory")] = False
+            defaults[("zero_optimization", name, "pin_memory")] = _pins(device_type)
+    if config.train.reduce_dtype is not None:
+        binding[("communication_data_type",)] = (_SHORT_DTYPES[config.train.reduce_dtype], "train.reduce_dtype")
+    if settings.bf16_optimizer_states:
+        for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):  # DeepSpeed wants both
+            binding[("bf16", name)] = (True, "deepspeed.bf16_optimizer_states")
     if config.train.optim.lower() == "adamw_torch" and settings.offload_optimizer == "cpu":
         # otherwise DeepSpeed insists on its own CPU Adam, which compiles on first use
         defaults[("zero_force_ds_cpu_optimizer",)] = False
     defaults[("zero_allow_untested_optimizer",)] = True
-    defaults |= _COMMON_DEFAULTS
+    defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, settings.stage)
     return _merge(config.deepspeed.config or {}, binding, defaults)
 
 
-def reference_deepspeed_config(config: Config) -> dict[str, Any]:
+def reference_deepspeed_config(config: Config, device_type: str) -> dict[str, Any]:
     """The reference engine's DeepSpeed config: no optimizer, ZeRO 3 or replicated, the policy's precision."""
     binding, defaults = _precision(config.model.dtype)
     zero: dict[str, Any] = {"stage": config.reference.stage}
     if config.reference.offload_param == "cpu":
-        zero["offload_param"] = {"device": "cpu"}
-    return _merge(
-        {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}, binding, defaults | _COMMON_DEFAULTS
-    )
+        zero["offload_param"] = {"device": "cpu", "pin_memory": _pins(device_type)}
+    stated = (config.deepspeed.config or {}).get("zero_optimization", {})
+    if config.reference.stage == 3 and MOST_LIVE in stated:  # which also decides how it is gathered (`models.zero3`)
+        zero[MOST_LIVE] = stated[MOST_LIVE]
+    defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, config.reference.stage)
+    return _merge({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}, binding, defaults)
+
+
+def _pins(device_type: str) -> bool:
+    """Whether host memory is page-locked: a device copies it several times as fast, and while it computes."""
+    return device_type != "cpu"
 
 
 def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) -> dict[str, Any]:
@@ -163,7 +178,13 @@ def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) 
 
 
 MOST_BUCKET_ELEMENTS = 200_000_000
-_COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {("steps_per_print",): 10**9}
+MOST_LIVE = "stage3_max_live_parameters"
+_SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # DeepSpeed's names
+_COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {
+    ("steps_per_print",): 10**9,
+    # from the third step on it would have the host wait for the device before every forward pass
+    ("timers", "throughput", "enabled"): False,
+}
 _OPTIMIZER_KEYS = {
     "lr": "train.learning_rate",
     "weight_decay": "train.weight_decay",
@@ -204,6 +225,15 @@ def _precision(dtype: str) -> tuple[dict[tuple[str, ...], tuple[Any, str]], dict
     # gradients of micro-steps are summed in fp32: in bf16 the sum would depend on how pairs were laid out
     defaults = {("data_types", "grad_accum_dtype"): "fp32"} if dtype == "bfloat16" else {}
     return binding, defaults
+
+
+def _compiled_defaults(config: Config, stage: int | None) -> dict[tuple[str, ...], Any]:
+    """What compiled layers at stage 3 want of DeepSpeed: torch's own linear function.
+
+    DeepSpeed's keeps gathered weights from staying until the backward pass, as compiled layers do by themselves, and
+    looks at each weight's number, by which torch 2.11 would compile every layer anew.
+    """
+    return {("zero_optimization", "memory_efficient_linear"): False} if config.model.compile and stage == 3 else {}
 
 
 def _merge(

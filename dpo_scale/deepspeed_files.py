@@ -8,6 +8,7 @@ unpickler, which makes tensors, containers and the few plain classes named here,
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from dpo_scale import engine
 from dpo_scale.errors import CheckpointError
+from dpo_scale.progress import note_activity
 from dpo_scale.sealed_folder import SealedFile
 
+_READ_BYTES = 1 << 26  # at a time
 # what DeepSpeed's state dicts hold beside tensors and containers: records of numbers without behaviour on loading
 _PLAIN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
@@ -81,7 +84,22 @@ def load_file(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> A
     """
     try:
         with torch.serialization.safe_globals(_PLAIN_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            if mmap:
+                return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+            with _NotedFile(path) as file:
+                return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: refused: it holds more than tensors and plain values: {reason[:200]}") from None
+
+
+class _NotedFile(io.FileIO):
+    """A file to read, each piece of which is noted as activity: one tensor of a large model takes minutes."""
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < view.nbytes and (count := super().readinto(view[done : done + _READ_BYTES])):
+            done += count
+            note_activity()
+        return done

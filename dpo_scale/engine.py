@@ -56,6 +56,7 @@ def init_distributed(timeout_minutes: float) -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    use_expandable_segments(get_accelerator().device_name())
     if get_accelerator().device_name() == "cpu":
         # gloo alone is right and starts at once; the shared-memory op would be compiled first (about 20 s)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,6 +66,20 @@ def init_distributed(timeout_minutes: float) -> None:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         verbose=False,
     )
+
+
+# What torch 2.11 to 2.13 read the settings of CUDA's allocator from, the first that is set, when CUDA starts.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def use_expandable_segments(device_name: str) -> None:
+    """Let CUDA's allocator grow its segments, unless one of its variables is set. Before anything is on the device.
+
+    Micro-batches of ever other lengths and the gathers of ZeRO-3 otherwise leave memory in pieces that nothing fits.
+    """
+    is_nvidia = device_name == "cuda" and torch.version.hip is None  # torch 2.11 ignores it on ROCm
+    if is_nvidia and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _free_port() -> int:
@@ -254,6 +269,8 @@ def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any],
     ]
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in matrices + others)
     deepspeed_config = with_fitting_buckets(deepspeed_config, num_parameters)
+    if deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu":
+        say_if_one_thread_is_left()
     try:
         with _without_prints():
             return deepspeed.initialize(model=module, model_parameters=groups, config=deepspeed_config)[0]
@@ -261,6 +278,18 @@ def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any],
         if "unexpected keyword argument" not in str(error):
             raise
         raise ConfigError(f"train.optim_args: the optimizer does not take one of them: {error}") from None
+
+
+def say_if_one_thread_is_left() -> None:
+    """Tell whoever offloads the optimizer to the host that `torchrun` leaves its step one thread a rank."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if by_torchrun and share > 1 and device().type != "cpu":
+        log(
+            "WARNING: deepspeed.offload_optimizer = 'cpu': the optimizer's step has one thread a rank, since torchrun "
+            f"sets OMP_NUM_THREADS to 1 where it is not set; set it to {share}, this rank's share of the cores"
+        )
 
 
 def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, Any]) -> Any:
@@ -377,6 +406,8 @@ def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> Non
     Args:
         slices: (name, this rank's slice as `own_slice` cuts it, of any dtype and device), one at a time.
     """
+    from deepspeed.accelerator import get_accelerator
+
     # parameters that are whole at the moment (small ones stay so between passes) would not see a change of their shard
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.empty_partition_cache()
@@ -395,6 +426,10 @@ def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> Non
                 parts = [torch.empty_like(padded) for _ in range(world_size())]
                 dist.all_gather(parts, padded)
             parameter.copy_(torch.cat(parts)[: parameter.numel()].view_as(parameter))
+    if engine.zero_optimization_stage() == 3:
+        # DeepSpeed gathers shards on a stream of its own, which waits for nothing: it must not read them before they
+        # are written
+        get_accelerator().synchronize()
 
 
 def from_main(value: Result) -> Result:

@@ -5,6 +5,8 @@ Everything that a config, a data file, a model folder or a checkpoint can get wr
 any other exception is a defect of ours and keeps its traceback.
 """
 
+EXIT_USER_ERROR = 2
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message names it and says what was expected."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
-from dpo_scale.data.batching import MicroBatch, forward_batches, split_among_ranks
+from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.logprobs.pair_loss import PairLoss
@@ -20,6 +20,7 @@ from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.metrics import MetricSums
 from dpo_scale.models.load import (
+    check_liger,
     check_logprobs,
     check_vocabulary,
     load_reference,
@@ -29,9 +30,10 @@ from dpo_scale.models.load import (
     settle_layout,
 )
 from dpo_scale.models.scorer import backbone_and_head
+from dpo_scale.progress import beat
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
-from dpo_scale.watchdog import beat
+from dpo_scale.reference.values import ReferenceValues
 
 
 def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -51,16 +53,6 @@ def sequence_logps(scorer: Any, batch: PairBatch, settings: LossSettings) -> tup
     return sums, wpo_weights(token_values, extra["log_sum_p2"], batch.score_segments, batch.num_pairs)
 
 
-def reference_logps(reference: Any, batch: PairBatch, settings: LossSettings) -> torch.Tensor | None:
-    """The reference's summed log-probs [P, 2], or None where the loss needs no reference."""
-    if reference is None or batch.reference_logps is not None:
-        return batch.reference_logps
-    # WPO's weights are the policy's alone
-    settings = replace(settings, use_weighting=False)
-    with torch.no_grad():
-        return sequence_logps(reference, batch, settings)[0]
-
-
 def takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
     """Whether training takes loss and gradient pair by pair (`logprobs.pair_loss`), and why, for the log."""
     option, implementation = config.logprobs.pair_loss, config.logprobs.implementation
@@ -78,31 +70,29 @@ def takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
 
 def pair_losses(
     policy: Any,
-    reference: Any,
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
-    most_pairs: int,
+    pairs_of_ranks: Sequence[int],
     *,
     by_pair: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Losses and metrics of one micro-batch.
 
     Args:
+        batch: with `reference_logps`, if the loss needs them.
         mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
-        most_pairs: most pairs that any rank has in this micro-step.
+        pairs_of_ranks: how many pairs that count each rank has in this micro-step.
         by_pair: take loss and gradient together, pair by pair (`logprobs.pair_loss`): same numbers, one pass less.
 
     Returns:
         The sum to differentiate, the per-pair losses [P] as reported, and per-pair metrics, each [P].
     """
-    # the reference first, before the policy's activations exist
-    reference_sums = reference_logps(reference, batch, settings)
 
     def losses_of(sums: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return preference_loss(
             sums,
-            reference_sums,
+            batch.reference_logps,
             batch.lengths,
             settings,
             mean_chosen_tokens=mean_chosen_tokens,
@@ -114,7 +104,7 @@ def pair_losses(
         return total, *losses_of(sums, None)
     policy_sums, wpo = sequence_logps(policy, batch, settings)
     if settings.needs_batch:
-        return _losses_across_ranks(policy_sums, reference_sums, wpo, batch, settings, mean_chosen_tokens, most_pairs)
+        return _losses_across_ranks(policy_sums, wpo, batch, settings, mean_chosen_tokens, pairs_of_ranks)
     losses, metrics = losses_of(policy_sums, wpo)
     return (losses * batch.weights).sum(), losses, metrics
 
@@ -126,42 +116,41 @@ def _loss_by_pair(
     weights = None
     if settings.ld_alpha is not None:
         weights = ld_token_weights(batch.score_segments, batch.num_pairs, batch.lengths, settings.ld_alpha)
-    pair_loss = PairLoss(batch.score_segments, batch.num_pairs, loss_of_sums, weights)
+    pair_loss = PairLoss(batch.score_segments, batch.scored_tokens, loss_of_sums, weights)
     return policy(**batch.scorer_inputs, pair_loss=pair_loss)
 
 
 def _losses_across_ranks(
     policy_sums: torch.Tensor,
-    reference_sums: torch.Tensor | None,
     wpo: torch.Tensor | None,
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
-    most_pairs: int,
+    pairs_of_ranks: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Losses that sort the pairs of all ranks' micro-batches (AOT).
 
     Every rank takes the loss over all real pairs of the micro-step and differentiates the whole sum with respect to
     its own; what it reports is its share of the positions, so that sums over ranks count each once.
     """
+    rows = max(1, *pairs_of_ranks)  # of each rank's block; one with a filler alone still has that row
 
     def gathered(values: torch.Tensor) -> torch.Tensor:
-        missing = most_pairs - values.shape[0]
-        padding = values.new_zeros((missing, *values.shape[1:]))
-        return engine.gather_rows(torch.cat([values, padding]))
+        """The rows of all ranks that are no padding and no filler: the host knows which, the device is not asked."""
+        padding = values.new_zeros((rows - values.shape[0], *values.shape[1:]))
+        blocks = engine.gather_rows(torch.cat([values, padding])).split(rows)
+        return torch.cat([block[:count] for block, count in zip(blocks, pairs_of_ranks, strict=True)])
 
-    weights = gathered(batch.weights)
-    real = weights > 0
     losses, metrics = preference_loss(
-        gathered(policy_sums)[real],
-        None if reference_sums is None else gathered(reference_sums)[real],
-        gathered(batch.lengths)[real],
+        gathered(policy_sums),
+        None if batch.reference_logps is None else gathered(batch.reference_logps),
+        gathered(batch.lengths),
         settings,
         mean_chosen_tokens=mean_chosen_tokens,
-        pair_weights=None if wpo is None else gathered(wpo)[real],
+        pair_weights=None if wpo is None else gathered(wpo),
     )
-    first = int(real[: engine.rank() * most_pairs].sum())
-    own = slice(first, first + int((batch.weights > 0).sum()))
+    first = sum(pairs_of_ranks[: engine.rank()])
+    own = slice(first, first + pairs_of_ranks[engine.rank()])
     is_filler = own.start == own.stop
     # a filler takes part in the backward pass like any other, at zero
     total = losses.sum() + 0.0 * policy_sums.sum()
@@ -215,6 +204,7 @@ def evaluate(
     policy.eval()
     sums = MetricSums()
     chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    values = ReferenceValues(reference, config.loss)
     plan = evaluation_plan(config, pairs, lengths)
     to_come = (
         load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
@@ -224,9 +214,9 @@ def evaluate(
     with Ahead(to_come, BATCHES_AHEAD) as batches:
         for k, (ranks, batch) in enumerate(zip(plan, batches, strict=True)):
             beat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
-            batch = batch.to(engine.device())
-            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-            _, losses, metrics = pair_losses(policy, reference, batch, config.loss, chosen_tokens, most_pairs)
+            batch = values.attach(batch.to(engine.device()))
+            counts = counted_pairs(ranks)
+            _, losses, metrics = pair_losses(policy, batch, config.loss, chosen_tokens, counts)
             sums.add({"loss": losses, **metrics}, batch.weights)
             # read one micro-batch later, when the device has the next one to work on
             stops_before, stops = stops, engine.sum_over_ranks(torch.full_like(stops, should_stop()))
@@ -269,6 +259,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
+    check_liger(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     choice = settle_layout(config)

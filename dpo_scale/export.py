@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dpo_scale.errors import TrainingError
 from dpo_scale.models.files import MODEL_CARD, seal_model
 from dpo_scale.models.lora import merged_weights, save_adapter
 from dpo_scale.models.scorer import causal_lm
+from dpo_scale.progress import noting_activity
 from dpo_scale.reference.files import sync_folder
 
 MODEL_DIR = "model"
@@ -68,7 +71,8 @@ def _write_model(
             if config.lora.enabled:
                 weights = merged_weights(model, weights)
             _restore_config(causal_lm(model))
-            causal_lm(model).save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
+            with _noted_shards():
+                causal_lm(model).save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(temporary)
         (temporary / MODEL_CARD).write_text(model_card(config, results), encoding="utf-8")
         seal_model(temporary)
@@ -79,6 +83,21 @@ def _write_model(
     finally:
         for path in (temporary, replaced):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _noted_shards() -> Iterator[None]:
+    """Note each shard that transformers writes as activity; its progress bar is where it tells of them."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def noted_bar(make_bar: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return make_bar(*map(noting_activity, arguments[:1]), *arguments[1:], **options)
+
+    before = set_tqdm_hook(noted_bar)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def _restore_config(model: Any) -> None:

@@ -40,9 +40,10 @@ class MetricSums:
                 of its own.
         """
         assert self._sums is not None
-        slots = torch.zeros(engine.world_size(), len(per_rank), dtype=torch.float64)
-        slots[engine.rank()] = torch.tensor(per_rank, dtype=torch.float64)
-        packed = torch.cat([self._sums, slots.flatten().to(self._sums.device, non_blocking=True)])
+        slots = self._sums.new_zeros(engine.world_size(), len(per_rank))
+        for column, value in enumerate(per_rank):  # filled in on the device: a copy from the host might be waited for
+            slots[engine.rank(), column] = value
+        packed = torch.cat([self._sums, slots.flatten()])
         return Reduction(self._names, engine.sum_over_ranks(packed), len(per_rank))
 
 
@@ -58,15 +59,18 @@ class Reduction:
         """Wait for the device and read everything at once.
 
         Args:
-            more: further scalars that are wanted in the same transfer.
+            more: further scalars that are wanted, in the same transfer where they are on the device.
 
         Returns:
             Means over the pairs of all ranks, the ranks' own values [n, ranks], and the values of `more`.
         """
         device = self.values.device
-        scalars = [value.detach().to(device, torch.float64, non_blocking=True).reshape(1) for value in more]
+        # one on the host, as an offloaded optimizer's norm is, would have to be copied to the device first
+        scalars = [value.detach().double().reshape(1) for value in more if value.device == device]
         values = torch.cat([self.values, *scalars]).tolist()
         split, end = len(self.names) + 1, len(self.values)
         means = {name: value / values[split - 1] for name, value in zip(self.names, values, strict=False)}
         per_rank = np.array(values[split:end]).reshape(engine.world_size(), self.num_per_rank)
-        return means, per_rank.T, values[end:]
+        transferred = iter(values[end:])
+        others = [next(transferred) if value.device == device else value.item() for value in more]
+        return means, per_rank.T, others

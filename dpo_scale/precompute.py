@@ -6,7 +6,7 @@ from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.errors import ConfigError
-from dpo_scale.models.load import check_logprobs, check_vocabulary, load_tokenizers, settle_layout
+from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, settle_layout
 from dpo_scale.reference.modes import fill_for, open_book
 
 
@@ -27,6 +27,7 @@ def precompute(config: Config) -> int:
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
+    check_liger(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     choice = settle_layout(config)

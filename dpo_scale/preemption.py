@@ -28,6 +28,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,6 +56,7 @@ class _Watch:
         self.grace_seconds = 0.0
         self.run_dir: Path | None = None
         self.stop_file: Path | None = None
+        self.farewell: Callable[[str], None] | None = None
         self._deadline = float("inf")
         self._launchers = _launchers()
         self._pipe, write_end = os.pipe()
@@ -88,6 +91,9 @@ class _Watch:
     def _leave(self) -> NoReturn:
         rank = os.environ.get("RANK", "0")
         try:
+            if self.farewell is not None:
+                with suppress(Exception):
+                    self.farewell(str(self.reason))
             if self.run_dir is not None:
                 why = f"not done {self.grace_seconds:g} s later, so the last checkpoint is what there is"
                 print(f"rank {rank}: told to stop ({self.reason}), {why}", file=sys.stderr, flush=True)
@@ -126,6 +132,12 @@ def allow(grace_seconds: float, run_dir: Path, *, looks_for_file: bool) -> None:
     if _watch is not None:
         _watch.grace_seconds, _watch.run_dir = grace_seconds, run_dir
         _watch.stop_file = run_dir / STOP_FILE if looks_for_file else None
+
+
+def before_leaving(farewell: Callable[[str], None] | None) -> None:
+    """What to call, with the reason, when the grace time is over and this process ends where it stands."""
+    if _watch is not None:
+        _watch.farewell = farewell
 
 
 def reason_to_stop(max_hours: float | None) -> str | None:

@@ -23,6 +23,7 @@ import torch
 from dpo_scale import engine
 from dpo_scale.deepspeed_files import load_file
 from dpo_scale.errors import CheckpointError
+from dpo_scale.progress import note_activity
 
 _SCALER_KEYS = ("loss_scaler", "dynamic_loss_scale", "overflow")
 
@@ -139,6 +140,7 @@ def fill(own: Shard, saved: Sequence[Shard]) -> None:
     own.groups, own.scaler = saved[0].groups, saved[0].scaler
     with torch.no_grad():
         for piece in own.pieces:
+            note_activity()
             missing = piece.length
             for source, shard in sources.get(piece.name, []):
                 start = max(piece.start, source.start)

@@ -18,7 +18,7 @@ from dpo_scale import engine
 from dpo_scale.checkpoint import Checkpoint, find_checkpoints
 from dpo_scale.config import CONFIG_FILE, Config
 from dpo_scale.errors import ConfigError
-from dpo_scale.watchdog import LOGS_DIR
+from dpo_scale.rank_files import LOGS_DIR
 
 LOCK_FILE = "lock"
 POLL_SECONDS = 0.2

@@ -39,6 +39,8 @@ def identity_of(
         **{f"loss.{name}": value for name, value in tree["loss"].items()},
         **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
     }
+    if config.deepspeed.bf16_optimizer_states:  # said only where it is so: older checkpoints know nothing of it
+        settings["deepspeed.bf16_optimizer_states"] = True
     # weights that a checkpoint does not hold, and that must still be the same ones behind their path
     if config.lora.enabled:
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))

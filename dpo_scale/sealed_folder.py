@@ -17,9 +17,11 @@ from typing import Any
 import xxhash
 
 from dpo_scale.errors import UserError
+from dpo_scale.progress import note_activity
 from dpo_scale.reference.files import sync_folder
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 24  # bytes between two notes of activity
+_SYNC = 1 << 30  # bytes that one sync has to put on the disk at most, so that none takes minutes
 
 
 class SealedFile:
@@ -35,17 +37,22 @@ class SealedFile:
     def __init__(self, path: Path):
         self._path = path
         self._hash = xxhash.xxh3_128()
-        self._size = 0
+        self._size = self._synced = 0
         self.error: OSError | None = None
         self._file = self._attempt(lambda: open(path, "xb"))  # noqa: SIM115 (closed by `seal`)
 
     def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        if self.error is None:
-            self._attempt(lambda: self._file.write(data))
-            self._hash.update(data)
-            self._size += size
-        return size
+        view = memoryview(data).cast("B")
+        for start in range(0, view.nbytes, _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            if self.error is None:
+                self._attempt(lambda chunk=chunk: self._file.write(chunk))
+                self._hash.update(chunk)
+                self._size += chunk.nbytes
+            if self.error is None and self._size - self._synced >= _SYNC:
+                self._attempt(self._sync)
+            note_activity()
+        return view.nbytes
 
     def flush(self) -> None:
         """Nothing to do before `seal`; serializers call it."""
@@ -57,13 +64,18 @@ class SealedFile:
             OSError: the first error since the file was opened.
         """
         if self._file is not None:
-            self._attempt(self._file.flush)
-            self._attempt(lambda: os.fsync(self._file.fileno()))
+            self._attempt(self._sync)
             self._attempt(self._file.close)
         if self.error is not None:
             raise self.error
         _drop_from_page_cache(self._path)
         return {"bytes": self._size, "xxh3_128": self._hash.hexdigest()}
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = self._size
+        note_activity()
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         try:
@@ -100,6 +112,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+        note_activity()
         entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
     return entries
 
@@ -174,6 +187,7 @@ def _checksum(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            note_activity()
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_scale import engine
 from dpo_scale.config import Config
-from dpo_scale.data.batching import MicroBatch, Schedule, split_among_ranks
+from dpo_scale.data.batching import MicroBatch, Schedule, counted_pairs, regroup_for_forward, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
@@ -28,14 +28,18 @@ class StepPlan:
     Attributes:
         pairs: [G] indices into the dataset.
         micro_steps: `micro_steps[k][rank]`.
+        reference_passes: `reference_passes[k][rank]`, over each rank's pairs of all micro-steps, in their order; none
+            where no reference runs.
         tokens: of the data: each prompt once, each completion once.
-        padding_fraction: share of the token slots of all forward passes that hold no token of a pair that counts.
+        padding_fraction: share of the token slots of the policy's forward passes that hold no token of a pair that
+            counts.
         useful_flops: what the step needs if each prompt is computed once and nothing is padded or recomputed.
         mean_chosen_tokens: mean length of the chosen completions.
     """
 
     pairs: np.ndarray
     micro_steps: list[list[MicroBatch]]
+    reference_passes: list[list[MicroBatch]]
     tokens: int
     padding_fraction: float
     useful_flops: float
@@ -53,6 +57,7 @@ class Planner:
         max_tokens: most tokens of a micro-batch.
         flops: of the model.
         weight_passes, attention_passes: what a step does to each pair, in forward passes (`passes_of`).
+        reference_tokens: most tokens of a pass of a reference that runs in the step; None: there is none.
     """
 
     lengths: np.ndarray
@@ -63,6 +68,7 @@ class Planner:
     flops: ForwardFlops
     weight_passes: float
     attention_passes: float
+    reference_tokens: int | None = None
 
     def plan(self, pairs: np.ndarray) -> StepPlan:
         """The plan of a global batch [G]."""
@@ -80,6 +86,11 @@ class Planner:
                 layout=self.layout,
                 flops=self.flops,
             )
+        reference_passes = []
+        if self.reference_tokens is not None:
+            reference_passes = regroup_for_forward(
+                micro_steps, lengths, max_tokens=self.reference_tokens, layout=self.layout
+            )
         micro_batches = [micro_batch for ranks in micro_steps for micro_batch in ranks]
         computed = sum(slots(self.layout, micro_batch.indices, lengths) for micro_batch in micro_batches)
         of_pairs = lengths[pairs]
@@ -89,6 +100,7 @@ class Planner:
         return StepPlan(
             pairs,
             micro_steps,
+            reference_passes,
             int(of_pairs.sum()),
             1.0 - filled_slots(self.layout, pairs, lengths) / computed,
             float(useful.sum()),
@@ -117,14 +129,13 @@ class Planner:
         return [self.plan(schedule.global_batch(step, order)) for step in steps]
 
     def describe(self, plans: list[StepPlan], dataset: PairDataset) -> str:
-        """For the log: micro-steps, padding and balance of some plans, and how many pairs are over the budget."""
-        counts = [len(plan.micro_steps) for plan in plans]
+        """For the log: micro-steps, padding and balance of some plans, pairs over the budget, reference passes."""
         padding = np.mean([plan.padding_fraction for plan in plans])
         idle = np.mean([self.idle_fraction(plan) for plan in plans])
-        span = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         size = f"{self.micro_batch_size} pairs" if self.max_tokens is None else f"{self.max_tokens} tokens"
+        micro_steps = _span([len(plan.micro_steps) for plan in plans])
         text = (
-            f"{span} micro-steps x {self.world_size} ranks of at most {size}; by the plans of the first "
+            f"{micro_steps} micro-steps x {self.world_size} ranks of at most {size}; by the plans of the first "
             f"{len(plans)} steps {padding:.1%} is padding and ranks are idle for {idle:.1%}"
         )
         if self.max_tokens is not None:
@@ -136,13 +147,19 @@ class Planner:
                     f"; {over} pairs are longer than that and get micro-batches of their own, the longest "
                     f"{dataset.describe(longest)} with {tokens[longest]} tokens"
                 )
+        if self.reference_tokens is not None:
+            passes = _span([len(plan.reference_passes) for plan in plans])
+            text += f"; reference passes a step: {passes} of at most {self.reference_tokens} tokens"
         return text
+
+
+def _span(counts: list[int]) -> str:
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def make_planner(config: Config, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
     """The planner of a run's training steps."""
-    train = config.train
-    passes = passes_of(config)
+    train, budget = config.train, config.reference.max_tokens_per_micro_batch
     return Planner(
         lengths,
         config.data.layout,
@@ -150,8 +167,14 @@ def make_planner(config: Config, flops: ForwardFlops, lengths: np.ndarray) -> Pl
         train.micro_batch_size,
         train.max_tokens_per_micro_batch,
         flops,
-        *passes,
+        *passes_of(config),
+        reference_tokens=budget if runs_reference(config) else None,
     )
+
+
+def runs_reference(config: Config) -> bool:
+    """Whether a step runs the reference; otherwise its values are known, or the loss needs none."""
+    return config.loss.needs_reference and config.reference.mode in ("live", "adapter")
 
 
 def passes_of(config: Config) -> tuple[float, float]:
@@ -161,8 +184,8 @@ def passes_of(config: Config) -> tuple[float, float]:
     computed. A reference that runs in the step adds its forward pass.
     """
     weights, attention = (2.0, 3.0) if config.lora.enabled else (3.0, 3.0)
-    runs_reference = config.loss.needs_reference and config.reference.mode in ("live", "adapter")
-    return weights + runs_reference, attention + runs_reference
+    of_reference = float(runs_reference(config))
+    return weights + of_reference, attention + of_reference
 
 
 @dataclass(frozen=True)
@@ -171,13 +194,16 @@ class MicroStep:
 
     Attributes:
         batch: on the host, page-locked if the device is not the host.
-        most_pairs: most pairs that any rank has in this micro-step.
+        reference_passes: the reference's batches of the whole optimizer step, with its first micro-step; kept as
+            `batch` is.
+        pairs_of_ranks: how many pairs that count each rank has in this micro-step.
         is_last: of its optimizer step.
     """
 
     plan: StepPlan
     batch: PairBatch
-    most_pairs: int
+    reference_passes: list[PairBatch]
+    pairs_of_ranks: tuple[int, ...]
     is_last: bool
 
 
@@ -192,13 +218,17 @@ def micro_steps_of_run(
     config: Config,
 ) -> Iterator[MicroStep]:
     """This rank's micro-steps of the optimizer steps `steps` (from 0), in order; values of a store come with them."""
+
+    def load(micro_batch: MicroBatch) -> PairBatch:
+        return load_batch(dataset, micro_batch, pad_token_id, reference, config.loss, planner.layout)
+
     rank, epoch, order = engine.rank(), -1, np.empty(0, dtype=np.int64)
     for step in steps:
         if schedule.epoch_of(step) != epoch:
             epoch = schedule.epoch_of(step)
             order = schedule.epoch_order(epoch)
         plan = planner.plan(schedule.global_batch(step, order))
+        passes = [load(ranks[rank]) for ranks in plan.reference_passes]
         for k, ranks in enumerate(plan.micro_steps):
-            batch = load_batch(dataset, ranks[rank], pad_token_id, reference, config.loss, planner.layout)
-            most_pairs = max(len(micro_batch.indices) for micro_batch in ranks)
-            yield MicroStep(plan, batch, most_pairs, k == len(plan.micro_steps) - 1)
+            yield MicroStep(plan, load(ranks[rank]), passes, counted_pairs(ranks), k == len(plan.micro_steps) - 1)
+            passes = []

@@ -1,8 +1,9 @@
 """Where the time of a step goes, without waiting for the device to find out.
 
-On an accelerator every phase is enclosed in two events of the stream, which are read after the one synchronisation
-that the step has anyway. On a CPU the calling thread does the work, so its own clock tells what it computed, and the
-rest of a phase is time in which it waited: for other ranks, or for its processor.
+On an accelerator every phase is enclosed in two events of the stream, which are read once the last of them is complete.
+It is when the step's metrics are on the host, so nothing is waited for but what the step waits for anyway. On a CPU
+the calling thread does the work, so its own clock tells what it computed, and the rest of a phase is time in which it
+waited: for other ranks, or for its processor.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ class StepTimer:
     def shares(self) -> dict[str, float]:
         """The seconds since `start`, as `step_seconds`, and each phase's share of them as `time/<phase>`.
 
-        To be called once a step, when the device has finished it.
+        To be called once a step, when the device has finished it; otherwise it waits for the end of the last phase.
         """
+        if self._events:
+            self._events[-1][2].synchronize()  # reading an event that is not complete raises
         for name, begin, end in self._events:
             self._seconds[name] += begin.elapsed_time(end) / 1000
         self._last_busy = self._seconds["reference"] + self._seconds["forward"]

@@ -1,15 +1,16 @@
 """The training run, top to bottom: data, engines, the loop, the model.
 
-An optimizer step is: every rank walks through its micro-batches of the step's global batch (reference forward, policy
-forward, backward), metrics are summed over ranks once, the numbers are checked, the weights are updated. What decides
-the next step (order, learning rate) is a pure function of the step's number; what can't be is in the checkpoint.
+An optimizer step is: every rank lets the reference score its pairs of the step's global batch, then walks through its
+micro-batches of them (policy forward, backward), metrics are summed over ranks once, the numbers are checked, the
+weights are updated. What decides the next step (order, learning rate) is a pure function of the step's number; what
+can't be is in the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ import torch
 
 from dpo_scale import bad_numbers, engine, preemption
 from dpo_scale.checkpoint import (
+    Checkpoint,
     TrainState,
     checkpoint_path,
     choose_checkpoint,
@@ -34,7 +36,7 @@ from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.devices import peak_flops
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
-from dpo_scale.evaluation import evaluate, pair_losses, reference_logps, takes_loss_by_pair
+from dpo_scale.evaluation import evaluate, pair_losses, takes_loss_by_pair
 from dpo_scale.export import export_model
 from dpo_scale.finished import finished_step, mark_finished, unmark_finished
 from dpo_scale.flops import forward_flops
@@ -42,6 +44,7 @@ from dpo_scale.identity import Identity, check_identity
 from dpo_scale.metrics import MetricSums
 from dpo_scale.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.models.load import (
+    check_liger,
     check_logprobs,
     check_vocabulary,
     load_policy,
@@ -49,17 +52,20 @@ from dpo_scale.models.load import (
     settle_layout,
 )
 from dpo_scale.profiler import StepProfiler
+from dpo_scale.progress import beat
+from dpo_scale.rank_files import this_process
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
+from dpo_scale.reference.values import ReferenceValues
 from dpo_scale.run_folder import agree_on_run_dir
 from dpo_scale.run_identity import identity_of
 from dpo_scale.schedule import learning_rate
 from dpo_scale.steps import MicroStep, Planner, make_planner, micro_steps_of_run
 from dpo_scale.timing import StepTimer
 from dpo_scale.tracking import Tracker, check_trackers
-from dpo_scale.watchdog import Watchdog, beat
+from dpo_scale.watchdog import Watchdog, unmark_lost
 
 
 def train(config: Config, resume: str | None = None, profile: range | None = None) -> Path:
@@ -80,10 +86,30 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     engine.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
+    check_liger(config)
     engine.seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
     peak = peak_flops_of(config)
     run_dir, found = agree_on_run_dir(config, resume)
+    processes = engine.gather_objects(this_process())
+    with Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), processes):
+        return train_in(run_dir, found, config, resume, profile, peak)
+
+
+def train_in(
+    run_dir: Path,
+    found: list[Checkpoint],
+    config: Config,
+    resume: str | None,
+    profile: range | None,
+    peak: float | None,
+) -> Path:
+    """`train` from where the ranks know their folder, and one another.
+
+    Args:
+        found: the checkpoints that the run may start from, the best first.
+        peak: what one rank's device could do at most, in FLOP/s, if that is known.
+    """
     finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
     if finished is not None and not found:
         engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
@@ -122,6 +148,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
         try:
             unmark_finished(run_dir)
             preemption.unmark_preempted(run_dir)
+            unmark_lost(run_dir)
             remove_leftovers(run_dir)
             config.save(run_dir / CONFIG_FILE)
         except OSError as error:
@@ -174,12 +201,12 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
     tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
     preemption.allow(config.checkpoint.preempt_grace_seconds, run_dir, looks_for_file=engine.is_main())
     try:
-        watchdog = Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), engine.world_size())
-        with watchdog, StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
+        with StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
             last_is_saved = run_steps(run, state, tracker, profiler)
     finally:
         if tracker is not None:
             tracker.close()
+    beat("the export of the model")
     exported = state
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
@@ -314,7 +341,7 @@ def train_step(
     """
     timer.start()
     settings, loss_settings = run.config.train, run.config.loss
-    sums = MetricSums()
+    values, sums = ReferenceValues(run.reference, loss_settings), MetricSums()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     is_last = False
     while not is_last:
@@ -323,16 +350,18 @@ def train_step(
             micro = next(batches)
             batch = micro.batch.to(engine.device())
         plan, is_last = micro.plan, micro.is_last
-        with timer.phase("reference"):  # before the policy's activations exist
-            batch = replace(batch, reference_logps=reference_logps(run.reference, batch, loss_settings))
+        with timer.phase("reference"):
+            for k, scored in enumerate(micro.reference_passes):  # all of the step's, before the policy's first
+                beat(f"step {state.step + 1}, reference pass {k + 1}")
+                values.score(scored.to(engine.device()))
+            batch = values.attach(batch)
         with timer.phase("forward"):
             total, losses, metrics = pair_losses(
                 run.policy,
-                None,
                 batch,
                 loss_settings,
                 plan.mean_chosen_tokens,
-                micro.most_pairs,
+                micro.pairs_of_ranks,
                 by_pair=run.by_pair,
             )
             sums.add({"loss": losses, **metrics}, batch.weights)
@@ -347,8 +376,9 @@ def train_step(
     with timer.phase("optimizer"):
         rate = learning_rate(state.step, run.total_steps, settings)
         norm, overflowed = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
-        # the one time that the host waits for the device, so that neither loss nor norm costs a wait of its own
-        means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
+    # The one time that the host waits for the device, so that neither loss nor norm costs a wait of its own. All that
+    # the timer has marked is then done as well.
+    means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
     if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or overflowed):
         bad_numbers.handle(
             settings, run.run_dir, run.train_data, state.step + 1, seen, grad_norm, state.nonfinite_steps

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# What a queue does, on one machine: run a training command, and run it again whenever it stopped to be resumed.
+# What a queue does, on one machine: run a training command, and run it again whenever it stopped to be resumed or lost
+# a rank (killed, crashed, or gone with its node), from the newest checkpoint.
 #
 #   bash launch/requeue.sh TRIES deepspeed --num_gpus 8 launch/train.py --config FILE output_dir=FOLDER [...]
 #
 # `--resume auto` is added to the command. Exit codes:
 #   0    the run is finished: finished.json is in its folder, which only a whole success writes
 #   75   it stopped to be resumed, and there are no tries left, or this script was told to end (SIGTERM, SIGUSR1)
+#   71   it lost a rank, and there are no tries left
 #   else the run failed; it is not tried again
 #
 # Neither this script nor launch/slurm.sh trusts the launcher's exit code alone: torchrun makes 1 out of every code, and
-# deepspeed 0 if its own child was killed. What counts are finished.json and preempted.json in the run folder.
+# deepspeed 0 if its own child was killed. What counts is which of finished.json, preempted.json and lost.json is in the
+# run folder.
 set -uo pipefail
 
 [[ ${1:-} =~ ^[1-9][0-9]*$ && $# -ge 2 ]] || {
@@ -33,7 +36,7 @@ told=
 trap 'told=yes; mkdir -p "$output_dir" && touch "$output_dir/stop"' TERM USR1
 
 for ((try = 1; try <= tries; try++)); do
-    rm -f "$output_dir/preempted.json"
+    rm -f "$output_dir/preempted.json" "$output_dir/lost.json"
     "$@" --resume auto &
     child=$!
     while kill -0 "$child" 2>/dev/null; do
@@ -45,11 +48,16 @@ for ((try = 1; try <= tries; try++)); do
     [[ -e $output_dir/logs/lock ]] && flock --wait 600 "$output_dir/logs/lock" true
 
     [[ -e $output_dir/finished.json ]] && exit 0
-    if [[ ! -e $output_dir/preempted.json && $code -ne 75 ]]; then
+    if [[ -e $output_dir/preempted.json || $code -eq 75 ]]; then
+        echo "try $try: stopped to be resumed (exit code $code)"
+        end=75
+    elif [[ -e $output_dir/lost.json || $code -eq 71 ]]; then
+        echo "try $try: lost a rank (exit code $code)" >&2
+        end=71
+    else
         echo "try $try: failed with exit code $code" >&2
         exit $((code ? code : 1))
     fi
-    echo "try $try: stopped to be resumed (exit code $code)"
     [[ -n $told ]] && exit 75
 done
-exit 75
+exit "$end"

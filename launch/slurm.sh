@@ -49,7 +49,7 @@ export TOKENIZERS_PARALLELISM=false
 # all processes instead, and to this script; the ranks save then too, but torchrun ends them 30 s after its SIGTERM.
 trap 'mkdir -p "$OUTPUT_DIR" && touch "$OUTPUT_DIR/stop"' USR1 TERM
 mkdir -p "$OUTPUT_DIR"
-rm -f "$OUTPUT_DIR/stop" "$OUTPUT_DIR/preempted.json"
+rm -f "$OUTPUT_DIR/stop" "$OUTPUT_DIR/preempted.json" "$OUTPUT_DIR/lost.json"
 
 # Any node that fails ends the job (--kill-on-bad-exit), rather than leaving the others to wait for it. A job that was
 # requeued, or submitted again, goes on from the newest complete checkpoint in output_dir (--resume auto); for there
@@ -76,6 +76,11 @@ if [[ -e $OUTPUT_DIR/finished.json ]]; then
 fi
 if [[ -e $OUTPUT_DIR/preempted.json ]]; then
     echo "stopped to be resumed; back into the queue"
+    exec scontrol requeue "$SLURM_JOB_ID"
+fi
+# A rank that was killed or lost with its node may do better elsewhere; one that dies every time must come to an end.
+if [[ -e $OUTPUT_DIR/lost.json && ${SLURM_RESTART_COUNT:-0} -lt 10 ]]; then
+    echo "a rank was lost ($OUTPUT_DIR/lost.json); back into the queue"
     exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $((CODE ? CODE : 1))

@@ -86,7 +86,7 @@ def main() -> None:
             offsets.requires_grad_(trained[1])
         logps, _ = triton_token_logps(
             hidden, weight, torch.zeros(300, dtype=torch.int64), offsets if bias else None, 1.0, softcap, by_products,
-            blocks=default_blocks((major, minor), dtype), memory_bytes=memory_bytes,
+            blocks=default_blocks((major, minor), dtype, hidden_size, softcap is not None), memory_bytes=memory_bytes,
         )  # fmt: skip
         if any(trained):
             logps.sum().backward()
@@ -97,6 +97,12 @@ def main() -> None:
     run(torch.bfloat16, 576, (True, False))
     call = "trained"
     run(torch.bfloat16, 576, (True, True), memory_bytes=300 * 2 * 1024)
+    call = "soft-capped"
+    run(torch.bfloat16, 576, (True, True), bias=True, softcap=30.0, by_products=BY_PRODUCTS)
+    call = "odd, nothing trained"
+    run(torch.bfloat16, 577, (False, False))
+    call = "odd"
+    run(torch.bfloat16, 577, (True, True))
     call = "everything, odd"
     run(torch.float16, 577, (True, True), bias=True, softcap=30.0, by_products=BY_PRODUCTS)
 

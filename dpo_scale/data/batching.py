@@ -7,6 +7,7 @@ resumed at any step, and a step holds the same pairs whatever the number of rank
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,11 @@ class MicroBatch:
 
     indices: np.ndarray
     weights: np.ndarray
+
+
+def counted_pairs(ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
+    """How many pairs each rank has in a micro-step; none where it repeats one as a filler."""
+    return tuple(int(np.count_nonzero(micro_batch.weights)) for micro_batch in ranks)
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,7 @@ def forward_batches(
     Returns:
         `result[micro_step][rank]`, longest first.
     """
-    of_pairs = lengths[pairs]
-    if layout == "padded":
-        tokens = 2 * (of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).astype(np.int64)
-    else:
-        tokens = pair_tokens(of_pairs, layout)
+    tokens = _slots_alone(lengths[pairs], layout)
     order = np.lexsort((pairs, -tokens))
     before = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens of all pairs before each in order
     share = -(-len(pairs) // world_size)  # few pairs are spread over the ranks all the same
@@ -143,3 +145,73 @@ def forward_batches(
     while len(batches) % world_size:
         batches.append(MicroBatch(runs[-1][-1:], np.zeros(1, dtype=np.float32)))
     return [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
+
+
+def regroup_for_forward(
+    micro_steps: Sequence[Sequence[MicroBatch]], lengths: np.ndarray, *, max_tokens: int, layout: str
+) -> list[list[MicroBatch]]:
+    """Lay each rank's pairs of some micro-steps out again, for forward passes alone under a budget of their own.
+
+    A rank's pairs, fillers among them, stay in the order in which its micro-batches hold them, so values come out in
+    that order. Padded micro-batches are merged as wholes, and only while that adds little padding
+    (`MOST_ADDED_SLOTS`). All ranks make as many passes: one that needs fewer repeats its shortest pair at weight 0 in
+    the others, which come last.
+
+    Args:
+        micro_steps: `micro_steps[k][rank]`.
+        lengths, max_tokens, layout: as in `forward_batches`.
+
+    Returns:
+        `result[pass][rank]`; no more passes than micro-steps, if those are within the budget.
+    """
+    of_ranks = []
+    for micro_batches in zip(*micro_steps, strict=True):
+        pairs = np.concatenate([micro_batch.indices for micro_batch in micro_batches])
+        tokens = _slots_alone(lengths[pairs], layout)
+        sizes = [len(micro_batch.indices) for micro_batch in micro_batches]
+        counts = _merged(tokens.tolist(), sizes, max_tokens, layout)
+        runs = np.split(pairs, np.cumsum(counts)[:-1])
+        of_ranks.append(
+            ([MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs], pairs[tokens.argmin()])
+        )
+    passes = max(len(batches) for batches, _ in of_ranks)
+    for batches, shortest in of_ranks:
+        batches += [MicroBatch(np.array([shortest]), np.zeros(1, dtype=np.float32))] * (passes - len(batches))
+    return [list(ranks) for ranks in zip(*(batches for batches, _ in of_ranks), strict=True)]
+
+
+# Merging padded micro-batches makes all rows as wide as the widest. This bounds what it may cost in computing, since a
+# pass less saves a replicated model next to nothing.
+MOST_ADDED_SLOTS = 1.25
+
+
+def _merged(tokens: list[int], sizes: list[int], max_tokens: int, layout: str) -> list[int]:
+    """How many pairs each pass takes, from the first on, as many as go together; `tokens` as by `_slots_alone`.
+
+    Args:
+        sizes: pairs of each micro-batch.
+    """
+    parts, start = [], 0  # (pairs, slots of the widest) of what is not taken apart
+    for size in sizes if layout == "padded" else [1] * len(tokens):
+        widest = max(tokens[start : start + size])
+        fit = max(1, max_tokens // widest)
+        parts += [(min(fit, size - i), widest) for i in range(0, size, fit)]
+        start += size
+    passes = []
+    count = widest = apart = 0
+    for pairs, slots_each in parts:
+        added = pairs * slots_each
+        together = (count + pairs) * max(widest, slots_each) if layout == "padded" else apart + added
+        if count and together <= min(max_tokens, MOST_ADDED_SLOTS * (apart + added)):
+            count, widest, apart = count + pairs, max(widest, slots_each), apart + added
+            continue
+        passes.append(count)
+        count, widest, apart = pairs, slots_each, added
+    return [*passes[1:], count]
+
+
+def _slots_alone(lengths: np.ndarray, layout: str) -> np.ndarray:
+    """Token slots that each pair takes in a batch of its own, int64 [n], for lengths [n, 3]."""
+    if layout == "padded":
+        return 2 * (lengths[:, 0] + lengths[:, 1:].max(axis=1)).astype(np.int64)
+    return pair_tokens(lengths, layout)

@@ -31,6 +31,7 @@ from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_recor
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.data.workers import RowTokenizer, read_chunks, run_chunks
 from dpo_scale.errors import DataError
+from dpo_scale.progress import note_activity
 
 CACHE_VERSION = 1  # of the reading, rendering, tokenizing and file format: raise it when any of these changes
 _DETECT_ROWS = 64
@@ -194,6 +195,7 @@ def _build(
     ):
         waiting: list[Any] = []
         for result in run_chunks(read_chunks(files), RowTokenizer(tokenizer, columns), settings.num_proc):
+            note_activity()
             for row, reason in result.bad:
                 if settings.on_bad_row == "error":
                     raise _bad_row_error(BadRow(files[result.file].label, row, reason))

@@ -46,6 +46,7 @@ class PairBatch:
         lengths: [P, 2] completion tokens of chosen and rejected.
         row_ids: [P] indices into the dataset.
         weights: [P] fp32 weight of each pair in the global batch's sum; 0 for a filler.
+        scored_tokens: [P] tokens of each pair's two completions, on the host, where `lengths` may not be.
         reference_logps: [P, 2] fp32 summed reference log-probs, where they are known beforehand.
         position_ids: [1, T] positions in the sequences; None for padded rows, as the next three.
         document_ids: [1, T] 0, 1, 2, ... along the row.
@@ -60,6 +61,7 @@ class PairBatch:
     lengths: torch.Tensor
     row_ids: torch.Tensor
     weights: torch.Tensor
+    scored_tokens: tuple[int, ...]
     reference_logps: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
@@ -68,7 +70,7 @@ class PairBatch:
 
     @property
     def num_pairs(self) -> int:
-        return self.lengths.shape[0]
+        return len(self.scored_tokens)
 
     @property
     def scorer_inputs(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def make_batch(layout: Layout, pairs: Sequence[Pair], weights: np.ndarray, pad_t
         lengths=torch.from_numpy(lengths.reshape(-1, 2)),
         row_ids=torch.tensor([pair.index for pair in pairs]),
         weights=torch.from_numpy(np.asarray(weights, dtype=np.float32)),
+        scored_tokens=tuple(lengths.reshape(-1, 2).sum(axis=1).tolist()),
     )
 
 

@@ -70,16 +70,22 @@ class PairLoss:
 
     Attributes:
         segments: [S] int64, ascending: 2i for tokens of pair i's chosen completion, 2i + 1 for its rejected.
-        num_pairs: P.
+        scored_tokens: [P] tokens of each pair's two completions, on the host: which tokens come together is decided by
+            it, and the host need not wait for the device to know.
         loss_of_sums: from sums [P, 2], fp32 or fp64, to losses [P], each weighted as it is to be added up. Loss i must
             depend on row i alone; rows whose sums are not known yet come as 0.
         token_weights: [S] factors of the log-probs in the sums; None for 1.
     """
 
     segments: Tensor
-    num_pairs: int
+    scored_tokens: Sequence[int]
     loss_of_sums: Callable[[Tensor], Tensor]
     token_weights: Tensor | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self.scored_tokens)
 
 
 def fused_pair_loss(
@@ -104,12 +110,13 @@ def fused_pair_loss(
 
     Returns a scalar and [P, 2] without gradient, both fp32 (fp64 for fp64 inputs). The gradients are made here, for an
     upstream of 1, and multiplied in place by the real one: a second backward pass through the same graph is refused by
-    autograd. On CUDA the host waits for the device once, for the pairs' numbers of tokens.
+    autograd. On CUDA the host never waits for the device.
 
     Raises ValueError as `token_logps` does.
     """
     check_arguments(hidden, head_weight, targets, bias, softcap, ())
     assert pair_loss.segments.shape == targets.shape, (pair_loss.segments.shape, targets.shape)
+    assert sum(pair_loss.scored_tokens) == len(targets), (sum(pair_loss.scored_tokens), len(targets))
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(hidden.device)
     if most_held is None:
@@ -163,11 +170,11 @@ class Job:
         probe = self._tiles(hidden[:0], weight)
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=probe.dtype)
         own_rows = max(1, self.most_held // (weight.shape[0] * probe.product_dtype.itemsize))
-        counts = torch.bincount(self.pair_loss.segments // 2, minlength=self.pair_loss.num_pairs).tolist()
-        gradients = _Gradients(hidden, weight, self.bias, self.trained, 1 + sum(counts) // own_rows)
+        counts, total = self.pair_loss.scored_tokens, hidden.shape[0]
+        gradients = _Gradients(hidden, weight, self.bias, self.trained, 1 + total // own_rows)
         free_rows = rows_in(gradients.weight, probe.product_dtype)
         to_head = self.trained[1] or self.trained[2]
-        needed_rows = min(own_rows, max(0, sum(counts) - free_rows)) if to_head else 0
+        needed_rows = min(own_rows, max(0, total - free_rows)) if to_head else 0
         memory = hidden.new_empty(needed_rows * weight.shape[0], dtype=probe.product_dtype)
         for pairs, tokens in chunks(counts, free_rows + own_rows, own_rows):
             count = tokens.stop - tokens.start

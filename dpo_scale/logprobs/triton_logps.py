@@ -114,12 +114,12 @@ class TritonHead:
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.logit_scale, self.softcap, self.memory_bytes = logit_scale, softcap, memory_bytes
+        self.width = hidden.shape[1]
         device = hidden.device
         if blocks is None:
             capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-            blocks = default_blocks(capability, hidden.dtype)
+            blocks = default_blocks(capability, hidden.dtype, self.width, softcap is not None)
         self.blocks = blocks
-        self.width = hidden.shape[1]
         group = GROUP_BYTES // (blocks.tokens * max(1, self.width) * hidden.element_size())
         self._meta = {
             "HAS_BIAS": bias is not None,

@@ -37,9 +37,8 @@ class TritonJob(Job):
         rows = max(1, min(tokens, self.memory_bytes // (columns * hidden.element_size())))
         tile = hidden.new_empty((rows, columns))
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=torch.float32)
-        counts = torch.bincount(self.pair_loss.segments // 2, minlength=self.pair_loss.num_pairs).tolist()
         gradients = _Gradients(hidden, weight, bias, self.trained, roundings=1 + tokens // rows)
-        for pairs, chunk in chunks(counts, rows, rows):
+        for pairs, chunk in chunks(self.pair_loss.scored_tokens, rows, rows):
             part, targets = hidden[chunk], self.targets[chunk].contiguous()
             held = min(rows, len(targets))
             first = head.statistics(part[:held], weight, bias, targets[:held], (), tile[:held])

@@ -66,10 +66,11 @@ def offloaded_checkpoint(function: Callable[..., Any], hidden: torch.Tensor, *in
         return checkpoint(function, hidden, *inputs, use_reentrant=False)
 
 
-def compile_layers(model: torch.nn.Module, *, backend: str = "inductor") -> None:
+def compile_layers(model: torch.nn.Module, *, in_hooks: bool = False, backend: str = "inductor") -> None:
     """Have `torch.compile` compile a transformers model's layers when they first run.
 
     Args:
+        in_hooks: leave the layers' hooks as they are, around what is compiled: those of ZeRO-3 (`models.zero3`).
         backend: of `torch.compile`.
 
     Raises:
@@ -85,4 +86,7 @@ def compile_layers(model: torch.nn.Module, *, backend: str = "inductor") -> None
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     options = {"emulate_precision_casts": True} if backend == "inductor" else None
     for layer in layers:
-        layer.compile(dynamic=True, backend=backend, options=options)
+        if in_hooks:
+            layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend, options=options)
+        else:
+            layer.compile(dynamic=True, backend=backend, options=options)

@@ -17,7 +17,7 @@ import torch
 from dpo_scale import engine
 from dpo_scale.config import Config
 from dpo_scale.data.tokenize import load_tokenizer
-from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.deepspeed_config import MOST_LIVE, policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
@@ -26,7 +26,10 @@ from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.files import check_models
 from dpo_scale.models.layout_check import first_line
 from dpo_scale.models.layouts import OWN_NAMES, LayoutChoice, choose_layout, install_attention, prove_layout
+from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
+from dpo_scale.models.zero3 import limit_gathers, make_leaves
+from dpo_scale.progress import patience
 
 
 def check_logprobs(config: Config) -> None:
@@ -42,6 +45,27 @@ def check_logprobs(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"logprobs.implementation = {config.logprobs.implementation!r}: {error}") from error
     engine.log(f"log-probs: {name} ({reason})")
+
+
+def check_liger(config: Config) -> None:
+    """Log whether the models take Liger's kernels, and why; every entry point calls it once.
+
+    Raises:
+        ConfigError: if `model.liger: true` cannot be.
+    """
+    used, reason = uses_liger(config)
+    engine.log(f"liger: {'RMSNorm, rotary embedding and SwiGLU' if used else 'not used'} ({reason})")
+
+
+def uses_liger(config: Config) -> tuple[bool, str]:
+    """Whether policy and reference, which are alike in that, take Liger's kernels, and why."""
+
+    def model_configs() -> list[Any]:
+        code = config.model.trust_remote_code
+        sources = dict.fromkeys((policy_source(config), reference_source(config)))
+        return [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
+
+    return choose_liger(config.model, engine.device().type, model_configs)
 
 
 @dataclass(frozen=True)
@@ -150,6 +174,7 @@ def switch_off_dropout(config: Any) -> dict[str, float]:
     return found
 
 
+@patience("the loading of the policy")
 def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = None) -> Any:
     """The policy's DeepSpeed engine around a `PairScorer`, in training mode; with LoRA its adapter is on it.
 
@@ -157,7 +182,9 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
         choice: of the run's layout; made from the config if not given. Its check may change `config.data.layout`.
     """
     choice = choice or settle_layout(config)
-    deepspeed_config = policy_deepspeed_config(config, micro_steps)
+    deepspeed_config = policy_deepspeed_config(config, micro_steps, engine.device().type)
+    if config.deepspeed.bf16_optimizer_states:
+        engine.log(lost_updates(config.train.learning_rate, config.train.adam_beta2))
     source, adapters = policy_source(config), config.lora
     reference_adapter = reference_source(config).adapter if config.reference.mode == "adapter" else None
     for path in (source.adapter, reference_adapter):
@@ -171,13 +198,30 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
         engine.log(lora.describe(model))
     if config.model.gradient_checkpointing:
         enable_checkpointing(causal_lm(model), offload=offloads_checkpoints(config))
-    if config.model.compile:
-        compile_layers(causal_lm(model))
+    _prepare_layers(model, config, deepspeed_config, "policy")
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
     prove_layout(choice, policy, config.model.dtype)
     return policy
+
+
+def lost_updates(learning_rate: float, beta2: float) -> str:
+    """What bf16 optimizer states cost, in numbers, for the log.
+
+    bf16 has 8 significant bits, so the neighbours of a weight w are |w| / 256 to |w| / 128 away, and what is added is
+    lost if it is less than half of that. Adam's step is about the learning rate, at most.
+    """
+    stuck = (
+        f"; Adam's second moments can grow but not decay, as 1 - beta2 is below 1/512 (adam_beta2 = {beta2:g})"
+        if 1 - beta2 < 2**-9
+        else ""
+    )
+    return (
+        "WARNING: deepspeed.bf16_optimizer_states: there are no fp32 weights, so an update below 1/512 of a weight is "
+        f"lost to rounding; at train.learning_rate = {learning_rate:g} weights above {512 * learning_rate:.1e} in "
+        f"absolute value do not move{stuck}"
+    )
 
 
 def offloads_checkpoints(config: Config) -> bool:
@@ -193,6 +237,7 @@ def load_reference(config: Config, choice: LayoutChoice | None = None, beside: S
     return load_scoring_model(config, reference_source(config), choice, beside)
 
 
+@patience("the loading of a model that only scores")
 def load_scoring_model(
     config: Config, source: ModelSource, choice: LayoutChoice | None = None, beside: Sequence[Any] = ()
 ) -> Any:
@@ -203,14 +248,13 @@ def load_scoring_model(
         beside: engines of the run that are loaded already, and follow if it does.
     """
     choice = choice or settle_layout(config)
-    deepspeed_config = reference_deepspeed_config(config)
+    deepspeed_config = reference_deepspeed_config(config, engine.device().type)
     if source.adapter is not None:
         lora.read_adapter_config(source.adapter)
     model = _load_for(config, source, deepspeed_config, choice)
     if source.adapter is not None:
         model = lora.wear_adapter(model, source.adapter)
-    if config.model.compile:  # as the policy, so that equal weights give equal numbers
-        compile_layers(causal_lm(model))
+    _prepare_layers(model, config, deepspeed_config, "reference")
     scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
     reference = engine.initialize_reference(scorer, deepspeed_config)
     prove_layout(choice, reference, config.model.dtype, beside)
@@ -233,8 +277,25 @@ def _load_for(
     if deepspeed_config["zero_optimization"]["stage"] != 3:
         model.to(engine.device())
         check_head(model)
+    if uses_liger(config)[0]:
+        take_kernels(model, check=deepspeed_config["zero_optimization"]["stage"] != 3)
     install_attention(model, choice.option)
     return model
+
+
+def _prepare_layers(model: Any, config: Config, deepspeed_config: dict[str, Any], role: str) -> None:
+    """Have a model's layers gathered at stage 3 and compiled as the config says; policy and reference alike."""
+    model, zero = causal_lm(model), deepspeed_config["zero_optimization"]
+    in_hooks = zero["stage"] == 3
+    if in_hooks:
+        leaves, reason = make_leaves(model, int(zero.get(MOST_LIVE, 1e9)))
+        engine.log(f"ZeRO-3 gathers the {role} by {'layers' if leaves else 'submodules'}: {reason}")
+        if config.model.compile and not leaves:
+            raise ModelError(f"model.compile with ZeRO stage 3 needs weights gathered by layers: {reason}")
+        if engine.device().type != "cpu":
+            limit_gathers(model, torch.get_device_module(engine.device()).Event)
+    if config.model.compile:
+        compile_layers(model, in_hooks=in_hooks)
 
 
 def load_tokenizers(config: Config) -> tuple[Any, Any]:

@@ -12,6 +12,8 @@ Shapes: B rows of T tokens, S scored tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,9 +149,27 @@ class PairScorer(nn.Module):
             assert position_ids is not None and document_ids is not None and branch_ids is not None
             plan = AttentionPlan(position_ids, document_ids, branch_ids, segments)
             row = {"position_ids": position_ids, "attention_plan": plan}
-        hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
+        with _one_sequence_a_row() if segments is None else nullcontext():
+            hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
         scored = hidden.flatten(0, 1).index_select(0, score_index)
         return head(scored, score_targets, by_products, pair_loss)
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Tell transformers that rows hold one sequence each, as padded ones do.
+
+    It would look for several in the position ids that it has made itself, and make the host wait for the device in
+    every forward pass, to find none.
+    """
+    from transformers import masking_utils
+
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 @torch.no_grad()

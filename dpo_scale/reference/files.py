@@ -31,7 +31,7 @@ def write_atomically(path: Path, parts: Iterable[Any]) -> None:
     Raises:
         StoreError: if the folder cannot be written or the disk is full; nothing is left behind then.
     """
-    temporary = path.parent / f"{_PREFIX}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
+    temporary = path.parent / f"{_PREFIX}{machine_id()}-{os.getpid()}-{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -70,7 +70,7 @@ def is_abandoned(path: Path) -> bool:
         return False
     machine, _, rest = path.name.removeprefix(_PREFIX).partition("-")
     pid = rest.partition("-")[0]
-    here = machine == _machine() and pid.isdecimal()
+    here = machine == machine_id() and pid.isdecimal()
     return silent > _ABANDONED_SECONDS or (here and not _is_alive(int(pid)))
 
 
@@ -85,7 +85,7 @@ def _is_alive(pid: int) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _machine() -> str:
+def machine_id() -> str:
     """Names the space that process ids are unique in: a container has its own, whatever its host is called."""
     parts = [socket.gethostname()]
     try:

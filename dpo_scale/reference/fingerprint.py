@@ -25,6 +25,7 @@ from typing import Any
 from dpo_scale.cache_folder import cache_folder
 from dpo_scale.errors import ModelError, StoreError
 from dpo_scale.models.builtin import resolve_model_path
+from dpo_scale.progress import note_activity
 from dpo_scale.reference.files import write_atomically
 
 FINGERPRINT_VERSION = 1  # raise it when the same model would get another fingerprint
@@ -368,6 +369,7 @@ def _hash_layout(descriptor: int, layout: dict[str, tuple[str, list[int], int, i
                 raise ValueError("the file became shorter")
             digest.update(buffers.memory[:count])
             begin += count
+        note_activity()
         return digest.hexdigest()
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

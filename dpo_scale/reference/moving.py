@@ -17,6 +17,7 @@ import torch
 
 from dpo_scale import engine
 from dpo_scale.errors import ModelError
+from dpo_scale.progress import noting_activity
 
 
 class MovingReference:
@@ -70,7 +71,7 @@ class MovingReference:
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's slices of the reference, on the host, for a checkpoint."""
         slices = {}
-        for name, parameter in self.reference.module.named_parameters():
+        for name, parameter in noting_activity(self.reference.module.named_parameters()):
             kept = self._kept[name]
             slices[name] = (engine.own_slice(parameter) if kept is None else kept).cpu().clone()
         return slices
@@ -85,7 +86,7 @@ class MovingReference:
         engine.write_slices(self.reference, self._restored_slices(states))
 
     def _restored_slices(self, states: Sequence[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.reference.module.named_parameters():
+        for name, parameter in noting_activity(self.reference.module.named_parameters()):
             yield name, self._restored(name, len(engine.own_slice(parameter)), states)
 
     def _restored(self, name: str, length: int, states: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:

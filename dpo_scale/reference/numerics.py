@@ -20,6 +20,7 @@ LIBRARIES = ("torch", "transformers")
 def numerics_of(config: Config) -> dict[str, str]:
     """The numerics of a run's reference, readable, for `BookKey`."""
     from dpo_scale.logprobs import choose_implementation
+    from dpo_scale.models.load import uses_liger
 
     implementation, _ = choose_implementation(config.logprobs.implementation)
     return {
@@ -30,6 +31,8 @@ def numerics_of(config: Config) -> dict[str, str]:
         # moves bf16 values by as much as another order of sums does: measured, 0.3 a completion; nothing is said where
         # nothing is compiled, so that older books stay valid
         **({"layers": "compiled"} if config.model.compile else {}),
+        # rounds in other places; nothing is said without it, for the same reason
+        **({"elementwise": f"liger {_minor_version(version('liger-kernel'))}"} if uses_liger(config)[0] else {}),
         **{library: _minor_version(version(library)) for library in LIBRARIES},
     }
 

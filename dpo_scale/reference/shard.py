@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from dpo_scale.errors import StoreError
+from dpo_scale.progress import noting_activity
 from dpo_scale.reference.files import write_atomically
 from dpo_scale.reference.rows import Rows
 
@@ -319,7 +320,7 @@ class Shard:
     def damaged_groups(self) -> list[int]:
         """Verify everything anew; the groups whose bytes are not what was written."""
         bad = []
-        for group in range(len(self._group_keys)):
+        for group in noting_activity(range(len(self._group_keys))):
             self._verified[group] = self._tokens_verified[group] = False
             try:
                 self._verify(np.array([group]))

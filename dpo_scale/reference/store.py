@@ -26,6 +26,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from dpo_scale.errors import StoreError
+from dpo_scale.progress import noting_activity
 from dpo_scale.reference.manifest import MANIFEST_FILE, BookKey, Manifest, now, read_manifest, write_manifest
 from dpo_scale.reference.rows import Rows, as_keys, merge, ragged_index, sum_bits
 from dpo_scale.reference.shard import (
@@ -264,7 +265,7 @@ class Book:
 
     def _each(self, shards: list[Shard]) -> Iterator[Shard]:
         """The shards one by one, each let go of when the next is asked for, as far as memory asks for it."""
-        for shard in shards:
+        for shard in noting_activity(shards):
             yield shard
             if len(shards) > _MAX_MAPPED_SHARDS:
                 shard.close()

@@ -25,6 +25,7 @@ from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.errors import StoreError
 from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import sum_token_logps
+from dpo_scale.progress import beat
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.store import Book
 from dpo_scale.reference.upkeep import TARGET_SHARD_BYTES, compact_book
@@ -140,7 +141,8 @@ def fill(
             )
             own = [ranks[engine.rank()] for ranks in plan]
             with Ahead(_batches(dataset, own, pad_token_id, layout), BATCHES_AHEAD) as batches:
-                for ranks, micro_batch, batch in zip(plan, own, batches, strict=True):
+                for k, (ranks, micro_batch, batch) in enumerate(zip(plan, own, batches, strict=True)):
+                    beat(f"reference log-probs, micro-batch {k + 1} of {len(plan)}")
                     values = _score(reference, batch)
                     if micro_batch.weights.any():
                         keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
@@ -226,7 +228,8 @@ def verify(
     plan = forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=engine.world_size())
     micro_batches = [ranks[engine.rank()] for ranks in plan]
     batches = _batches(dataset, micro_batches, pad_token_id, model.module.layout)
-    for own, batch in zip(micro_batches, batches, strict=True):
+    for k, (own, batch) in enumerate(zip(micro_batches, batches, strict=True)):
+        beat(f"the check of stored log-probs, row {k + 1} of {len(plan)} of each rank")
         index = int(own.indices[0])
         counts = dataset.lengths[own.indices, 1:]
         computed = _sums(_score(model, batch), counts)[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_scale.errors import StoreError
+from dpo_scale.progress import noting_activity
 from dpo_scale.reference.files import is_abandoned, is_temporary, sync_folder
 from dpo_scale.reference.manifest import (
     MANIFEST_FILE,
@@ -140,7 +141,7 @@ def merged_parts(shards: Sequence[Shard]) -> Iterator[MergedPart]:
     parts = -(-total // _PART_BYTES)
     for part in range(parts):
         found: dict[bool, list[Rows]] = {True: [], False: []}
-        for shard in shards:
+        for shard in noting_activity(shards):
             begin, end = (
                 0 if edge == 0 else len(shard) if edge == parts else _rows_below(shard, (edge << 64) // parts)
                 for edge in (part, part + 1)

@@ -24,6 +24,7 @@ FAMILIES = {  # runs that must agree, each with its first
         "checkpointed2": ["data.layout=shared_prefix", "deepspeed.stage=2", "model.gradient_checkpointing=true"],
         "checkpointed3": ["data.layout=auto", STAGE_3, "model.gradient_checkpointing=true"],
         "compiled2": ["data.layout=shared_prefix", "deepspeed.stage=2", "model.compile=true"],
+        "compiled3": ["data.layout=shared_prefix", STAGE_3, "model.compile=true", "reference.stage=3"],
         "filled_padded": ["data.layout=padded", "deepspeed.stage=2", "reference.mode=store"],
         # finds what another layout stored
         "served_shared": ["deepspeed.stage=2", "reference.mode=store", "reference.on_missing=error"],
@@ -35,6 +36,14 @@ FAMILIES = {  # runs that must agree, each with its first
         "adapter_compiled": [
             "data.layout=packed", "deepspeed.stage=2", *LORA, "model.compile=true", "model.gradient_checkpointing=true",
         ],
+        "adapter_compiled3": [
+            "data.layout=packed", STAGE_3, *LORA, "model.compile=true", "model.gradient_checkpointing=true",
+        ],
+    },
+    "gpt_oss": {  # experts that are parameters of the layer
+        "experts_padded": ["data.layout=padded", "deepspeed.stage=2"],
+        "experts_padded3": ["data.layout=padded", STAGE_3],
+        "experts_packed3": ["data.layout=packed", STAGE_3, "model.gradient_checkpointing=true"],
     },
     "gemma2": {
         "gemma_padded": ["data.layout=padded", "deepspeed.stage=2"],
@@ -48,8 +57,9 @@ FAMILIES = {  # runs that must agree, each with its first
 def runs(tmp_path_factory):
     """{variant: run folder}."""
     folder = tmp_path_factory.mktemp("layouts")
-    save_model(folder / "llama", "llama")
-    save_model(folder / "gemma2", "gemma2")
+    models = {family: family if family in ("gemma2", "gpt_oss") else "llama" for family in FAMILIES}
+    for architecture in set(models.values()):
+        save_model(folder / architecture, architecture)
     write_rows(folder / "train.jsonl", preference_rows(22))
     write_rows(folder / "heldout.jsonl", preference_rows(5, seed=1))
     common = [
@@ -61,8 +71,7 @@ def runs(tmp_path_factory):
     jobs = [
         {
             "overrides": [
-                *common, f"model.path={folder / ('gemma2' if family == 'gemma2' else 'llama')}", *extra,
-                f"output_dir={folder / name}",
+                *common, f"model.path={folder / models[family]}", *extra, f"output_dir={folder / name}",
             ]
         }
         for family, variants in FAMILIES.items()

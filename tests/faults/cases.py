@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.hooks import BadNumbers, DiskFull, HangAtStep, KillInSave, NoticeInEvaluation
+from faults.hooks import BadNumbers, DiskFull, HangAtStep, KillInSave, NoticeInEvaluation, SlowDisk
 from faults.rig import (
     LAUNCHERS,
     RANKS,
@@ -88,7 +88,7 @@ def _kill_once(folder: Path, run_dir: Path, settings: list[str], rng: random.Ran
     victims = [rng.randrange(RANKS)] if rng.random() < 0.6 else list(range(RANKS))
     forks.kill(*victims)
     codes = forks.wait()
-    assert all(code in (-signal.SIGKILL, 0, 1) for code in codes), f"exit codes {codes}\n{forks.output()[-2000:]}"
+    assert all(code in (-signal.SIGKILL, 0, 1, 71) for code in codes), f"exit codes {codes}\n{forks.output()[-2000:]}"
     # the line of a step may be there before its checkpoint is, so the checkpoint before must be
     newest = max(
         (int(path.name[5:]) for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdigit()), default=0
@@ -355,6 +355,81 @@ def hangs(folder: Path, rng: random.Random, count: int) -> Outcome:
             assert f"the others wait for rank {rank} " in launched.output(), launched.output()[-3000:]
 
         outcome.attempt(f"rank {rank}", sleeps if k % 2 == 0 else stopped)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def deaths(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """A rank is killed while another sits in what stands for a collective that never returns, with no launcher."""
+    outcome = Outcome("a rank killed while its peer is in a collective that never returns")
+    longest = 0.0
+    for _ in range(count):
+        rank, run_dir = rng.randrange(RANKS), fresh(folder, "lost", rng)
+        settings = overrides(folder, f"output_dir={run_dir}")
+
+        def dies() -> None:
+            nonlocal longest
+            forks = Forks(folder, settings, HangAtStep(1 - rank, 5))
+            assert wait_for_step(run_dir, 4, forks.running), forks.output()[-3000:]
+            time.sleep(rng.uniform(0.5, 2))
+            forks.kill(rank)
+            started = time.monotonic()
+            codes = forks.wait()
+            longest = max(longest, time.monotonic() - started)
+            assert longest < 6, f"{longest:.1f} s"
+            assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 71, f"exit codes {codes}"
+            text = forks.output()
+            assert text.count("was killed or crashed") == 1 and f"rank {rank} (process " in text, text[-3000:]
+            assert f"rank {rank} starts as process {forks.processes[rank]}" in text, text[-3000:]
+            assert json.loads((run_dir / "lost.json").read_text())["ranks"] == [rank]
+            finish(folder, settings)
+            assert_same_run(run_dir, uninterrupted(folder))
+            assert not (run_dir / "lost.json").exists()
+
+        outcome.attempt(f"rank {rank}", dies)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    outcome.note = f"longest way out {longest:.1f} s"
+    return outcome
+
+
+def requeued_deaths(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """A rank is killed under a real launcher that `launch/requeue.sh` started: the run goes on by itself."""
+    outcome = Outcome("launch/requeue.sh, a rank killed")
+    whole = uninterrupted(folder)
+    for k in range(count):
+        launcher, run_dir = LAUNCHERS[k % 2], fresh(folder, "requeued-lost", rng)
+
+        def one() -> None:
+            settings = overrides(folder, f"output_dir={run_dir}")
+            script = Launched(folder, settings, launcher, through=["bash", str(ROOT / "launch/requeue.sh"), "2"])
+            assert wait_for_step(run_dir, 3, script.running), script.output()[-3000:]
+            os.kill(script.find("rank1"), signal.SIGKILL)
+            code, _ = script.wait(120)
+            assert code == 0, f"exit code {code}\n{script.output()[-3000:]}"
+            assert "try 1: lost a rank" in script.output() and "was killed or crashed" in script.output()
+            assert_same_run(run_dir, whole)
+
+        outcome.attempt(launcher, one)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return outcome
+
+
+def slow_saves(folder: Path, rng: random.Random, count: int) -> Outcome:
+    """One rank's disk is so slow that a save and the export take longer than the hang timeout; the run goes on."""
+    outcome = Outcome("a save and an export slower than the hang timeout")
+    for _ in range(count):
+        rank, run_dir = rng.randrange(RANKS), fresh(folder, "slow", rng)
+        limit = 0.05  # minutes: 3 s
+        more = (f"train.hang_timeout_minutes={limit}", f"checkpoint.save_steps={STEPS // 2}")
+
+        def goes_on() -> None:
+            forks = Forks(folder, overrides(folder, f"output_dir={run_dir}", *more), SlowDisk(rank, 1.5))
+            assert forks.wait(150) == [0] * RANKS, forks.output()[-3000:]
+            seconds = float((run_dir / f"slowest-{rank}").read_text())
+            assert seconds > 60 * limit, f"no save took longer than {seconds:.1f} s"
+            assert_same_run(run_dir, uninterrupted(folder))
+
+        outcome.attempt(f"rank {rank}", goes_on)
         shutil.rmtree(run_dir, ignore_errors=True)
     return outcome
 

@@ -156,6 +156,37 @@ class HangAtStep:
 
 
 @dataclass(frozen=True)
+class SlowDisk:
+    """Each sync of the rank takes some seconds; the longest save's seconds are left in the run folder."""
+
+    rank: int
+    seconds: float
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+        import time
+
+        from dpo_scale import trainer
+
+        real_sync, real_save, slowest = os.fsync, trainer.save_checkpoint, 0.0
+
+        def fsync(descriptor: int) -> None:
+            time.sleep(self.seconds)
+            real_sync(descriptor)
+
+        def save_checkpoint(policy, state, identity, run_dir, **options):
+            nonlocal slowest
+            started = time.monotonic()
+            saved = real_save(policy, state, identity, run_dir, **options)
+            slowest = max(slowest, time.monotonic() - started)
+            (run_dir / f"slowest-{rank}").write_text(str(slowest))
+            return saved
+
+        os.fsync, trainer.save_checkpoint = fsync, save_checkpoint
+
+
+@dataclass(frozen=True)
 class NoticeInEvaluation:
     """The rank is told to stop at the beginning of an evaluation.
 

@@ -36,6 +36,9 @@ FAULTS = {
     "damage": lambda folder, rng, rounds: damages(folder, rng, ceil(rounds)),
     "malformed": lambda folder, rng, rounds: malformed(folder, rng.randrange(2**32), ceil(40 * rounds)),
     "hangs": lambda folder, rng, rounds: cases.hangs(folder, rng, ceil(4 * rounds)),
+    "deaths": lambda folder, rng, rounds: cases.deaths(folder, rng, ceil(3 * rounds)),
+    "requeued": lambda folder, rng, rounds: cases.requeued_deaths(folder, rng, ceil(2 * rounds)),
+    "slow": lambda folder, rng, rounds: cases.slow_saves(folder, rng, ceil(rounds)),
     "numbers": lambda folder, rng, rounds: cases.bad_numbers(
         folder, rng, [(stage, what) for stage in range(4) for what in ("loss", "gradient")]
     ),

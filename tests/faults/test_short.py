@@ -62,6 +62,21 @@ def test_a_hanging_rank_is_named_and_the_run_ends(folder):
 
 
 @pytest.mark.distributed
+def test_a_killed_rank_ends_a_peer_that_no_launcher_ends(folder):
+    nothing_lost(cases.deaths(folder, random.Random(SEED), 1))
+
+
+@pytest.mark.distributed
+def test_the_requeue_script_goes_on_after_a_rank_was_killed(folder):
+    nothing_lost(cases.requeued_deaths(folder, random.Random(SEED), 1))
+
+
+@pytest.mark.distributed
+def test_a_save_slower_than_the_hang_timeout_ends_nothing(folder):
+    nothing_lost(cases.slow_saves(folder, random.Random(SEED), 1))
+
+
+@pytest.mark.distributed
 def test_numbers_that_are_not_finite_are_named_and_left_out(folder):
     nothing_lost(cases.bad_numbers(folder, random.Random(SEED), [(2, "loss")]))
 

@@ -19,6 +19,7 @@ import logprob_report  # noqa: E402
 import logprobs  # noqa: E402
 import planning  # noqa: E402
 import throughput_report  # noqa: E402
+import zero3_hooks  # noqa: E402
 from common import markdown_table, median_and_spread  # noqa: E402
 from logprob_case import BETA, HEADS, Head, compute_exact, make_case, relative_error  # noqa: E402
 from memory import extra_peak_bytes, peak_bytes  # noqa: E402
@@ -313,3 +314,18 @@ def test_throughput_ratios_are_to_the_fastest_of_trl():
     ]
     live, precomputed, memory = rows[0][3], rows[0][4], rows[0][6]
     assert (live, precomputed, memory) == ("", "2.00", "0.25")
+
+
+def test_hooks_are_counted_turn_by_turn():
+    arms = {
+        zero3_hooks.PLAIN: [1.0, 2.0, 4.0],  # the machine slows down
+        zero3_hooks.SUBMODULES: [5.0, 10.0, 20.0],
+        zero3_hooks.LAYERS: [2.0, 4.0, 8.0],
+    }
+    report = {
+        "layers": 32, "clock": "thread_time", "seconds": {"a pass": arms}, "versions": {}, "device": "a device",
+        "cores": 2, "load_before": 0.0, "date": "today",
+    }  # fmt: skip
+    rows = [line.split(" | ") for line in zero3_hooks.table(report).splitlines() if line.startswith("| a pass")]
+    assert [row[2:4] for row in rows] == [["2000.0 ms", "1.00"], ["10000.0 ms", "5.00"], ["4000.0 ms", "2.00"]]
+    assert rows[2][4:] == ["2000.0 ms", "0.25 |"]

@@ -65,6 +65,8 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
         ("train.beta=0.1", ["train.beta", "loss.beta"]),
         ("modle.path=x", ["modle", "model"]),
         ("model.model_name_or_path=x", ["model.path"]),
+        ("train.use_liger_kernel=true", ["model.liger"]),
+        ("model.liger=maybe", ["model.liger", "maybe", "'auto'", "true or false"]),
         ("train.max_steps=many", ["train.max_steps", "'many'", "whole number"]),
         ("train.max_steps=0", ["train.max_steps", "0", "at least 1"]),
         ("train.seed=true", ["train.seed", "True", "whole number"]),
@@ -89,6 +91,8 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
             "model.gradient_checkpointing_offload=true",
             ["gradient_checkpointing_offload", "gradient_checkpointing=true"],
         ),
+        ("train.reduce_dtype=float16", ["train.reduce_dtype", "float16", "'float32', 'bfloat16'"]),
+        ("deepspeed.bf16_optimizer_states=1", ["deepspeed.bf16_optimizer_states", "1", "true or false"]),
         ("logging.peak_tflops=0", ["logging.peak_tflops", "more than 0"]),
         ("noequals", ["noequals", "section.key=value"]),
     ],
@@ -112,14 +116,31 @@ def test_a_budget_of_tokens_and_a_number_of_pairs_exclude_each_other():
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["deepspeed.stage=3"],
-        ["reference.stage=3"],
         ["model.gradient_checkpointing=true", "model.gradient_checkpointing_offload=true"],
+        ["model.liger=true"],
     ],
 )
 def test_compiled_layers_are_refused_with_what_they_do_not_go_with(overrides):
     message = refusal("model.compile=true", *overrides)
     assert message.startswith(overrides[-1].partition("=")[0]) and "model.compile" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.dtype=float32"], ["model.dtype = 'float32'", "bfloat16 with"]),
+        (["deepspeed.stage=1"], ["deepspeed.stage = 1", "2 or 3 with", "fp32 copies"]),
+        (["train.optim=Lion"], ["train.optim = 'Lion'", "adamw_torch or Adam or AdamW"]),
+        (
+            ["deepspeed.offload_optimizer=cpu"],
+            ["train.optim = 'adamw_torch'", "Adam or AdamW with", "offload_optimizer"],
+        ),
+    ],
+)
+def test_bf16_optimizer_states_are_refused_with_what_deepspeed_has_none_for(overrides, parts):
+    message = refusal("deepspeed.bf16_optimizer_states=true", *overrides)
+    for part in [*parts, "deepspeed.bf16_optimizer_states"]:
+        assert part in message, message
 
 
 def test_reference_model_is_refused_for_a_loss_that_needs_none():

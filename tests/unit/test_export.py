@@ -10,6 +10,7 @@ import torch
 from tiny import save_model, save_tokenizer, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import dpo_scale.export
 from dpo_scale.config import load_config
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.errors import ModelError, TrainingError
@@ -17,6 +18,7 @@ from dpo_scale.export import export_model
 from dpo_scale.models.files import check_model_folder
 from dpo_scale.models.load import load_causal_lm, load_tokenizers
 from dpo_scale.models.scorer import PairScorer
+from dpo_scale.progress import progress
 from dpo_scale.sealed_folder import write_manifest
 
 RESULTS = {"before": {"loss": 0.69, "rewards/margins": 0.0}, "after": {"loss": 0.5, "rewards/margins": 0.25}}
@@ -55,6 +57,18 @@ def test_dropout_and_sampling_settings_are_those_of_the_start(tmp_path):
     assert AutoConfig.from_pretrained(folder).resid_pdrop == 0.25
     saved = GenerationConfig.from_pretrained(folder)
     assert (saved.temperature, saved.do_sample, saved.eos_token_id) == (0.6, True, [2, 1])
+
+
+def test_each_shard_that_is_written_synced_and_read_back_is_activity(tmp_path, monkeypatch):
+    start = save_model(tmp_path / "start")
+    counts = [progress().activity]
+    for name, size in (("whole", "5GB"), ("sharded", "20KB")):
+        monkeypatch.setattr(dpo_scale.export, "MAX_SHARD_SIZE", size)
+        export(start, tmp_path / name)
+        counts.append(progress().activity)
+    shards = len(list((tmp_path / "sharded/model").glob("*.safetensors")))
+    whole, sharded = (after - before for before, after in zip(counts, counts[1:], strict=False))
+    assert shards > 2 and sharded - whole >= 3 * (shards - 1)
 
 
 def test_an_earlier_model_is_replaced_whole(tmp_path):

@@ -61,7 +61,7 @@ class Case:
     def fused(self, leaves, **options):
         alpha = self.settings.ld_alpha
         weights = None if alpha is None else ld_token_weights(self.segments, self.pairs, self.lengths, alpha)
-        pair_loss = PairLoss(self.segments, self.pairs, self.loss_of_sums, weights)
+        pair_loss = PairLoss(self.segments, self.lengths.sum(1).tolist(), self.loss_of_sums, weights)
         return fused_pair_loss(
             leaves[0], leaves[1], self.targets, pair_loss, bias=leaves[2], **self.transform, **options
         )

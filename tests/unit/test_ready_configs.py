@@ -1,0 +1,79 @@
+"""The ready configs load, and the memory that their comments compute is what their formulas and settings give."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_scale.config import load_config
+from dpo_scale.deepspeed_config import MOST_BUCKET_ELEMENTS, policy_deepspeed_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+WITH_MEMORY = [path for path in CONFIGS if path.name.startswith("llama")]
+PARAMETERS = {"8B": 8_030_261_248, "70B": 70_553_706_496}  # Llama-3.1's
+SHAPES = {"8B": {"L": 32, "H": 4096, "V": 128256, "F": 14336}, "70B": {"L": 80, "H": 8192, "V": 128256}}
+
+
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)  # they name files from there
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_ready_config_loads_and_leaves_the_attention_to_the_machine(path):
+    config = load_config(path)
+    assert config.model.attn_implementation is None
+    assert f"configs/{path.name}" in (ROOT / "README.md").read_text()
+    for file in re.findall(r"--config (configs/\S+)", path.read_text()):
+        assert file == f"configs/{path.name}"
+
+
+@pytest.mark.parametrize("path", WITH_MEMORY, ids=lambda path: path.stem)
+def test_configs_for_gpus_count_their_micro_batches_in_tokens_and_offload_to_pinned_memory(path):
+    config = load_config(path)
+    assert config.train.max_tokens_per_micro_batch == 16384 and config.data.max_length <= 2048
+    zero = policy_deepspeed_config(config, 4, "cuda")["zero_optimization"]
+    offloaded = [zero[name] for name in ("offload_optimizer", "offload_param") if name in zero]
+    assert offloaded == ([{"device": "cpu", "pin_memory": True}] if "70b" in path.stem else [])
+
+
+@pytest.mark.parametrize("path", WITH_MEMORY, ids=lambda path: path.stem)
+def test_the_memory_in_a_comment_is_what_its_formulas_give(path):
+    text, config = path.read_text(), load_config(path)
+    size = re.search(r"(\d+B)-Instruct", config.model.path).group(1)
+    (symbols,) = re.findall(r"^# (N=.*)$", text, re.MULTILINE)
+    values = {name: float(value) for name, value in (item.split("=") for item in symbols.split())}
+    assert values["N"] == pytest.approx(PARAMETERS[size], rel=1e-3)
+    assert values["T"] == config.train.max_tokens_per_micro_batch
+    assert all(values[name] == number for name, number in SHAPES[size].items() if name in values)
+    if "A" in values:  # r rows in and r columns out of seven matrices of each layer
+        hidden, width, key_value = values["H"], values["F"], 1024
+        ends = 2 * (hidden + hidden) + 2 * (hidden + key_value) + 3 * (hidden + width)
+        assert values["A"] == pytest.approx(config.lora.r * ends * values["L"], rel=1e-3)
+    zero = policy_deepspeed_config(config, 4, "cuda")["zero_optimization"]
+    if "B" in values:
+        assert values["B"] == zero.get("reduce_bucket_size", MOST_BUCKET_ELEMENTS)
+        assert values["B"] == zero.get("stage3_prefetch_bucket_size", values["B"])
+    assert zero.get("stage3_max_live_parameters", 1e9) == 1e9  # as the formula has it
+
+    values["sum"] = 0.0
+    rows = re.findall(r"^# +([\d.]+)  (\S.*?)  +(\S.*)$", text, re.MULTILINE)
+    assert len(rows) >= 7
+    for said, formula, about in rows:
+        number = eval(formula, {"__builtins__": {}}, values)
+        assert number / 1e9 == pytest.approx(float(said), abs=0.06), (formula, about)
+        values["sum"] += number
+        if "sum" in formula:
+            assert number / 1e9 < float(re.match(r"of (\d+) GB", about).group(1))
+            values["sum"] = 0.0  # of the hosts, from here on
+
+
+def test_the_zero_3_variant_fits_four_gpus_as_its_comment_says():
+    text = (ROOT / "configs" / "llama-3.1-8b-zero3.yaml").read_text()
+    said, total = (
+        float(re.search(pattern, text).group(1)) for pattern in (r"on 4 GPUs ([\d.]+)", r"([\d.]+)  1\.05 \*")
+    )
+    assert said == pytest.approx(total + 1.05 * 18 * PARAMETERS["8B"] / 8 / 1e9, abs=0.1)
