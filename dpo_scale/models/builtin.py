@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_scale.cache_folder import cache_folder
+from dpo_scale.disk.cache import cache_folder
 from dpo_scale.errors import ModelError
 
 PREFIX = "builtin:"

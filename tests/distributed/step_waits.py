@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from dpo_scale import engine, trainer
-from dpo_scale.cli import run
-from dpo_scale.config import load_config
 from dpo_scale.data.layout import PairBatch
+from dpo_scale.distributed import engine
+from dpo_scale.run.cli import run
+from dpo_scale.settings.tree import load_config
+from dpo_scale.training import loop as trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from emulated_cuda import EmulatedCuda  # noqa: E402

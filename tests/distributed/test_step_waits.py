@@ -29,9 +29,9 @@ RUNS = {
     ],
 }  # fmt: skip
 # The one wait: everything that the step has given the device is done when it returns.
-METRICS_ARE_READ = ("tolist", "dpo_scale/metrics.py: read")
+METRICS_ARE_READ = ("tolist", "dpo_scale/observe/metrics.py: read")
 # At stage 0 the norm decides whether the weights may change, and DeepSpeed has none to ask.
-NORM_IS_READ = ("item", "dpo_scale/engine.py: optimizer_step")
+NORM_IS_READ = ("item", "dpo_scale/distributed/engine.py: optimizer_step")
 # What DeepSpeed 0.19.8 adds in the optimizer step, and at stage 3 in passes.
 OF_NORMS = {
     ("item", "deepspeed/runtime/utils.py: is_invalid_grad_norm"),

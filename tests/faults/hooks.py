@@ -15,7 +15,7 @@ from pathlib import Path
 
 def _during_saves(before: Callable[[], object], after: Callable[[], object], number: int) -> None:
     """Call `before()` and `after()` around the `number`th save of this process."""
-    from dpo_scale import trainer
+    from dpo_scale.training import loop as trainer
 
     real, count = trainer.save_checkpoint, 0
 
@@ -51,7 +51,9 @@ class HoldSteps:
     released: Path | None = None
 
     def __call__(self, rank: int) -> None:
-        from dpo_scale import engine, preemption, trainer
+        from dpo_scale.distributed import engine
+        from dpo_scale.run import preemption
+        from dpo_scale.training import loop as trainer
 
         real, started = trainer.train_step, 0
 
@@ -79,7 +81,7 @@ class HoldSaves:
     released: Path
 
     def __call__(self, rank: int) -> None:
-        from dpo_scale import trainer
+        from dpo_scale.training import loop as trainer
 
         real = trainer.save_checkpoint
 
@@ -175,8 +177,8 @@ class DiskFull:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale import trainer
         from dpo_scale.reference import shard
+        from dpo_scale.training import loop as trainer
 
         if self.during == "save":
             limited = _files_no_larger_than(self.limit_bytes)
@@ -202,7 +204,7 @@ class HangAtStep:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale import trainer
+        from dpo_scale.training import loop as trainer
 
         real = trainer.train_step
 
@@ -224,7 +226,7 @@ class SlowDisk:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale import trainer
+        from dpo_scale.training import loop as trainer
 
         real_sync, real_save, slowest = os.fsync, trainer.save_checkpoint, 0.0
 
@@ -257,7 +259,8 @@ class NoticeInEvaluation:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale import preemption, trainer
+        from dpo_scale.run import preemption
+        from dpo_scale.training import loop as trainer
 
         real, count = trainer.evaluate, 0
 
@@ -289,7 +292,7 @@ class BadNumbers:
             return
         import torch
 
-        from dpo_scale import trainer
+        from dpo_scale.training import loop as trainer
 
         at = {"step": 0}
         real_step, real_losses = trainer.train_step, trainer.pair_losses

@@ -53,9 +53,9 @@ def train_rank(rank: int, ranks: int, port: int, settings: list[str], log: Path,
     torch.set_num_threads(1)
     if fault is not None:
         fault(rank)
-    from dpo_scale.cli import run
-    from dpo_scale.config import load_config
-    from dpo_scale.trainer import train
+    from dpo_scale.run.cli import run
+    from dpo_scale.settings.tree import load_config
+    from dpo_scale.training.loop import train
 
     run(lambda: train(load_config(None, settings, resume="auto"), resume="auto") and None)
 
@@ -69,7 +69,7 @@ class Forks:
             fault: called with the rank in each fork, before the run; must be picklable.
         """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "deepspeed", "transformers", "datasets", "dpo_scale.trainer"])
+        context.set_forkserver_preload(["torch", "deepspeed", "transformers", "datasets", "dpo_scale.training.loop"])
         port = free_port()
         self.log = folder / "output.txt"
         self.log.unlink(missing_ok=True)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dpo_scale.config import load_config
-from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.deepspeed import policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.settings.tree import load_config
 
 MINIMAL = ["model.path=some/model", "data.train=pairs.jsonl"]
 
@@ -163,7 +163,7 @@ def test_bf16_optimizer_states_are_the_same_setting_here_and_in_a_users_file(tmp
 def test_engines_are_made_for_the_device_that_they_run_on(tmp_path, monkeypatch):
     import torch
 
-    from dpo_scale import engine
+    from dpo_scale.distributed import engine
     from dpo_scale.models import load as loading
 
     class LoadsNoWeights(Exception):

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
-from dpo_scale.evaluation import pair_losses
-from dpo_scale.loss_settings import LossSettings
 from dpo_scale.models.attention import use_attention
 from dpo_scale.models.scorer import PairScorer
+from dpo_scale.settings.loss import LossSettings
+from dpo_scale.training.evaluate import pair_losses
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built() or torch.cuda.is_available(),

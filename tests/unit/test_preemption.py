@@ -11,13 +11,13 @@ import pytest
 from faults.rig import is_alive
 from tiny import ROOT
 
-from dpo_scale.preemption import EXIT_PREEMPTED
+from dpo_scale.run.preemption import EXIT_PREEMPTED
 
 START = """
 import os, sys, threading, time
 from pathlib import Path
-from dpo_scale import preemption
-from dpo_scale.cli import run
+from dpo_scale.run import preemption
+from dpo_scale.run.cli import run
 folder = Path(sys.argv[1])
 
 def ready():

@@ -17,10 +17,10 @@ from tokenizers_for_tests import CHATML, byte_level, metaspace
 from dpo_scale.data import cache as cache_module
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.schemas import columns_of, to_preference
-from dpo_scale.data.settings import DataSettings, SourceSettings
 from dpo_scale.data.sources import RowProblem
 from dpo_scale.data.tokenize import Dropped, PairTokenizer, load_tokenizer, pair_key
 from dpo_scale.errors import ConfigError, DataError, ModelError
+from dpo_scale.settings.data import DataSettings, SourceSettings
 
 UNCUT = DataSettings(max_length=None, max_prompt_length=None)
 
