@@ -64,8 +64,9 @@ from dpo_scale.run.folder import agree_on_run_dir
 from dpo_scale.run.rank_files import this_process
 from dpo_scale.run.watchdog import Watchdog, unmark_lost
 from dpo_scale.settings.tree import CONFIG_FILE, Config
-from dpo_scale.training.evaluate import evaluate, pair_losses, takes_loss_by_pair
+from dpo_scale.training.evaluate import evaluate
 from dpo_scale.training.learning_rate import learning_rate
+from dpo_scale.training.objective import Objective, choose_objective
 from dpo_scale.training.plan import MicroStep, Planner, make_planner, micro_steps_of_run
 from dpo_scale.training.run_identity import identity_of
 
@@ -183,14 +184,14 @@ def train_in(
         if engine.is_main():
             config.save(run_dir / CONFIG_FILE)
 
-    by_pair, reason = takes_loss_by_pair(config, policy)
-    engine.log(f"loss and gradient {'pair by pair' if by_pair else 'by way of log-probs'}: {reason}")
+    loss_of, reason = choose_objective(config, policy)
+    engine.log(f"loss and gradient {reason}")
     run = Run(
         config,
         run_dir,
         policy,
         reference,
-        by_pair,
+        loss_of,
         tokenizer,
         schedule,
         total_steps,
@@ -236,7 +237,7 @@ class Run:
     run_dir: Path
     policy: Any
     reference: Any
-    by_pair: bool  # loss and gradient are taken pair by pair
+    loss_of: Objective
     tokenizer: Any
     schedule: Schedule
     total_steps: int
@@ -358,13 +359,8 @@ def train_step(
                 values.score(scored.to(engine.device()))
             batch = values.attach(batch)
         with timer.phase("forward"):
-            total, losses, metrics = pair_losses(
-                run.policy,
-                batch,
-                loss_settings,
-                plan.mean_chosen_tokens,
-                micro.pairs_of_ranks,
-                by_pair=run.by_pair,
+            total, losses, metrics = run.loss_of(
+                run.policy, batch, loss_settings, plan.mean_chosen_tokens, micro.pairs_of_ranks
             )
             sums.add({"loss": losses, **metrics}, batch.weights)
             seen.append((batch.row_ids, losses.detach()))

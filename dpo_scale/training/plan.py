@@ -15,7 +15,7 @@ from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, 
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.distributed import engine
 from dpo_scale.settings.tree import Config
-from dpo_scale.training.evaluate import load_batch
+from dpo_scale.training.batches import load_batch
 
 # Steps whose plans are summed up at the start of a run.
 STEPS_DESCRIBED = 100

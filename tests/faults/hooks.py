@@ -295,21 +295,26 @@ class BadNumbers:
         from dpo_scale.training import loop as trainer
 
         at = {"step": 0}
-        real_step, real_losses = trainer.train_step, trainer.pair_losses
+        real_step, real_choice = trainer.train_step, trainer.choose_objective
 
         def train_step(run, state, *more):
             at["step"] = state.step + 1
             return real_step(run, state, *more)
 
-        def pair_losses(*arguments, **keywords):
-            total, losses, metrics = real_losses(*arguments, **keywords)
-            if at["step"] in self.steps:
-                if self.what == "loss":
-                    # a loss without gradient, so that only its value can tell
-                    total, losses = total.detach() * 0.0 + 0.0 * total + float("nan"), losses * float("nan")
-                else:
-                    total = total + InfiniteGradient.apply(total)
-            return total, losses, metrics
+        def choose_objective(config, policy):
+            loss_of, reason = real_choice(config, policy)
+
+            def broken(*arguments):
+                total, losses, metrics = loss_of(*arguments)
+                if at["step"] in self.steps:
+                    if self.what == "loss":
+                        # a loss without gradient, so that only its value can tell
+                        total, losses = total.detach() * 0.0 + 0.0 * total + float("nan"), losses * float("nan")
+                    else:
+                        total = total + InfiniteGradient.apply(total)
+                return total, losses, metrics
+
+            return broken, reason
 
         class InfiniteGradient(torch.autograd.Function):
             @staticmethod
@@ -320,4 +325,4 @@ class BadNumbers:
             def backward(ctx, gradient):
                 return gradient * float("inf")
 
-        trainer.train_step, trainer.pair_losses = train_step, pair_losses
+        trainer.train_step, trainer.choose_objective = train_step, choose_objective
