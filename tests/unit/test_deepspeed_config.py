@@ -171,11 +171,11 @@ def test_engines_are_made_for_the_device_that_they_run_on(tmp_path, monkeypatch)
 
     made = []
 
-    def stop(config, source, deepspeed_config, choice):
+    def stop(deepspeed_config):
         made.append(deepspeed_config["zero_optimization"]["offload_param"]["pin_memory"])
         raise LoadsNoWeights
 
-    monkeypatch.setattr(loading, "_load_for", stop)
+    monkeypatch.setattr(engine, "partitioned_loading", stop)
     monkeypatch.setattr(loading, "settle_layout", lambda config: None)
     options = ["deepspeed.stage=3", "deepspeed.offload_param=cpu", "reference.stage=3", "reference.offload_param=cpu"]
     config = load(tmp_path, None, *options)
