@@ -66,7 +66,7 @@ prepare_environment() { # $1: the extras to install, e.g. "quickstart"; afterwar
     local extras=$1 python stamp wanted
     stage "Python environment in $VENV"
     if ! usable_python "$VENV/bin/python"; then
-        python=$(find_python)
+        python=$(find_python) || exit # it has said why
         "$python" -m venv --clear "$VENV"
         note "made with $("$python" --version) ($python)"
     fi

@@ -130,7 +130,7 @@ def test_quickstart_names_what_is_missing_when_there_is_no_usable_python(tmp_pat
     fake = fake_python(tmp_path / "python", version)
     result = start_quickstart(tmp_path, PYTHON=str(fake))
     assert result.returncode == 1
-    assert f"error: PYTHON={fake} is not Python 3.10 to 3.14 with the venv module\n" in result.stderr
+    assert result.stderr == f"error: PYTHON={fake} is not Python 3.10 to 3.14 with the venv module\n"
 
 
 @pytest.mark.parametrize("version", PYTHONS)
@@ -140,8 +140,10 @@ def test_quickstart_takes_every_python_that_the_package_allows(tmp_path, version
 
 
 def test_quickstart_looks_for_a_python_that_will_do(tmp_path):
-    for name, version in {"python3": "3.9", "python3.14": None, "python3.13": "3.13", "python3.12": "3.12"}.items():
-        fake_python(tmp_path / name, version)
+    for version in PYTHONS:
+        fake_python(tmp_path / f"python{version}", version if version != "3.14" else None)
+    fake_python(tmp_path / "python3", "3.9")
+    fake_python(tmp_path / "python", "3.10")
     result = start_quickstart(tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin")
     assert result.returncode == 13, result.stderr
 
