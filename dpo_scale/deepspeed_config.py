@@ -179,8 +179,12 @@ def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) 
 
 MOST_BUCKET_ELEMENTS = 200_000_000
 MOST_LIVE = "stage3_max_live_parameters"
-_COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {("steps_per_print",): 10**9}
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # DeepSpeed's names
+_COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {
+    ("steps_per_print",): 10**9,
+    # from the third step on it would have the host wait for the device before every forward pass
+    ("timers", "throughput", "enabled"): False,
+}
 _OPTIMIZER_KEYS = {
     "lr": "train.learning_rate",
     "weight_decay": "train.weight_decay",

@@ -191,6 +191,6 @@ def test_policy_and_reference_are_loaded_with_liger_alike(liger, tmp_path):
     for start in (lambda: loading.load_policy(config, 1), lambda: loading.load_reference(config)):
         liger.setattr(engine, "initialize_policy", lambda scorer, *others: scorer)
         liger.setattr(engine, "initialize_reference", lambda scorer, *others: scorer)
-        liger.setattr(loading, "check_layout", lambda *others: None)
+        liger.setattr(loading, "prove_layout", lambda *others: None)
         start()
     assert taken == [("LlamaForCausalLM", True)] * 2
