@@ -79,7 +79,10 @@ class LossSettings:
     f_alpha_divergence_coef: alpha of `f_divergence: alpha`.
     ld_alpha: LD-DPO's weight of tokens beyond the shorter completion's length; absent: all weigh 1.
     use_weighting: WPO's weighting of pairs by how likely the policy itself was to write them.
-    discopop_tau, simpo_gamma, orpo_lambda, cpo_alpha: settings of the loss that each is named after.
+    discopop_tau: DiscoPOP's temperature of the blend of its two losses.
+    simpo_gamma: SimPO's margin between the mean log-probs of chosen and rejected, times beta.
+    orpo_lambda: ORPO's weight of the odds ratio beside the likelihood of the chosen completion.
+    cpo_alpha: CPO's weight of the likelihood of the chosen completion.
     """
 
     loss_type: str | list[str] = "sigmoid"
