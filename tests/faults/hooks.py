@@ -1,4 +1,4 @@
-"""Faults that are patched into a rank before it runs; instances are sent to the forks, so they are picklable."""
+"""Faults, and what holds a run still for one: patched into a rank before it runs, pickled on their way there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import builtins
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,66 @@ def _during_saves(before: Callable[[], object], after: Callable[[], object], num
             after()
 
     trainer.save_checkpoint = save_checkpoint
+
+
+HOLD_SECONDS = 60  # a bound for what a test has to do by then
+
+
+@dataclass(frozen=True)
+class HoldSteps:
+    """The ranks do some steps and no more until one of them was told to stop: no signal comes after a run's end.
+
+    How fast the machine is then decides only whether the signal falls into one of those steps or meets ranks that wait.
+
+    Attributes:
+        after: how many steps a process does before it is held.
+        released: lets the ranks go on too, once it exists; None if only a notice or a kill does.
+    """
+
+    after: int
+    released: Path | None = None
+
+    def __call__(self, rank: int) -> None:
+        from dpo_scale import engine, preemption, trainer
+
+        real, started = trainer.train_step, 0
+
+        def train_step(*arguments, **keywords):
+            nonlocal started
+            started += 1
+            if started == self.after + 1:
+                until = time.monotonic() + HOLD_SECONDS
+                # asked together, so that all go on at the same step
+                while not any(engine.gather_objects(preemption.was_noticed() or self._is_released())):
+                    assert time.monotonic() < until, f"nothing came within {HOLD_SECONDS} s"
+                    time.sleep(0.01)
+            return real(*arguments, **keywords)
+
+        trainer.train_step = train_step
+
+    def _is_released(self) -> bool:
+        return self.released is not None and self.released.exists()
+
+
+@dataclass(frozen=True)
+class HoldSaves:
+    """No rank begins a save before a file exists."""
+
+    released: Path
+
+    def __call__(self, rank: int) -> None:
+        from dpo_scale import trainer
+
+        real = trainer.save_checkpoint
+
+        def save_checkpoint(*arguments, **keywords):
+            until = time.monotonic() + HOLD_SECONDS
+            while not self.released.exists():
+                assert time.monotonic() < until, f"{self.released} was not made within {HOLD_SECONDS} s"
+                time.sleep(0.01)
+            return real(*arguments, **keywords)
+
+        trainer.save_checkpoint = save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -141,8 +202,6 @@ class HangAtStep:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        import time
-
         from dpo_scale import trainer
 
         real = trainer.train_step
@@ -165,8 +224,6 @@ class SlowDisk:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        import time
-
         from dpo_scale import trainer
 
         real_sync, real_save, slowest = os.fsync, trainer.save_checkpoint, 0.0
