@@ -23,12 +23,12 @@ class SourceSettings:
 
     path: str = ""  # file, glob, folder, hub name, or `builtin:NAME`
     name: str | None = None  # a hub data set's subset ("config")
-    split: str = "train"  # of a hub data set or a saved `DatasetDict`
-    schema: Schema = "auto"
+    split: str = "train"  # the split of a hub data set or of a saved `DatasetDict`
+    schema: Schema = "auto"  # what a row looks like; auto: as data.schema says
     weight: float = 1.0  # times that each pair appears in an epoch; 0.5 is a seeded half of the pairs
-    prompt_column: str | None = None
-    chosen_column: str | None = None
-    rejected_column: str | None = None
+    prompt_column: str | None = None  # the file's name for `prompt`; null: data.prompt_column
+    chosen_column: str | None = None  # the file's name for `chosen`; null: data.chosen_column
+    rejected_column: str | None = None  # the file's name for `rejected`; null: data.rejected_column
 
     @classmethod
     def parse(cls, value: Any) -> SourceSettings:
@@ -59,23 +59,23 @@ class DataSettings:
     loses the end of turn.
     """
 
-    train: list[SourceSettings] = field(default_factory=list)
-    eval: list[SourceSettings] = field(default_factory=list)
-    eval_fraction: float = 0.0  # held out of train by a hash of the prompt: a growing file moves no pair across
-    schema: Schema = "auto"
+    train: list[SourceSettings] = field(default_factory=list)  # sources of training pairs
+    eval: list[SourceSettings] = field(default_factory=list)  # sources of held-out pairs
+    eval_fraction: float = 0.0  # share held out of train by a hash of the prompt: a growing file moves no pair across
+    schema: Schema = "auto"  # what a row looks like; auto: detected and reported
     prompt_column: str | None = None  # the file's name for `prompt` (or for `conversations`, in ShareGPT files)
-    chosen_column: str | None = None
-    rejected_column: str | None = None
-    chat_template: str | None = None  # null: the tokenizer's, else plain text; "none"; a jinja file; a template
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
-    max_length: int | None = 1024  # prompt and longer completion
-    max_prompt_length: int | None = None  # null: half of max_length
-    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    on_bad_row: Literal["error", "skip"] = "error"
+    chosen_column: str | None = None  # the file's name for `chosen`
+    rejected_column: str | None = None  # the file's name for `rejected`
+    chat_template: str | None = None  # a jinja file or its text; none: plain text; null: the tokenizer's
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of the template: {enable_thinking: false}
+    max_length: int | None = 1024  # tokens of the prompt and the longer completion; null: no limit
+    max_prompt_length: int | None = None  # tokens of the prompt; null: half of max_length
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"  # what is kept of a prompt that is too long
+    overlong: Literal["truncate", "drop", "error"] = "truncate"  # what becomes of a pair that is still too long
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: leave bad rows out and list them in bad_rows.jsonl
     num_proc: int | None = None  # tokenizing processes; null: one for small data, else one a core
-    cache_dir: str | None = None  # null: $DPO_SCALE_CACHE, else ~/.cache/dpo_scale
-    layout: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"  # of tokens in a forward pass
+    cache_dir: str | None = None  # folder of tokenized data; null: $DPO_SCALE_CACHE, else ~/.cache/dpo_scale
+    layout: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"  # how pairs become rows of a forward pass
 
     def for_source(self, source: SourceSettings) -> SourceSettings:
         """The source with the section's schema and columns where it names none itself."""

@@ -71,15 +71,18 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 class LossSettings:
     """The `loss:` section of a config. Formulas: the functions of `dpo_scale.losses`.
 
-    loss_type: a name of `LOSSES`, or a list of them for a weighted sum.
-    loss_weights: one weight per loss of the list, 1.0 each if absent.
+    loss_type: name of a loss (`LOSSES`), or a list of names for a weighted sum.
+    loss_weights: one weight per loss of the list; null: 1.0 each.
     beta: strength of the pull towards the reference; scales the logged rewards too.
     label_smoothing: assumed share of swapped labels (sigmoid, robust, exo_pair, aot, aot_unpaired).
-    f_divergence: divergence from the reference, one of `F_DIVERGENCES`; for losses of D.
+    f_divergence: divergence from the reference: reverse_kl, forward_kl, js or alpha; for losses of D.
     f_alpha_divergence_coef: alpha of `f_divergence: alpha`.
-    ld_alpha: LD-DPO's weight of tokens beyond the shorter completion's length; absent: all weigh 1.
+    ld_alpha: LD-DPO's weight of tokens beyond the shorter completion's length; null: all weigh 1.
     use_weighting: WPO's weighting of pairs by how likely the policy itself was to write them.
-    discopop_tau, simpo_gamma, orpo_lambda, cpo_alpha: settings of the loss that each is named after.
+    discopop_tau: DiscoPOP's temperature of the blend of its two losses.
+    simpo_gamma: SimPO's margin between the mean log-probs of chosen and rejected, times beta.
+    orpo_lambda: ORPO's weight of the odds ratio beside the likelihood of the chosen completion.
+    cpo_alpha: CPO's weight of the likelihood of the chosen completion.
     """
 
     loss_type: str | list[str] = "sigmoid"

@@ -67,16 +67,16 @@ class ModelSettings:
     """The policy: which weights, in what precision, how its activations are kept."""
 
     path: str = ""  # Hugging Face folder, hub id, or `builtin:` name
-    revision: str | None = None
-    tokenizer: str | None = None  # folder or hub id; the model's own if null
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    attn_implementation: str | None = None  # eager, sdpa, flash_attention_2, varlen_attention, ...
-    gradient_checkpointing: bool = False
-    gradient_checkpointing_offload: bool = False  # keep what it keeps in host memory
+    revision: str | None = None  # branch, tag or commit of a hub id
+    tokenizer: str | None = None  # folder or hub id; null: the model's own
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the weights in a forward pass
+    attn_implementation: str | None = None  # null: the run chooses; else sdpa, flash_attention_2, ...
+    gradient_checkpointing: bool = False  # keep only the layers' inputs; compute activations again in the backward pass
+    gradient_checkpointing_offload: bool = False  # keep those inputs in host memory
     compile: bool = False  # torch.compile of the layers
     liger: bool | Literal["auto"] = "auto"  # Liger's RMSNorm, rotary embedding, SwiGLU; auto: where they can be had
-    disable_dropout: bool = True
-    trust_remote_code: bool = False
+    disable_dropout: bool = True  # of the model itself; lora.dropout is apart
+    trust_remote_code: bool = False  # run Python code that lies in the model's folder
 
     def validate(self) -> None:
         _check(bool(self.path), "model.path", self.path, "a model folder, hub id or builtin: name")
@@ -104,20 +104,20 @@ class ModelSettings:
 class ReferenceSettings:
     """The frozen model that log-ratios are taken against; independent of the policy's ZeRO stage."""
 
-    # a second model; stored values; the policy with its adapter off; the data's columns ref_*_logps
+    # live: a second model; store: stored values; adapter: the policy with its adapter off; columns: the data's own
     mode: Literal["live", "store", "adapter", "columns"] = "live"
-    model: str | None = None  # null: the policy's initial weights, lora.adapter among them
-    revision: str | None = None
-    adapter: str | None = None  # a LoRA adapter that the reference wears; none: without lora.adapter
+    model: str | None = None  # folder or hub id; null: the policy's initial weights, lora.adapter among them
+    revision: str | None = None  # branch, tag or commit of reference.model
+    adapter: str | None = None  # the reference's LoRA adapter; none: without lora.adapter
     stage: Literal[0, 3] = 0  # 0: a copy on each rank; 3: sharded over the ranks
-    offload_param: Literal["none", "cpu"] = "none"
+    offload_param: Literal["none", "cpu"] = "none"  # cpu: weights in host memory; needs reference.stage 3
     store: str | None = None  # folder of the reference store; null: one in the cache folder, for all runs
-    on_missing: Literal["compute", "error"] = "compute"  # mode store: rows that the store does not have
+    on_missing: Literal["compute", "error"] = "compute"  # mode store: what becomes of rows that the store lacks
     verify: int = 8  # modes store, columns: rows that are computed again at the start and compared; 0: none
-    verify_with_model: bool = False  # load the reference for that where the policy starts from elsewhere
+    verify_with_model: bool = False  # load the reference to verify, where the policy does not start from it
     max_tokens_per_micro_batch: int = 16384  # token slots of a pass, in a step or filling the store
-    seconds_per_shard: float = 60.0  # a rank puts what it computed on the disk so often: what a kill can cost
-    sync_steps: int | None = None  # mode live: every so many steps the reference moves to the policy (TR-DPO)
+    seconds_per_shard: float = 60.0  # how often a rank saves what it computed: what a kill can cost
+    sync_steps: int | None = None  # mode live: steps between moves of the reference towards the policy (TR-DPO)
     sync_mixup: float = 1.0  # share of the policy in the moved reference; 1 replaces it
 
     def validate(self) -> None:
@@ -168,9 +168,9 @@ class LoraSettings:
 
     r: int | None = None  # rank of a new adapter; null: train all weights
     alpha: float = 16.0  # a new adapter's updates are scaled by alpha / r
-    target_modules: str | list[str] = "all-linear"  # of a new adapter, by peft's names; never the output head
+    target_modules: str | list[str] = "all-linear"  # layers of a new adapter, by peft's names; never the head
     adapter: str | None = None  # instead of a new one: an existing adapter (folder or hub id) to train further
-    dropout: float = 0.0  # on what goes into the adapter, while training
+    dropout: float = 0.0  # on the adapter's input, while training
     merge: bool = True  # write model/ with the adapter merged into the weights; otherwise the adapter alone
 
     @property
@@ -193,8 +193,8 @@ class LoraSettings:
 class LogprobSettings:
     """How token log-probs are computed from hidden states (see `dpo_scale.logprobs`)."""
 
-    implementation: Literal["auto", "naive", "chunked", "triton"] = "auto"
-    pair_loss: Literal["auto", "fused", "tokens"] = "auto"  # in training: loss and gradient pair by pair, or log-probs
+    implementation: Literal["auto", "naive", "chunked", "triton"] = "auto"  # auto: the first that fits the device
+    pair_loss: Literal["auto", "fused", "tokens"] = "auto"  # fused: loss and gradient pair by pair
 
 
 @dataclass
@@ -204,32 +204,32 @@ class TrainSettings:
     global_batch_size: int = 64  # pairs an optimizer step sees, over all ranks and micro-steps
     micro_batch_size: int = 1  # pairs of one forward pass on one rank
     max_tokens_per_micro_batch: int | None = None  # instead: tokens of one forward pass, as data.layout computes them
-    eval_micro_batch_size: int | None = None  # pairs; null: as in training
-    num_train_epochs: float = 1.0
-    max_steps: int | None = None  # overrides num_train_epochs
+    eval_micro_batch_size: int | None = None  # pairs of one forward pass on held-out data; null: as in training
+    num_train_epochs: float = 1.0  # times that the training data is gone through
+    max_steps: int | None = None  # optimizer steps; overrides num_train_epochs
     drop_last: bool = False  # drop an epoch's last, incomplete global batch instead of using it
-    shuffle: bool = True
-    learning_rate: float = 1.0e-6
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
-    warmup_ratio: float = 0.0
-    warmup_steps: int | None = None  # overrides warmup_ratio
+    shuffle: bool = True  # a new order in each epoch, drawn from the seed
+    learning_rate: float = 1.0e-6  # the highest one, after the warm-up
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"  # how the rate falls after the warm-up
+    warmup_ratio: float = 0.0  # share of the steps over which the rate rises from 0
+    warmup_steps: int | None = None  # optimizer steps; overrides warmup_ratio
     min_lr_ratio: float = 0.0  # share of the learning rate left at the end of cosine and linear
-    optim: str = "adamw_torch"  # or the name of any DeepSpeed optimizer
+    optim: str = "adamw_torch"  # PyTorch's AdamW; or the name of any DeepSpeed optimizer
     optim_args: dict[str, Any] = field(default_factory=dict)  # further arguments of that optimizer
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1.0e-8
-    max_grad_norm: float = 1.0  # 0: no clipping
-    # what gradients are summed over the ranks in; null: what deepspeed.config says, else model.dtype
+    weight_decay: float = 0.0  # of matrices; norms and biases have none
+    adam_beta1: float = 0.9  # decay of Adam's mean of gradients
+    adam_beta2: float = 0.999  # decay of Adam's mean of squared gradients
+    adam_epsilon: float = 1.0e-8  # added to Adam's denominator
+    max_grad_norm: float = 1.0  # gradients are scaled down to this 2-norm; 0: no clipping
+    # dtype in which gradients are summed over the ranks; null: what deepspeed.config says, else model.dtype
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
-    seed: int = 42
-    eval_steps: int | None = None  # null: at the end only, if there is held-out data
-    eval_on_start: bool = False
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does to the run
-    max_nonfinite: int = 10  # such steps that `skip` leaves out in the whole run; one more stops it
-    max_hours: float | None = None  # stop, save and exit for a resume when the process is so old; null: no limit
-    hang_timeout_minutes: float | None = 20.0  # a rank without progress for so long ends the run; null: never
+    seed: int = 42  # of the order of pairs, fractions of sources, dropout and new adapters
+    eval_steps: int | None = None  # steps between evaluations; null: at the end only, if there is held-out data
+    eval_on_start: bool = False  # also evaluate before the first step
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave out a step that is not finite
+    max_nonfinite: int = 10  # steps that `skip` may leave out in the whole run; one more stops it
+    max_hours: float | None = None  # save and exit, to be resumed, after so many hours; null: no limit
+    hang_timeout_minutes: float | None = 20.0  # end a run without progress after so long; null: never
 
     def validate(self) -> None:
         for name in ("global_batch_size", "micro_batch_size"):
@@ -276,9 +276,9 @@ class TrainSettings:
 class DeepspeedSettings:
     """ZeRO stage and offloads; anything else of DeepSpeed's goes through `config`."""
 
-    stage: Literal[0, 1, 2, 3] | None = None  # null: what `config` says, else 2
-    offload_optimizer: Literal["none", "cpu"] | None = None  # null: what `config` says, else none
-    offload_param: Literal["none", "cpu"] | None = None
+    stage: Literal[0, 1, 2, 3] | None = None  # ZeRO stage; null: what `config` says, else 2
+    offload_optimizer: Literal["none", "cpu"] | None = None  # cpu: in host memory; null: what `config` says
+    offload_param: Literal["none", "cpu"] | None = None  # cpu: weights in host memory, at stage 3; null: as `config`
     # Adam's moments and the weights it updates in bf16, without fp32 copies; null: what `config` says, else false
     bf16_optimizer_states: bool | None = None
     config: str | dict[str, Any] | None = None  # a DeepSpeed JSON (path or mapping), merged with the settings
@@ -326,13 +326,13 @@ class DeepspeedSettings:
 class CheckpointSettings:
     """When a run's state is saved, what is kept, and which state becomes the final model."""
 
-    save_steps: int | None = None  # null: at the end only
-    save_at_end: bool = True
+    save_steps: int | None = None  # steps between checkpoints; null: at the end only
+    save_at_end: bool = True  # a checkpoint of the last step
     save_total_limit: int | None = 2  # newest checkpoints kept, beside the best one; null: all
     metric_for_best_model: str | None = None  # a metric of the held-out data, e.g. rewards/accuracies
-    greater_is_better: bool = True
+    greater_is_better: bool = True  # of metric_for_best_model; set it false for a loss
     load_best_model_at_end: bool = False  # write model/ from the best checkpoint, not from the last step
-    preempt_grace_seconds: float = 100.0  # from SIGTERM or SIGUSR1 to the end, whatever is unsaved then
+    preempt_grace_seconds: float = 100.0  # time to save after SIGTERM or SIGUSR1; then the run ends, saved or not
     allow_changes: list[str] = field(default_factory=list)  # settings that may differ from the checkpoint's on resume
 
     def validate(self) -> None:
@@ -356,12 +356,13 @@ class CheckpointSettings:
 class LoggingSettings:
     """Where the metrics go besides `metrics.jsonl`, which always gets every step."""
 
-    logging_steps: int = 1  # console lines and trackers; metrics.jsonl has every step
+    logging_steps: int = 1  # steps between console lines and trackers' entries; metrics.jsonl has every step
+    # metrics of a console line
     console_metrics: list[str] = field(
         default_factory=lambda: ["loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate"]
     )
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, mlflow, ... (accelerate's names)
-    project_name: str = "dpo_scale"
+    project_name: str = "dpo_scale"  # in the trackers
     progress_bar: bool = True  # only where the console is a terminal
     peak_tflops: float | None = None  # of one rank's device, for mfu; null: by the device's name, where it is known
 
@@ -384,7 +385,7 @@ class Config:
     deepspeed: DeepspeedSettings = field(default_factory=DeepspeedSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
-    output_dir: str | None = None
+    output_dir: str | None = None  # folder of the run; null: runs/<config name>-<time>
 
     def validate(self, *, for_training: bool = True) -> None:
         """Refuse impossible values, within sections and between them.
