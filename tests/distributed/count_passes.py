@@ -43,8 +43,8 @@ def main() -> None:
 
 
 def with_all_sharded(make):
-    def config_of(config):
-        made = make(config)
+    def config_of(*arguments):
+        made = make(*arguments)
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
