@@ -53,7 +53,7 @@ OF_DEEPSPEED = {
         # gathers that are under way are bounded
         ("event.synchronize", "deepspeed/runtime/zero/partitioned_param_coordinator.py: _fetch_sub_module_impl"),
         # when small weights, which stay whole, are gathered after they have changed
-        ("synchronize", "deepspeed/runtime/zero/partition_parameters.py: _allgather_params"),
+        ("synchronize", "deepspeed/runtime/zero/partition_parameters.py: _allgather_params_coalesced"),
     },
 }
 

@@ -96,9 +96,7 @@ def micro_step(backend, head, loss="sigmoid"):
     model.requires_grad_(False).get_output_embeddings().weight.requires_grad_(True)
     if backend != "padded":
         use_attention(model, backend)
-    return pair_losses(
-        PairScorer(model, implementation, layout), None, batch, LOSSES[loss], 13.0, (3,), by_pair=by_pair
-    )
+    return pair_losses(PairScorer(model, implementation, layout), batch, LOSSES[loss], 13.0, (3,), by_pair=by_pair)
 
 
 def assert_on_device(total, losses, metrics):

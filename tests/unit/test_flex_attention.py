@@ -50,7 +50,7 @@ def test_llama_3s_heads_lower_for_an_h100_at_every_length(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gpu", "cases"), [("8.0", 4), ("9.0", 7), ("10.0", 4)])
+@pytest.mark.parametrize(("gpu", "cases"), [("8.0", 3), ("9.0", 7), ("10.0", 2)])
 def test_other_heads_widths_windows_soft_caps_and_sinks_lower_and_compile(gpu, cases, tmp_path):
     """Those of today's models. The whole product: python tests/lower_flex_attention.py 9.0 --all --compile."""
     found = lower(tmp_path, gpu, "--cases", str(cases), "--compile")
@@ -58,11 +58,10 @@ def test_other_heads_widths_windows_soft_caps_and_sinks_lower_and_compile(gpu, c
     for case in found:
         check(case)
         assert max(case["shared"].values()) <= SHARED_MEMORY[gpu], case
-        # Blocks of the backward pass and of fp32 are torch's own choice: they spill nearly as much with a plain causal
-        # mask.
+        # for fp32 and wider heads blocks are torch's own choice, which spills as much with a plain causal mask
+        usual = case["dtype"] == "bfloat16" and case["width"] <= 128
         for name, spilled in case["spilled"].items():
-            forward = case["dtype"] == "bfloat16" and "backward" not in name
-            assert spilled <= (512 if forward else 2048 if case["width"] <= 128 else 4096), case
+            assert spilled <= (4096 if not usual else 1024 if "backward" in name else 128), case
 
 
 @pytest.mark.slow
