@@ -15,7 +15,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 # module -> what to ask pip for. Arrow has grown by a quarter since version 21, which datasets 4 still takes.
 WHEELS = {
     "xxhash": "xxhash", "datasets": "datasets<5", "pyarrow": "pyarrow<22", "pandas": "pandas",
@@ -55,8 +55,8 @@ def list_wheels(folder: Path | None) -> int:
     print(f"    pip download --no-deps --dest wheels {platform} {plain}")
     print("    DS_BUILD_OPS=0 pip wheel --no-deps --wheel-dir wheels deepspeed   # pure Python; its source needs torch")
     if folder:
-        print(f"\n{folder}: {total / 2**20:.1f} MiB of these, of at most {MOST_BYTES / 2**20:.0f}")
-        if total > MOST_BYTES:
+        print(f"\n{folder}: {total / 2**20:.1f} MiB of these, of at most {MAX_BYTES / 2**20:.0f}")
+        if total > MAX_BYTES:
             print(f"error: {folder}: too heavy to be carried in; leave out what the image has", file=sys.stderr)
             return 2
     return 0

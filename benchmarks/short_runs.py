@@ -50,7 +50,7 @@ from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
 PROJECT = Path(__file__).resolve().parents[1]
 WORKER_FILE = "job.json"
 # A rank's kernels add some sums in whatever order they finish (an embedding's gradient), so bf16 runs differ a little.
-MOST_APART = {"cpu": 0.0, "cuda": 2e-2}
+MAX_APART = {"cpu": 0.0, "cuda": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def finish(report: dict[str, Any], device: str) -> None:
         whole, resumed = (runs[name]["losses"] for name in ("uninterrupted", "resumed"))
         apart = max(abs(a - b) for a, b in zip(whole, resumed, strict=True))
         report["losses_apart"] = apart
-        if not apart <= MOST_APART[device]:
+        if not apart <= MAX_APART[device]:
             report["failed"] = f"losses of the resumed run are up to {apart:.3g} from the uninterrupted run's"
 
 

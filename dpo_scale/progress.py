@@ -1,10 +1,10 @@
 """What a process tells its watchdog: where it is, and that it works.
 
-Two counters, because two questions are asked. `beat` marks the places that every rank passes in the same order, so the
-ranks with the fewest beats are those that the others wait for. `note_activity` marks work that one rank may do while
-the others wait for it: writing, syncing and reading back a checkpoint, exporting the model, compacting the reference
-store. It says that something moves and nothing about who is behind. Both only count, so they may be called anywhere
-and as often as one likes; without a watchdog nobody looks.
+Two counters, because two questions are asked. `heartbeat` marks the places that every rank passes in the same order, so
+the ranks with the fewest beats are those that the others wait for. `note_activity` marks work that one rank may do
+while the others wait for it: writing, syncing and reading back a checkpoint, exporting the model, compacting the
+reference store. It says that something moves and nothing about who is behind. Both only count, so they may be called
+anywhere and as often as one likes; without a watchdog nobody looks.
 
 This module imports nothing of the package, so that the lowest layers can use it.
 """
@@ -36,7 +36,7 @@ _beats = _activity = _patience = 0
 _where = "start"
 
 
-def beat(where: str) -> None:
+def heartbeat(where: str) -> None:
     """This rank has come to a place that all ranks pass in the same order."""
     global _beats, _where
     _where = where
@@ -64,7 +64,7 @@ def patience(where: str) -> Iterator[None]:
     noticed all the same.
     """
     global _patience
-    beat(where)
+    heartbeat(where)
     _patience += 1
     try:
         yield

@@ -198,12 +198,12 @@ def import_values(arguments: argparse.Namespace, store: ReferenceStore) -> None:
     from dpo_scale.data.tokenize import PairTokenizer
     from dpo_scale.models.load import load_tokenizers, reference_source
     from dpo_scale.reference.exchange import import_columns
-    from dpo_scale.reference.fingerprint import fingerprint_model
+    from dpo_scale.reference.fingerprint import weights_fingerprint
     from dpo_scale.reference.numerics import imported_numerics
 
     config = _config(arguments)
     source = reference_source(config)
-    fingerprint = fingerprint_model(
+    fingerprint = weights_fingerprint(
         source.path,
         revision=source.revision,
         adapter=source.adapter,

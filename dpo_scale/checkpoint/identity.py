@@ -17,7 +17,7 @@ class Identity:
     """What a checkpoint is a checkpoint of.
 
     Attributes:
-        model: fingerprint of the architecture (`model_fingerprint`).
+        model: fingerprint of the architecture (`architecture_fingerprint`).
         data: fingerprint of the training pairs in order.
         settings: the settings that decide what the next step computes; a run resumes only with equal ones, but for
             those that `checkpoint.allow_changes` names.
@@ -35,7 +35,7 @@ class Identity:
     versions: dict[str, str]
 
 
-def model_fingerprint(model_config: Any) -> str:
+def architecture_fingerprint(model_config: Any) -> str:
     """A hash of a transformers config's architecture (sizes, vocabulary), without paths, versions and dtypes."""
     volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
     described = {

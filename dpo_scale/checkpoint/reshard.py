@@ -92,7 +92,7 @@ def divided_pieces(groups: Sequence[dict[str, torch.Size]], rank: int, world_siz
     return pieces
 
 
-def load_reshaped(policy: Any, path: Path, saved_ranks: int, saved_stage: int) -> None:
+def load_resharded(policy: Any, path: Path, saved_ranks: int, saved_stage: int) -> None:
     """Load weights, optimizer state and counters of a checkpoint of any layout. Every rank must call it.
 
     Args:

@@ -312,7 +312,7 @@ def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
         CheckpointError: if they do not fit the engine.
     """
     from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles
-    from dpo_scale.checkpoint.reshard import load_reshaped
+    from dpo_scale.checkpoint.reshard import load_resharded
 
     saved, stage = checkpoint.identity, policy.zero_optimization_stage()
     same_ranks = saved.world_size == engine.world_size() or stage == 0  # at stage 0 every rank has everything
@@ -321,7 +321,7 @@ def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path.name} was saved on {saved.world_size} ranks at stage {saved.stage}; "
             f"cutting it anew for {engine.world_size()} at stage {stage}"
         )
-        return load_reshaped(policy, checkpoint.path, saved.world_size, saved.stage)
+        return load_resharded(policy, checkpoint.path, saved.world_size, saved.stage)
     policy.checkpoint_engine = DeepspeedFiles()
     path = checkpoint.path
     loaded, _ = policy.load_checkpoint(str(path.parent), tag=path.name, custom_load_fn=_load_module)

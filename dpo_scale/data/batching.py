@@ -154,7 +154,7 @@ def regroup_for_forward(
 
     A rank's pairs, fillers among them, stay in the order in which its micro-batches hold them, so values come out in
     that order. Padded micro-batches are merged as wholes, and only while that adds little padding
-    (`MOST_ADDED_SLOTS`). All ranks make as many passes: one that needs fewer repeats its shortest pair at weight 0 in
+    (`MAX_ADDED_SLOTS`). All ranks make as many passes: one that needs fewer repeats its shortest pair at weight 0 in
     the others, which come last.
 
     Args:
@@ -182,7 +182,7 @@ def regroup_for_forward(
 
 # Merging padded micro-batches makes all rows as wide as the widest. This bounds what it may cost in computing, since a
 # pass less saves a replicated model next to nothing.
-MOST_ADDED_SLOTS = 1.25
+MAX_ADDED_SLOTS = 1.25
 
 
 def _merged(tokens: list[int], sizes: list[int], max_tokens: int, layout: str) -> list[int]:
@@ -202,7 +202,7 @@ def _merged(tokens: list[int], sizes: list[int], max_tokens: int, layout: str) -
     for pairs, slots_each in parts:
         added = pairs * slots_each
         together = (count + pairs) * max(widest, slots_each) if layout == "padded" else apart + added
-        if count and together <= min(max_tokens, MOST_ADDED_SLOTS * (apart + added)):
+        if count and together <= min(max_tokens, MAX_ADDED_SLOTS * (apart + added)):
             count, widest, apart = count + pairs, max(widest, slots_each), apart + added
             continue
         passes.append(count)

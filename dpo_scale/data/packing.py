@@ -110,12 +110,12 @@ def _even_runs(
     fits = np.maximum(1, max_tokens // (2 * widths[order])).tolist()
     pair_costs = costs[order].tolist()
 
-    def cut(most_cost: float) -> list[int]:
+    def cut(max_cost: float) -> list[int]:
         """Starts of runs of as many pairs as fit, all as wide, and about as costly, as the first."""
         starts, start = [], 0
         while start < len(order):
             starts.append(start)
-            start += max(1, int(min(fits[start], most_cost // pair_costs[start])))
+            start += max(1, int(min(fits[start], max_cost // pair_costs[start])))
         return starts
 
     starts = cut(float("inf"))

@@ -18,7 +18,7 @@ BATCHES_AHEAD = 8
 SECONDS_TO_END = 10.0
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """An iterator over `items` in their order, run by a thread that keeps at most `depth` of them waiting.
 
     An error of `items` is raised, itself, where the item would have come. A context manager: leaving it, for whatever
@@ -49,7 +49,7 @@ class Ahead(Generic[T]):
             raise error
         raise StopIteration
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(

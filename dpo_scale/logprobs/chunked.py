@@ -69,22 +69,22 @@ def chunked_token_logps(
     softcap: float | None,
     by_products: Sequence[str],
     tile_bytes: int | None = None,
-    most_held: int | None = None,
+    max_held: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Arguments, checked, and results as in `dpo_scale.logprobs.token_logps`.
 
-    tile_bytes bounds a tile, and most_held what is kept for the backward pass so as not to be computed again, beside
+    tile_bytes bounds a tile, and max_held what is kept for the backward pass so as not to be computed again, beside
     what is kept in the memory of the weight's gradient; with 0 nothing is. Where that memory is used, a second backward
     pass through the same graph is refused by autograd.
     """
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(hidden.device)
-    if most_held is None:
-        most_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
+    if max_held is None:
+        max_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
     mode = "direction" if trained == [True, False, False] else "hold" if any(trained) else "values"
     logps, *extras = _ChunkedTokenLogps.apply(
-        hidden, head_weight, bias, targets, logit_scale, softcap, tuple(by_products), tile_bytes, most_held, mode
+        hidden, head_weight, bias, targets, logit_scale, softcap, tuple(by_products), tile_bytes, max_held, mode
     )
     return logps, dict(zip(by_products, extras, strict=True))
 
@@ -95,8 +95,8 @@ class _Held:
     The first tokens in the memory of the weight's gradient; of the others the first tiles, as many as fit.
     """
 
-    def __init__(self, tiles: Tiles, gradient: Tensor | None, in_gradient: int, most_bytes: int) -> None:
-        self._tiles, self._gradient, self._first, self._bytes_left = tiles, gradient, in_gradient, most_bytes
+    def __init__(self, tiles: Tiles, gradient: Tensor | None, in_gradient: int, max_bytes: int) -> None:
+        self._tiles, self._gradient, self._first, self._bytes_left = tiles, gradient, in_gradient, max_bytes
         self.first_peaks = tiles.given.new_empty((len(tiles.vocabulary_runs), in_gradient), dtype=tiles.dtype)
         self.exponentials: list[Tensor] = []
         self.peaks: list[Tensor] = []
@@ -136,17 +136,17 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         softcap: float | None,
         by_products: tuple[str, ...],
         tile_bytes: int,
-        most_held: int,
+        max_held: int,
         mode: str,
     ) -> tuple[Tensor, ...]:
         with exact_bf16_products(hidden):
             gradient, in_gradient = None, 0
-            if mode == "hold" and ctx.needs_input_grad[1] and most_held and len(targets):
+            if mode == "hold" and ctx.needs_input_grad[1] and max_held and len(targets):
                 gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
                 in_gradient = min(rows_in(gradient, product_dtype(hidden)), len(targets))
             tiles = Tiles(hidden, weight, bias, logit_scale, softcap, tile_bytes, (in_gradient,))
             direction = HiddenDirection(tiles, targets) if mode == "direction" else None
-            held = _Held(tiles, gradient, in_gradient, most_held) if mode == "hold" else None
+            held = _Held(tiles, gradient, in_gradient, max_held) if mode == "hold" else None
             found = statistics(tiles, targets, by_products, keep=direction or held)
         if direction is not None:
             # bf16 has the range of fp32; in fp16 a direction of a near-certain token would be lost

@@ -21,14 +21,14 @@ which it becomes: two roundings of 16 bits instead of one, on single terms of su
 Cost. 3 passes of 2SHV flop, as naive, where a token path that keeps nothing makes 4. Bytes: e, 2SV in 16-bit training,
 written once, scaled once, read by two products. It needs no memory of its own for the first H tokens: their e lies in
 the memory of the weight's gradient, [V, H] as well, which has no value yet; each tile is copied out before its rows of
-dW are written. Further tokens come in chunks whose e takes at most `most_held`. Beside it there is one fp32 tile of
+dW are written. Further tokens come in chunks whose e takes at most `max_held`. Beside it there is one fp32 tile of
 logits and, on a CPU, one of the weight. A pair whose e fits neither is split: the logits of the tokens beyond are
 computed again once the loss is known, so it costs between 3 and 4 passes. A head that is not trained needs no e: the
 gradient's direction is summed in the one pass over the vocabulary (`tiles.HiddenDirection`): 2 passes.
 
 The weight's gradient is a sum over chunks. Each adds its product, summed in fp32, to the gradient in the weight's own
 dtype: one rounding a chunk, as gradient accumulation has one a micro-step, and no fp32 copy of [V, H], which is 2.1 GB
-for a head of 4096 x 128256. Beyond `MOST_ROUNDINGS` chunks the error of that would show (it grows with the root of
+for a head of 4096 x 128256. Beyond `MAX_ROUNDINGS` chunks the error of that would show (it grows with the root of
 their number), and so many tokens dwarf the copy: then the sum is fp32. In fp16, whose range gradients do not fit before
 the loss scale has come, both gradients are kept in fp32, and fp16 operands of the products are scaled to that range.
 """
@@ -59,7 +59,7 @@ from dpo_scale.logprobs.tiles import (
 from dpo_scale.losses import segment_sums
 
 # Measured: 14 chunks make the error 2.4 times that of one (0.4% of the norm), 40 make it 3.3 times.
-MOST_ROUNDINGS = 24
+MAX_ROUNDINGS = 24
 # What 1 becomes in fp16 operands: the smallest number is then 4e-12, and sums of two are still in range.
 FP16_ONE = 2.0**14
 
@@ -99,14 +99,14 @@ def fused_pair_loss(
     softcap: float | None = None,
     implementation: str = "auto",
     tile_bytes: int | None = None,
-    most_held: int | None = None,
+    max_held: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum of the pairs' losses, differentiable once in hidden, head_weight and bias, and their sums of log-probs.
 
     hidden, head_weight, targets, bias, logit_scale, softcap: as in `dpo_scale.logprobs.token_logps`.
     implementation: "chunked", or "triton" for bf16 and a head that is trained, see `triton_pair_loss`; "auto" takes the
         latter where it is for CUDA.
-    tile_bytes, most_held: bounds of the fp32 tile of logits and of the kept soft-max; defaults by device and size.
+    tile_bytes, max_held: bounds of the fp32 tile of logits and of the kept soft-max; defaults by device and size.
 
     Returns a scalar and [P, 2] without gradient, both fp32 (fp64 for fp64 inputs). The gradients are made here, for an
     upstream of 1, and multiplied in place by the real one: a second backward pass through the same graph is refused by
@@ -119,10 +119,10 @@ def fused_pair_loss(
     assert sum(pair_loss.scored_tokens) == len(targets), (sum(pair_loss.scored_tokens), len(targets))
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(hidden.device)
-    if most_held is None:
-        most_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
+    if max_held is None:
+        max_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
-    settings = (pair_loss, targets, bias, logit_scale, softcap, tile_bytes, most_held, trained)
+    settings = (pair_loss, targets, bias, logit_scale, softcap, tile_bytes, max_held, trained)
     job = Job(*settings)
     for_triton = hidden.dtype == torch.bfloat16 and (trained[1] or trained[2])
     if for_triton and choose_implementation(implementation, hidden.device, hidden.dtype)[0] == "triton":
@@ -162,14 +162,14 @@ class Job:
     logit_scale: float
     softcap: float | None
     tile_bytes: int
-    most_held: int
+    max_held: int
     trained: Sequence[bool]  # hidden, weight, bias
 
     def run(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Sums [P, 2], and the gradients of hidden, weight and bias for an upstream of 1, None where not trained."""
         probe = self._tiles(hidden[:0], weight)
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=probe.dtype)
-        own_rows = max(1, self.most_held // (weight.shape[0] * probe.product_dtype.itemsize))
+        own_rows = max(1, self.max_held // (weight.shape[0] * probe.product_dtype.itemsize))
         counts, total = self.pair_loss.scored_tokens, hidden.shape[0]
         gradients = _Gradients(hidden, weight, self.bias, self.trained, 1 + total // own_rows)
         free_rows = rows_in(gradients.weight, probe.product_dtype)
@@ -223,13 +223,13 @@ class Job:
         return gradient if weights is None else gradient * weights[tokens].to(gradient.dtype)
 
 
-def chunks(counts: Sequence[int], most_in_first: int, most_tokens: int) -> Iterator[tuple[slice, slice]]:
+def chunks(counts: Sequence[int], max_in_first: int, max_tokens: int) -> Iterator[tuple[slice, slice]]:
     """Pairs and their tokens, as many whole pairs at a time as fit; a pair that does not fit comes alone."""
-    first, start, stop, most = 0, 0, 0, most_in_first
+    first, start, stop, most = 0, 0, 0, max_in_first
     for pair, count in enumerate(counts):
         if pair > first and stop + count - start > most:
             yield slice(first, pair), slice(start, stop)
-            first, start, most = pair, stop, most_tokens
+            first, start, most = pair, stop, max_tokens
         stop += count
     if counts:
         yield slice(first, len(counts)), slice(start, stop)
@@ -326,7 +326,7 @@ class _Gradients:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: Sequence[bool], roundings: int
     ) -> None:
         kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        summed = torch.float32 if roundings > MOST_ROUNDINGS and kept == torch.bfloat16 else kept
+        summed = torch.float32 if roundings > MAX_ROUNDINGS and kept == torch.bfloat16 else kept
         self.hidden = torch.zeros_like(hidden, dtype=kept) if trained[0] else None
         # written by the first tokens, so zeroed only where there are none
         make = torch.empty_like if hidden.shape[0] else torch.zeros_like

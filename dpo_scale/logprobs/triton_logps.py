@@ -48,7 +48,7 @@ LEAST_TILE_BYTES = 64 * 2**20
 # The vocabulary is cut into at most so many runs: enough programs to fill a GPU with the tokens of one pair, and few
 # statistics to store and combine, 1.5 KB a token. A function of V alone: a token's numbers do not depend on how many
 # others there are.
-MOST_RUNS = 128
+MAX_RUNS = 128
 # Hidden states of the token blocks that run together: a third of the smallest L2 of the GPUs below.
 GROUP_BYTES = 12 * 2**20
 
@@ -156,7 +156,7 @@ class TritonHead:
         options = {"ENTROPY": "entropy" in by_products, "SUM_P2": "log_sum_p2" in by_products}
         flags = {name: self._meta[name] for name in ("HAS_BIAS", "SOFTCAP")}
         blocks, tiles = _ceil(tokens, self.blocks.tokens), _ceil(vocabulary, self.blocks.vocabulary)
-        tiles_per_run = _ceil(tiles, MOST_RUNS)
+        tiles_per_run = _ceil(tiles, MAX_RUNS)
         runs = _ceil(tiles, tiles_per_run)
         partials = hidden.new_empty((3 + 2 * bool(by_products), runs, tokens), dtype=torch.float32)
         out = hidden.new_empty((8, tokens), dtype=torch.float32)
@@ -263,8 +263,8 @@ class TritonHead:
         else:
             fitting = self._tile_bytes(0 if hidden_sum is None else hidden_sum.nbytes) // hidden.element_size()
             # tokens are split too only where a narrow tile of all of them would not fit
-            most_rows = fitting // self._step // self.blocks.tokens * self.blocks.tokens
-            rows = min(tokens, max(self.blocks.tokens, most_rows))
+            max_rows = fitting // self._step // self.blocks.tokens * self.blocks.tokens
+            rows = min(tokens, max(self.blocks.tokens, max_rows))
             columns = min(self.columns(vocabulary), max(1, fitting // max(1, rows) // self._step) * self._step)
             tile = hidden.new_empty(rows * columns)
         for first in range(0, vocabulary, columns):

@@ -18,12 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_scale.logprobs.pair_loss import MOST_ROUNDINGS, Job, chunks
+from dpo_scale.logprobs.pair_loss import MAX_ROUNDINGS, Job, chunks
 from dpo_scale.logprobs.triton_logps import MEMORY_BYTES, TritonHead, product, product_in_place, scale_kept
 
 
 class TritonJob(Job):
-    """`pair_loss.Job` with a trained head; `tile_bytes` and the limit of `most_held` for torch's tiles are not used."""
+    """`pair_loss.Job` with a trained head; `tile_bytes` and the limit of `max_held` for torch's tiles are not used."""
 
     memory_bytes = MEMORY_BYTES
 
@@ -63,7 +63,7 @@ class _Gradients:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: list[bool], roundings: int
     ) -> None:
-        summed = torch.float32 if roundings > MOST_ROUNDINGS else weight.dtype
+        summed = torch.float32 if roundings > MAX_ROUNDINGS else weight.dtype
         self.hidden = torch.empty_like(hidden) if trained[0] else None
         make = torch.empty_like if hidden.shape[0] else torch.zeros_like
         self.weight = make(weight, dtype=summed) if trained[1] else None

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_scale.errors import ModelError
 
-MOST_GRAPHS = 64
+MAX_GRAPHS = 64
 
 
 def enable_checkpointing(model: Any, *, offload: bool) -> None:
@@ -83,7 +83,7 @@ def compile_layers(model: torch.nn.Module, *, in_hooks: bool = False, backend: s
         raise ModelError(f"model.compile: {type(model).__name__} has no layers that can be compiled one by one")
     # A graph is made for each kind of layer, with and without a gradient, for policy and reference: more than torch's
     # limit of 8, beyond which it would run the rest uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     options = {"emulate_precision_casts": True} if backend == "inductor" else None
     for layer in layers:
         if in_hooks:

@@ -48,14 +48,14 @@ class Sequences(NamedTuple):
         key_index: [keys] int64, row positions of the keys, sequence by sequence, those that branches share written out
             for each; None where that is the row itself.
         query_offsets, key_offsets: [segments + 1] int32, where each sequence begins.
-        most_queries, most_keys: of one sequence.
+        max_queries, max_keys: of one sequence.
     """
 
     key_index: Tensor | None
     query_offsets: Tensor
     key_offsets: Tensor
-    most_queries: int
-    most_keys: int
+    max_queries: int
+    max_keys: int
 
 
 class QueryRun(NamedTuple):
@@ -118,7 +118,7 @@ class AttentionPlan:
             runs.append((tokens, queries[-1] - keys[-1] - shared))
             queries.append(queries[-1] + tokens)
             keys.append(keys[-1] + shared + tokens)
-        most_keys = max(tokens + shared for tokens, shared in self.segments)
+        max_keys = max(tokens + shared for tokens, shared in self.segments)
         # only what is short is copied, and the size is known, so the host does not wait for the device
         device = self.position_ids.device
         query_offsets, key_offsets = torch.tensor([queries, keys], dtype=torch.int32).to(device, non_blocking=True)
@@ -126,7 +126,7 @@ class AttentionPlan:
         if keys != queries:
             lengths, ahead = torch.tensor(runs).to(device, non_blocking=True).unbind(1)
             index = torch.arange(keys[-1], device=device) + ahead.repeat_interleave(lengths, output_size=keys[-1])
-        return Sequences(index, query_offsets, key_offsets, max(self.sizes), most_keys)
+        return Sequences(index, query_offsets, key_offsets, max(self.sizes), max_keys)
 
 
 def blockwise_attention(

@@ -28,7 +28,7 @@ from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
 from dpo_scale.progress import patience
-from dpo_scale.settings.deepspeed import MOST_LIVE, policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.settings.deepspeed import MAX_LIVE, policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.settings.tree import Config
 
 
@@ -181,7 +181,7 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
     Args:
         choice: of the run's layout; made from the config if not given. Its check may change `config.data.layout`.
     """
-    choice = choice or settle_layout(config)
+    choice = choice or resolve_layout(config)
     deepspeed_config = policy_deepspeed_config(config, micro_steps, engine.device().type)
     if config.deepspeed.bf16_optimizer_states:
         engine.log(lost_updates(config.train.learning_rate, config.train.adam_beta2))
@@ -247,7 +247,7 @@ def load_scoring_model(
         choice: of the run's layout; made from the config if not given. Its check may change `config.data.layout`.
         beside: engines of the run that are loaded already, and follow if it does.
     """
-    choice = choice or settle_layout(config)
+    choice = choice or resolve_layout(config)
     deepspeed_config = reference_deepspeed_config(config, engine.device().type)
     if source.adapter is not None:
         lora.read_adapter_config(source.adapter)
@@ -288,7 +288,7 @@ def _prepare_layers(model: Any, config: Config, deepspeed_config: dict[str, Any]
     model, zero = causal_lm(model), deepspeed_config["zero_optimization"]
     in_hooks = zero["stage"] == 3
     if in_hooks:
-        leaves, reason = make_leaves(model, int(zero.get(MOST_LIVE, 1e9)))
+        leaves, reason = make_leaves(model, int(zero.get(MAX_LIVE, 1e9)))
         engine.log(f"ZeRO-3 gathers the {role} by {'layers' if leaves else 'submodules'}: {reason}")
         if config.model.compile and not leaves:
             raise ModelError(f"model.compile with ZeRO stage 3 needs weights gathered by layers: {reason}")
@@ -317,7 +317,7 @@ def load_tokenizers(config: Config) -> tuple[Any, Any]:
     return tokenizer, model_config
 
 
-def settle_layout(config: Config) -> LayoutChoice:
+def resolve_layout(config: Config) -> LayoutChoice:
     """Write what `data.layout` comes to into the config, and say it once. Before the run lays out any batch.
 
     The models' check may still change it, so what is planned by it before they are loaded is planned again then.

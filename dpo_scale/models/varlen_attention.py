@@ -27,7 +27,7 @@ from dpo_scale.distributed import engine
 from dpo_scale.models.attention import AttentionPlan, Sequences, blockwise_attention, checked_plan
 from dpo_scale.models.flex_attention import flex_attention
 
-MOST_WIDTH = 256  # of a head
+MAX_WIDTH = 256  # of a head
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -68,7 +68,7 @@ class Kernel:
             return "dropout"
         if value.shape[-1] != width:
             return f"values of width {value.shape[-1]} beside keys of {width}"
-        if width > MOST_WIDTH or width % self.width_step:
+        if width > MAX_WIDTH or width % self.width_step:
             return f"heads of width {width}"
         if query.dtype not in DTYPES:
             return str(query.dtype).removeprefix("torch.")
@@ -98,8 +98,8 @@ def torch_kernel() -> Kernel:
             v,
             sequences.query_offsets,
             sequences.key_offsets,
-            sequences.most_queries,
-            sequences.most_keys,
+            sequences.max_queries,
+            sequences.max_keys,
             scale=scale,
             window_size=_window(window),
             **({"enable_gqa": True} if q.shape[1] != k.shape[1] else {}),
@@ -137,8 +137,8 @@ def flash_attn_kernel() -> Kernel:
             v,
             cu_seqlens_q=sequences.query_offsets,
             cu_seqlens_k=sequences.key_offsets,
-            max_seqlen_q=sequences.most_queries,
-            max_seqlen_k=sequences.most_keys,
+            max_seqlen_q=sequences.max_queries,
+            max_seqlen_k=sequences.max_keys,
             dropout_p=dropout,
             softmax_scale=scale,
             causal=True,

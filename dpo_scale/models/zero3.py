@@ -44,12 +44,12 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return [layer for stack in stacks for layer in stack if type(layer).__name__ in names]
 
 
-def make_leaves(model: Any, most_parameters: int) -> tuple[bool, str]:
+def make_leaves(model: Any, max_parameters: int) -> tuple[bool, str]:
     """Mark a model's decoder layers as leaf modules. Before its engine is built, with its adapters on it.
 
     Args:
         model: a causal LM without peft's wrapper, whole or in ZeRO-3 shards; what is frozen is frozen already.
-        most_parameters: larger layers stay divided, as `stage3_max_live_parameters` asks for.
+        max_parameters: larger layers stay divided, as `stage3_max_live_parameters` asks for.
 
     Returns:
         Whether the layers are leaves now, and for the log what they are, or why not.
@@ -59,8 +59,8 @@ def make_leaves(model: Any, most_parameters: int) -> tuple[bool, str]:
         return False, f"{type(model).__name__} does not name its layers (_no_split_modules)"
     largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers)
     size = f"{len(layers)} x {type(layers[0]).__name__}, the largest of {largest:,} weights"
-    if largest > most_parameters:
-        return False, f"{size}, more than stage3_max_live_parameters = {most_parameters:,}"
+    if largest > max_parameters:
+        return False, f"{size}, more than stage3_max_live_parameters = {max_parameters:,}"
     for layer in layers:
         layer._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_modules does to all instances of a class
         _check_first_input(layer)

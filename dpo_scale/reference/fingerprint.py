@@ -96,7 +96,7 @@ class ModelFingerprint:
         return _digest([FINGERPRINT_VERSION, self.weights, self.config, self.code, self.adapter])
 
 
-def fingerprint_model(
+def weights_fingerprint(
     path: str,
     *,
     revision: str | None = None,
@@ -129,7 +129,7 @@ def fingerprint_parts(
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
 ) -> ModelFingerprint:
-    """As `fingerprint_model`, part by part."""
+    """As `weights_fingerprint`, part by part."""
     cache = _FileCache(cache_dir or cache_folder() / "fingerprints")
     folder = resolve_model_path(path)
     config = _config(folder, revision, trust_remote_code)

@@ -18,7 +18,7 @@ from dpo_scale.models.layouts import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.reference.adapter import AdapterReference
 from dpo_scale.reference.columns import ColumnReference
-from dpo_scale.reference.fingerprint import fingerprint_model
+from dpo_scale.reference.fingerprint import weights_fingerprint
 from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.numerics import numerics_of
@@ -37,7 +37,7 @@ def source_fingerprint(config: Config, source: ModelSource) -> str:
     def find() -> tuple[str, ModelError | None]:
         try:
             code = config.model.trust_remote_code
-            return fingerprint_model(
+            return weights_fingerprint(
                 source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=code
             ), None
         except ModelError as error:

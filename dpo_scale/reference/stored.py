@@ -20,11 +20,11 @@ import torch
 from dpo_scale.data.batching import MicroBatch, forward_batches
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
-from dpo_scale.data.prefetch import BATCHES_AHEAD, Ahead
+from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import engine
 from dpo_scale.errors import StoreError
 from dpo_scale.losses import sum_token_logps
-from dpo_scale.progress import beat
+from dpo_scale.progress import heartbeat
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.store import Book
 from dpo_scale.reference.upkeep import TARGET_SHARD_BYTES, compact_book
@@ -36,7 +36,7 @@ from dpo_scale.settings.loss import LossSettings
 # mean per token would refuse short completions or pass anything of long ones. fp16 has 3 bits more. Other weights
 # differ in proportion to n.
 TOLERANCE_PER_ROOT_TOKEN = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 0.25}
-MOST_SMALL_SHARDS = 32  # more are compacted after a fill
+MAX_SMALL_SHARDS = 32  # more are compacted after a fill
 GRACE_HOURS = 24.0
 
 
@@ -140,9 +140,9 @@ def fill(
                 rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size(), layout=layout
             )
             own = [ranks[engine.rank()] for ranks in plan]
-            with Ahead(_batches(dataset, own, pad_token_id, layout), BATCHES_AHEAD) as batches:
+            with Prefetcher(_batches(dataset, own, pad_token_id, layout), BATCHES_AHEAD) as batches:
                 for k, (ranks, micro_batch, batch) in enumerate(zip(plan, own, batches, strict=True)):
-                    beat(f"reference log-probs, micro-batch {k + 1} of {len(plan)}")
+                    heartbeat(f"reference log-probs, micro-batch {k + 1} of {len(plan)}")
                     values = _score(reference, batch)
                     if micro_batch.weights.any():
                         keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
@@ -168,7 +168,7 @@ def fill(
 def _compact_if_scattered(book: Book) -> None:
     """Make few shards of many small ones: a reader opens each. Old ones stay a while, for readers on other machines."""
     small = sum(shard.nbytes < TARGET_SHARD_BYTES // 4 for shard in book.shards)
-    if small <= MOST_SMALL_SHARDS:
+    if small <= MAX_SMALL_SHARDS:
         return
     try:
         done = compact_book(book.folder, grace_hours=GRACE_HOURS)
@@ -229,7 +229,7 @@ def verify(
     micro_batches = [ranks[engine.rank()] for ranks in plan]
     batches = _batches(dataset, micro_batches, pad_token_id, model.module.layout)
     for k, (own, batch) in enumerate(zip(micro_batches, batches, strict=True)):
-        beat(f"the check of stored log-probs, row {k + 1} of {len(plan)} of each rank")
+        heartbeat(f"the check of stored log-probs, row {k + 1} of {len(plan)} of each rank")
         index = int(own.indices[0])
         counts = dataset.lengths[own.indices, 1:]
         computed = _sums(_score(model, batch), counts)[0]

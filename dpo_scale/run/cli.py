@@ -22,7 +22,7 @@ from dpo_scale.settings.tree import Config
 
 SECONDS_TO_SPEAK_FIRST = 5.0
 POLL_SECONDS = 0.2
-MOST_KEPT = 2**16  # characters of the console
+MAX_KEPT = 2**16  # characters of the console
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -76,14 +76,14 @@ def run(main: Callable[[], int | None]) -> None:
 class ForgivingStream:
     """A console that can fail, as a log file on a full disk or a closed terminal does, without ending the run.
 
-    What could not be written, up to `MOST_KEPT` characters, comes before the next text that can be.
+    What could not be written, up to `MAX_KEPT` characters, comes before the next text that can be.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._kept = stream, ""
 
     def write(self, text: str) -> int:
-        self._kept = (self._kept + text)[-MOST_KEPT:] if self._kept else text
+        self._kept = (self._kept + text)[-MAX_KEPT:] if self._kept else text
         with suppress(OSError):
             self._stream.write(self._kept)
             self._kept = ""

@@ -20,10 +20,10 @@ from dpo_scale.errors import TrainingError
 from dpo_scale.settings.tree import TrainSettings
 
 NONFINITE_FILE = "nonfinite.jsonl"
-MOST_ROWS_NAMED = 10
+MAX_ROWS_NAMED = 10
 
 
-def handle(
+def record_nonfinite_step(
     settings: TrainSettings,
     run_dir: Path,
     data: PairDataset,
@@ -59,8 +59,8 @@ def handle(
         with open(run_dir / NONFINITE_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     if bad:
-        more = f" and {len(bad) - MOST_ROWS_NAMED} more" if len(bad) > MOST_ROWS_NAMED else ""
-        what = f"the loss is not finite for {'; '.join(bad[:MOST_ROWS_NAMED])}{more}"
+        more = f" and {len(bad) - MAX_ROWS_NAMED} more" if len(bad) > MAX_ROWS_NAMED else ""
+        what = f"the loss is not finite for {'; '.join(bad[:MAX_ROWS_NAMED])}{more}"
     else:
         what = f"all losses are finite, but the gradient's norm is {grad_norm}"
     text = f"step {step}: {what}; the weights were not updated ({run_dir / NONFINITE_FILE} has all rows of the step)"

@@ -59,9 +59,9 @@ from dpo_scale.run.rank_files import End, Position, Process, RankFiles
 EXIT_HANGING = 70  # EX_SOFTWARE of sysexits.h
 EXIT_LOST = 71  # EX_OSERR: a rank was killed, crashed or lost with its node
 LOST_FILE = "lost.json"  # in the run folder: a rank was lost, and the run can be resumed
-MOST_LOG_BYTES = 1_000_000  # of a rank's log, and of the one before it
-MOST_NAMED = 8  # ranks in a message
-MOST_LAST_WORD = 200  # characters
+MAX_LOG_BYTES = 1_000_000  # of a rank's log, and of the one before it
+MAX_NAMED = 8  # ranks in a message
+MAX_LAST_WORD = 200  # characters
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Watchdog:
         self._files.make()
         self._files.write(self._position())
         path = self._files.log(self._rank)
-        self._log = logging.handlers.RotatingFileHandler(path, maxBytes=MOST_LOG_BYTES, backupCount=1)
+        self._log = logging.handlers.RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=1)
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._log.setLevel(logging.WARNING)
         logging.getLogger().addHandler(self._log)
@@ -235,7 +235,7 @@ class Watchdog:
                 # the rank before a silent machine speaks first; those further off do if it does not
                 self._listen_to(rank, position, counts, self._silent_looks + 2 * k)
 
-    def _listen_to(self, rank: int, position: Position | None, counts: bool, most_looks: int) -> None:
+    def _listen_to(self, rank: int, position: Position | None, counts: bool, max_looks: int) -> None:
         """Note whether a rank of another machine has renewed its position; end if its machine has not for long."""
         silence = self._silences.get(rank)
         if position is not None and (silence is None or position.looks != silence.looks_of_rank):
@@ -252,7 +252,7 @@ class Watchdog:
                 return
             silence.looks_of_machine = looks
             silence.own_looks += 1
-            if silence.own_looks >= most_looks:
+            if silence.own_looks >= max_looks:
                 self._end_without(of_machine, "has not been heard of for long")
 
     def _positions_on(self, machine: str) -> list[Position]:
@@ -262,8 +262,8 @@ class Watchdog:
     def _end_without(self, lost: list[Position], what: str) -> NoReturn:
         """End because other ranks are gone, after saying so to the console and to all ranks."""
         try:
-            more = f" and {len(lost) - MOST_NAMED} more ranks" if len(lost) > MOST_NAMED else ""
-            names = ", ".join(map(str, lost[:MOST_NAMED])) + more
+            more = f" and {len(lost) - MAX_NAMED} more ranks" if len(lost) > MAX_NAMED else ""
+            names = ", ".join(map(str, lost[:MAX_NAMED])) + more
             first = lost[0].rank
             text = f"{names} {what}\n  the end of the log of rank {first}:{self._files.last_lines(first)}"
             print(text, file=sys.stderr, flush=True)
@@ -281,7 +281,7 @@ class Watchdog:
             is_news = end.said_on != self._processes[self._rank].machine
             if is_news and all(self._rank < rank for rank in self._mates):
                 print(text, file=sys.stderr, flush=True)
-            self._last_word = text[:MOST_LAST_WORD]
+            self._last_word = text[:MAX_LAST_WORD]
             self._files.write(self._position())
         finally:
             os._exit(end.code)
@@ -307,7 +307,7 @@ class Watchdog:
         if len(behind) == len(positions):
             who = "all ranks are equally far: what they wait for does not answer"
         else:
-            who = "the others wait for " + ", ".join(map(str, behind[:MOST_NAMED]))
+            who = "the others wait for " + ", ".join(map(str, behind[:MAX_NAMED]))
         return (
             f"rank {self._rank}: no progress for {self._still:.0f} s (train.hang_timeout_minutes) at {where}; {who}. "
             f"The stacks are in {self._files.folder}/rank-N.log"
@@ -315,7 +315,7 @@ class Watchdog:
 
     def _say_end(self, code: int, text: str, of: Position | None = None) -> None:
         """Leave this rank's last word, and tell all ranks that it, or the rank `of` a position, has ended."""
-        self._last_word = text[:MOST_LAST_WORD]
+        self._last_word = text[:MAX_LAST_WORD]
         self._files.write(self._position())
         own = self._position()
         if of is None:

@@ -155,8 +155,8 @@ def reference_deepspeed_config(config: Config, device_type: str) -> dict[str, An
     if config.reference.offload_param == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": _pins(device_type)}
     stated = (config.deepspeed.config or {}).get("zero_optimization", {})
-    if config.reference.stage == 3 and MOST_LIVE in stated:  # which also decides how it is gathered (`models.zero3`)
-        zero[MOST_LIVE] = stated[MOST_LIVE]
+    if config.reference.stage == 3 and MAX_LIVE in stated:  # which also decides how it is gathered (`models.zero3`)
+        zero[MAX_LIVE] = stated[MAX_LIVE]
     defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, config.reference.stage)
     return _merge({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}, binding, defaults)
 
@@ -172,13 +172,13 @@ def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) 
     DeepSpeed's default of 5e8 elements is allocated in full at every backward pass: 2 GB in fp32, however small the
     model. A bucket that holds all gradients is as good; beyond 2e8 elements larger ones gain nothing measurable.
     """
-    size = min(MOST_BUCKET_ELEMENTS, max(1, num_parameters))
+    size = min(MAX_BUCKET_ELEMENTS, max(1, num_parameters))
     zero = {"reduce_bucket_size": size, "allgather_bucket_size": size, **deepspeed_config["zero_optimization"]}
     return {**deepspeed_config, "zero_optimization": zero}
 
 
-MOST_BUCKET_ELEMENTS = 200_000_000
-MOST_LIVE = "stage3_max_live_parameters"
+MAX_BUCKET_ELEMENTS = 200_000_000
+MAX_LIVE = "stage3_max_live_parameters"
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # DeepSpeed's names
 _COMMON_DEFAULTS: dict[tuple[str, ...], Any] = {
     ("steps_per_print",): 10**9,

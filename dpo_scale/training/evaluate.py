@@ -11,7 +11,7 @@ import torch
 
 from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
-from dpo_scale.data.prefetch import BATCHES_AHEAD, Ahead
+from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import engine
 from dpo_scale.models.load import (
     check_liger,
@@ -21,10 +21,10 @@ from dpo_scale.models.load import (
     load_scoring_model,
     load_tokenizers,
     policy_source,
-    settle_layout,
+    resolve_layout,
 )
 from dpo_scale.observe.metrics import MetricSums
-from dpo_scale.progress import beat
+from dpo_scale.progress import heartbeat
 from dpo_scale.reference.values import ReferenceValues
 from dpo_scale.settings.tree import Config
 from dpo_scale.training.batches import load_batch, mean_chosen_tokens
@@ -61,9 +61,9 @@ def evaluate(
         for ranks in plan
     )
     broken_off, stops = False, torch.zeros(1, device=engine.device())
-    with Ahead(to_come, BATCHES_AHEAD) as batches:
+    with Prefetcher(to_come, BATCHES_AHEAD) as batches:
         for k, (ranks, batch) in enumerate(zip(plan, batches, strict=True)):
-            beat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
+            heartbeat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
             batch = values.attach(batch.to(engine.device()))
             counts = counted_pairs(ranks)
             _, losses, metrics = loss_of(policy, batch, config.loss, chosen_tokens, counts)
@@ -112,7 +112,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     check_liger(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
-    choice = settle_layout(config)
+    choice = resolve_layout(config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
     data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
     policy = load_scoring_model(config, policy_source(config), choice)

@@ -33,7 +33,7 @@ from dpo_scale.checkpoint.save_load import (
 from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.flops import forward_flops
-from dpo_scale.data.prefetch import BATCHES_AHEAD, Ahead
+from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import engine
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
 from dpo_scale.models.export import export_model
@@ -43,7 +43,7 @@ from dpo_scale.models.load import (
     check_vocabulary,
     load_policy,
     load_tokenizers,
-    settle_layout,
+    resolve_layout,
 )
 from dpo_scale.observe.devices import peak_flops
 from dpo_scale.observe.metrics import MetricSums
@@ -51,16 +51,16 @@ from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.observe.profiler import StepProfiler
 from dpo_scale.observe.timing import StepTimer
 from dpo_scale.observe.tracking import Tracker, check_trackers
-from dpo_scale.progress import beat
+from dpo_scale.progress import heartbeat
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.stored import StoredReference
 from dpo_scale.reference.values import ReferenceValues
-from dpo_scale.run import nonfinite as bad_numbers
 from dpo_scale.run import preemption
 from dpo_scale.run.finished import finished_step, mark_finished, unmark_finished
 from dpo_scale.run.folder import agree_on_run_dir
+from dpo_scale.run.nonfinite import record_nonfinite_step
 from dpo_scale.run.rank_files import this_process
 from dpo_scale.run.watchdog import Watchdog, unmark_lost
 from dpo_scale.settings.tree import CONFIG_FILE, Config
@@ -120,7 +120,7 @@ def train_in(
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
-    choice = settle_layout(config)
+    choice = resolve_layout(config)
     data = engine.main_first(
         lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
     )
@@ -209,7 +209,7 @@ def train_in(
     finally:
         if tracker is not None:
             tracker.close()
-    beat("the export of the model")
+    heartbeat("the export of the model")
     exported = state
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
@@ -261,7 +261,7 @@ def run_steps(run: Run, state: TrainState, tracker: Tracker | None, profiler: St
         reference=run.reference,
         config=run.config,
     )
-    with Ahead(to_come, BATCHES_AHEAD) as batches:
+    with Prefetcher(to_come, BATCHES_AHEAD) as batches:
         return step_by_step(run, state, tracker, profiler, batches)
 
 
@@ -308,7 +308,7 @@ def step_by_step(
 
 def save(run: Run, state: TrainState, tracker: Tracker | None, moving: MovingReference | None) -> bool:
     """Save a checkpoint; whether it could be saved."""
-    beat(f"the checkpoint of step {state.step}")
+    heartbeat(f"the checkpoint of step {state.step}")
     if tracker is not None:
         tracker.sync()
     limit = run.config.checkpoint.save_total_limit
@@ -348,14 +348,14 @@ def train_step(
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     is_last = False
     while not is_last:
-        beat(f"step {state.step + 1}, micro-step {len(seen) + 1}")
+        heartbeat(f"step {state.step + 1}, micro-step {len(seen) + 1}")
         with timer.phase("data"):
             micro = next(batches)
             batch = micro.batch.to(engine.device())
         plan, is_last = micro.plan, micro.is_last
         with timer.phase("reference"):
             for k, scored in enumerate(micro.reference_passes):  # all of the step's, before the policy's first
-                beat(f"step {state.step + 1}, reference pass {k + 1}")
+                heartbeat(f"step {state.step + 1}, reference pass {k + 1}")
                 values.score(scored.to(engine.device()))
             batch = values.attach(batch)
         with timer.phase("forward"):
@@ -370,7 +370,7 @@ def train_step(
     with timer.phase("communication"):
         wants_to_stop = preemption.reason_to_stop(settings.max_hours) is not None
         reduced = sums.reduce(engine.peak_memory_bytes(), timer.busy_seconds, wants_to_stop)
-    beat(f"step {state.step + 1}, optimizer")
+    heartbeat(f"step {state.step + 1}, optimizer")
     with timer.phase("optimizer"):
         rate = learning_rate(state.step, run.total_steps, settings)
         norm, overflowed = engine.optimizer_step(run.policy, rate, settings.max_grad_norm)
@@ -378,7 +378,7 @@ def train_step(
     # the timer has marked is then done as well.
     means, (peaks, busy, stops), (grad_norm,) = reduced.read(norm)
     if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or overflowed):
-        bad_numbers.handle(
+        record_nonfinite_step(
             settings, run.run_dir, run.train_data, state.step + 1, seen, grad_norm, state.nonfinite_steps
         )
         state.nonfinite_steps += 1
@@ -408,7 +408,7 @@ def train_step(
 
 def held_out_metrics(run: Run, state: TrainState, tracker: Tracker | None) -> dict[str, float] | None:
     """Evaluate the held-out pairs and record the result; None if any rank was told that the run should stop."""
-    beat(f"evaluation after step {state.step}")
+    heartbeat(f"evaluation after step {state.step}")
     assert run.eval_data is not None
     metrics = evaluate(
         run.policy,

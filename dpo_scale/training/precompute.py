@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.distributed import engine
 from dpo_scale.errors import ConfigError
-from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, settle_layout
+from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, resolve_layout
 from dpo_scale.reference.modes import fill_for, open_book
 from dpo_scale.settings.tree import Config
 
@@ -30,7 +30,7 @@ def precompute(config: Config) -> int:
     check_liger(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
-    choice = settle_layout(config)
+    choice = resolve_layout(config)
     data = engine.main_first(lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log))
     datasets = [data.train] if data.eval is None else [data.train, data.eval]
     book = open_book(config)

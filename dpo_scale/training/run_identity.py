@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_scale.checkpoint.identity import Identity, model_fingerprint, package_versions
+from dpo_scale.checkpoint.identity import Identity, architecture_fingerprint, package_versions
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.distributed import engine
 from dpo_scale.models.load import policy_source, reference_source
@@ -53,7 +53,7 @@ def identity_of(
         settings["the reference's log-probs (columns of data.train)"] = columns.fingerprint(data)
     assert config.deepspeed.stage is not None
     return Identity(
-        model_fingerprint(model_config),
+        architecture_fingerprint(model_config),
         data.fingerprint,
         settings,
         {f"train.{name}": tree["train"][name] for name in ("num_train_epochs", "max_steps")},

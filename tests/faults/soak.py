@@ -10,7 +10,7 @@ from pathlib import Path
 from faults.cases import Outcome
 from faults.rig import RANKS, Forks, overrides, steps_done
 
-MOST_GROWTH = 0.02
+MAX_GROWTH = 0.02
 
 
 def soak(folder: Path, steps: int) -> Outcome:
@@ -35,7 +35,7 @@ def soak(folder: Path, steps: int) -> Outcome:
         for rank in range(RANKS):
             memory = [sample[1][rank] for sample in later]
             growth = memory[-1] / memory[0] - 1
-            assert growth < MOST_GROWTH, f"rank {rank}: memory grew by {growth:.1%}: {memory}"
+            assert growth < MAX_GROWTH, f"rank {rank}: memory grew by {growth:.1%}: {memory}"
             descriptors = {sample[2][rank] for sample in later}
             # a sample may fall into a save, which has files open
             assert max(descriptors) - min(descriptors) <= 6 and later[-1][2][rank] <= later[0][2][rank] + 6, descriptors

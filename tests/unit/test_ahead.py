@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dpo_scale.data.prefetch import Ahead
+from dpo_scale.data.prefetch import Prefetcher
 from dpo_scale.errors import StoreError
 
 
@@ -25,7 +25,7 @@ def test_items_come_in_order_made_by_another_thread():
         for number in range(200):
             yield number, threading.current_thread().name
 
-    with Ahead(items(), 3) as ahead:
+    with Prefetcher(items(), 3) as ahead:
         assert list(ahead) == [(number, "batches ahead") for number in range(200)]
     assert not workers()
 
@@ -38,7 +38,7 @@ def test_no_more_than_depth_items_wait():
             made.append(number)
             yield number
 
-    with Ahead(items(), 4) as ahead:
+    with Prefetcher(items(), 4) as ahead:
         assert until(lambda: len(made) == 5)  # four wait, one is in the maker's hand
         time.sleep(0.05)
         assert len(made) == 5
@@ -54,7 +54,7 @@ def test_an_error_is_raised_as_itself_after_the_items_before_it():
         yield 2
         raise StoreError("gone")
 
-    with Ahead(items(), 8) as ahead:
+    with Prefetcher(items(), 8) as ahead:
         assert next(ahead) == 1
         assert next(ahead) == 2
         with pytest.raises(StoreError, match="gone") as caught:
@@ -74,7 +74,7 @@ def test_leaving_early_ends_the_thread_and_closes_the_generator():
         finally:
             closed.append(True)
 
-    with pytest.raises(KeyboardInterrupt), Ahead(items(), 2) as ahead:
+    with pytest.raises(KeyboardInterrupt), Prefetcher(items(), 2) as ahead:
         next(ahead)
         raise KeyboardInterrupt
     assert closed == [True] and not workers()
@@ -85,6 +85,6 @@ def test_the_thread_does_not_keep_the_process_from_ending():
         while True:
             yield 0
 
-    ahead = Ahead(items(), 1)
+    ahead = Prefetcher(items(), 1)
     assert all(thread.daemon for thread in workers())
     ahead.__exit__(None, None, None)

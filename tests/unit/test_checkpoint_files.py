@@ -13,7 +13,7 @@ import torch
 from tiny import save_model
 from transformers import LlamaConfig
 
-from dpo_scale.checkpoint.identity import Identity, check_identity, model_fingerprint
+from dpo_scale.checkpoint.identity import Identity, architecture_fingerprint, check_identity
 from dpo_scale.checkpoint.save_load import (
     FORMAT_VERSION,
     TrainState,
@@ -297,8 +297,10 @@ def test_the_fingerprint_is_of_the_architecture_not_of_where_it_lies():
     moved = LlamaConfig(hidden_size=32, num_hidden_layers=2, attention_dropout=0.1)
     moved._name_or_path = "elsewhere"
     moved.dtype = "bfloat16"
-    assert model_fingerprint(moved) == model_fingerprint(config)
-    assert model_fingerprint(LlamaConfig(hidden_size=64, num_hidden_layers=2)) != model_fingerprint(config)
+    assert architecture_fingerprint(moved) == architecture_fingerprint(config)
+    assert architecture_fingerprint(LlamaConfig(hidden_size=64, num_hidden_layers=2)) != architecture_fingerprint(
+        config
+    )
 
 
 class TestWhichRunContinues:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_scale.run.cli import MOST_KEPT, ForgivingStream
+from dpo_scale.run.cli import MAX_KEPT, ForgivingStream
 
 PROGRAM = """
 import sys
@@ -50,11 +50,11 @@ def test_what_could_not_be_said_is_said_once_there_is_room():
     disk = Disk()
     console = ForgivingStream(disk)
     console.write("a warning\n")
-    console.write("more\n" * MOST_KEPT)
+    console.write("more\n" * MAX_KEPT)
     console.write("the last\n")
     disk.has_room = True
     console.write("later\n")
-    assert len(disk.text) == MOST_KEPT and disk.text.endswith("more\nthe last\nlater\n")
+    assert len(disk.text) == MAX_KEPT and disk.text.endswith("more\nthe last\nlater\n")
     console.write("end\n")
     assert disk.text.endswith("later\nend\n")
 

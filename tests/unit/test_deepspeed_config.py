@@ -176,7 +176,7 @@ def test_engines_are_made_for_the_device_that_they_run_on(tmp_path, monkeypatch)
         raise LoadsNoWeights
 
     monkeypatch.setattr(engine, "partitioned_loading", stop)
-    monkeypatch.setattr(loading, "settle_layout", lambda config: None)
+    monkeypatch.setattr(loading, "resolve_layout", lambda config: None)
     options = ["deepspeed.stage=3", "deepspeed.offload_param=cpu", "reference.stage=3", "reference.offload_param=cpu"]
     config = load(tmp_path, None, *options)
     for device in ("cpu", "cuda:0"):

@@ -16,7 +16,7 @@ from tiny import save_model
 
 from dpo_scale.errors import ModelError
 from dpo_scale.reference import fingerprint as module
-from dpo_scale.reference.fingerprint import fingerprint_model, fingerprint_parts, hash_tensors
+from dpo_scale.reference.fingerprint import fingerprint_parts, hash_tensors, weights_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def copy(models, tmp_path):
 
 @pytest.fixture
 def fingerprint(cache):
-    return lambda folder, **settings: fingerprint_model(str(folder), cache_dir=cache, **settings)
+    return lambda folder, **settings: weights_fingerprint(str(folder), cache_dir=cache, **settings)
 
 
 def test_path_file_names_sharding_and_order_of_tensors_make_no_difference(models, copy, fingerprint, tmp_path):
@@ -191,15 +191,15 @@ def test_files_too_young_to_be_told_apart_by_their_time_are_not_remembered(model
 
 
 def test_a_damaged_memory_of_known_files_is_not_believed(models, cache):
-    expected = fingerprint_model(str(models["llama"]), cache_dir=cache)
+    expected = weights_fingerprint(str(models["llama"]), cache_dir=cache)
     age(models["llama"])
-    fingerprint_model(str(models["llama"]), cache_dir=cache)
+    weights_fingerprint(str(models["llama"]), cache_dir=cache)
     (entry,) = cache.iterdir()
     text = entry.read_text()
     digest = json.loads(text)["tensors"]["model.norm.weight"]
     for damaged in (text.replace(digest, "0" * 64), text[:100], ""):
         entry.write_text(damaged)
-        assert fingerprint_model(str(models["llama"]), cache_dir=cache) == expected
+        assert weights_fingerprint(str(models["llama"]), cache_dir=cache) == expected
 
 
 def test_the_size_of_reads_and_the_number_of_threads_make_no_difference(models, monkeypatch, tmp_path):

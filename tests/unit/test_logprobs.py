@@ -252,7 +252,7 @@ def test_chunked_gradient_passes_gradcheck():
     hidden, weight = 0.3 * hidden, 0.3 * weight
 
     def function(*inputs):
-        return chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 4.0, (), most_held=0)[0]
+        return chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 4.0, (), max_held=0)[0]
 
     assert torch.autograd.gradcheck(function, leaves(hidden, weight, bias))
 
@@ -289,7 +289,7 @@ def test_chunked_makes_only_the_products_that_are_needed(count_products, trained
     hidden, weight, _, targets = make(7, 130)
     hidden.requires_grad_("hidden" in trained)
     weight.requires_grad_("weight" in trained)
-    logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), most_held=held)
+    logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), max_held=held)
     made = count_products()
     if trained:
         logps.sum().backward()

@@ -111,7 +111,7 @@ class Case:
 
 def rows(count, dtype=torch.float32):
     """Memory for the soft-max of so many tokens."""
-    return {"most_held": count * VOCABULARY * dtype.itemsize}
+    return {"max_held": count * VOCABULARY * dtype.itemsize}
 
 
 def settings_of(name, **changes):
@@ -197,8 +197,8 @@ def test_many_chunks_do_not_wear_out_the_weights_gradient(monkeypatch):
     """One rounding a chunk in bf16 up to a limit; beyond it the sum is fp32 and as good as one chunk's."""
     counts = [(4, 5)] * 40
 
-    def error(held, most=module.MOST_ROUNDINGS):
-        monkeypatch.setattr(module, "MOST_ROUNDINGS", most)
+    def error(held, most=module.MAX_ROUNDINGS):
+        monkeypatch.setattr(module, "MAX_ROUNDINGS", most)
         case = Case(torch.bfloat16, counts)
         leaves = case.leaves()
         case.fused(leaves, **rows(held, torch.bfloat16))[0].backward()

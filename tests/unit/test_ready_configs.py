@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_scale.settings.deepspeed import MOST_BUCKET_ELEMENTS, policy_deepspeed_config
+from dpo_scale.settings.deepspeed import MAX_BUCKET_ELEMENTS, policy_deepspeed_config
 from dpo_scale.settings.tree import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def test_the_memory_in_a_comment_is_what_its_formulas_give(path):
         assert values["A"] == pytest.approx(config.lora.r * ends * values["L"], rel=1e-3)
     zero = policy_deepspeed_config(config, 4, "cuda")["zero_optimization"]
     if "B" in values:
-        assert values["B"] == zero.get("reduce_bucket_size", MOST_BUCKET_ELEMENTS)
+        assert values["B"] == zero.get("reduce_bucket_size", MAX_BUCKET_ELEMENTS)
         assert values["B"] == zero.get("stage3_prefetch_bucket_size", values["B"])
     assert zero.get("stage3_max_live_parameters", 1e9) == 1e9  # as the formula has it
 

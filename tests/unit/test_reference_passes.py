@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_scale.data.batching import MOST_ADDED_SLOTS, MicroBatch, regroup_for_forward, split_among_ranks
+from dpo_scale.data.batching import MAX_ADDED_SLOTS, MicroBatch, regroup_for_forward, split_among_ranks
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import make_batch, slots
@@ -86,7 +86,7 @@ def test_padded_micro_batches_are_merged_while_that_adds_little_padding():
     assert [len(run) for run in of_rank(passes, 0)] == [8, 8]
     apart = [sum(slots("padded", m.indices, lengths) for (m,) in part) for part in (micro_steps[:4], micro_steps[4:])]
     for run, before in zip(of_rank(passes, 0), apart, strict=True):
-        assert slots("padded", np.array(run), lengths) <= MOST_ADDED_SLOTS * before
+        assert slots("padded", np.array(run), lengths) <= MAX_ADDED_SLOTS * before
 
 
 def test_a_single_micro_step_is_scored_as_it_is_trained():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_scale.checkpoint.reshard import Shard, divided_pieces, fill, joined_pieces, load_reshaped, whole_pieces
+from dpo_scale.checkpoint.reshard import Shard, divided_pieces, fill, joined_pieces, load_resharded, whole_pieces
 from dpo_scale.errors import CheckpointError
 
 # matrices in one group, vectors in another; sizes that no number of ranks below divides
@@ -99,4 +99,4 @@ def test_what_is_missing_or_cannot_be_cut_is_named():
 def test_float16_at_stage_0_and_another_stage_do_not_mix(tmp_path, saved, wanted):
     policy = SimpleNamespace(fp16_enabled=lambda: True, zero_optimization_stage=lambda: wanted)
     with pytest.raises(CheckpointError, match=f"float16 stage 0 .* resume with deepspeed.stage={saved}"):
-        load_reshaped(policy, tmp_path, 2, saved)
+        load_resharded(policy, tmp_path, 2, saved)

@@ -28,7 +28,7 @@ from pathlib import Path
 from dpo_scale.run import preemption
 from dpo_scale.run.cli import run
 from dpo_scale.errors import ConfigError
-from dpo_scale.progress import beat, note_activity, patience
+from dpo_scale.progress import heartbeat, note_activity, patience
 from dpo_scale.run.rank_files import Process, this_process
 from dpo_scale.disk.sealed import SealedFile, damage, write_file
 from dpo_scale.run.watchdog import Watchdog
@@ -117,12 +117,12 @@ def ranks(tmp_path):
             stream.close()
 
 
-STEP_AND_WAIT = "beat('step 3')\ncollective_that_never_returns()"
+STEP_AND_WAIT = "heartbeat('step 3')\ncollective_that_never_returns()"
 
 
 def test_ranks_that_do_not_move_end_and_name_the_one_that_is_behind(tmp_path, ranks):
     def work(beats):
-        return f"for step in range({beats}):\n    beat(f'step {{step + 1}}')\ncollective_that_never_returns()"
+        return f"for step in range({beats}):\n    heartbeat(f'step {{step + 1}}')\ncollective_that_never_returns()"
 
     started = ranks(["a", "a"], [work(7), work(5)], timeout_seconds=1)
     codes, said, _ = started.end()
@@ -137,7 +137,7 @@ def test_ranks_that_do_not_move_end_and_name_the_one_that_is_behind(tmp_path, ra
 
 SLOW_SAVE = """
 import xxhash
-beat("the checkpoint of step 3")
+heartbeat("the checkpoint of step 3")
 real = os.fsync
 os.fsync = lambda descriptor: (time.sleep({seconds}), real(descriptor))
 if rank == 0:
@@ -206,8 +206,8 @@ def test_a_machine_that_falls_silent_ends_the_others(tmp_path, ranks):
 
 
 def test_a_machine_is_not_silent_while_one_of_its_ranks_is_heard_nor_while_the_run_moves(tmp_path, ranks):
-    moving = "while not (folder / 'end').exists():\n    beat('step')\n    time.sleep(0.05)"
-    waiting = "beat('step')\nwait_for('end')"
+    moving = "while not (folder / 'end').exists():\n    heartbeat('step')\n    time.sleep(0.05)"
+    waiting = "heartbeat('step')\nwait_for('end')"
     started = ranks(["a", "b", "b"], [waiting, waiting, waiting])
     time.sleep(0.6)
     started.processes[1].send_signal(signal.SIGSTOP)  # what the others see of an interpreter that is busy for long
@@ -228,7 +228,7 @@ def test_a_machine_is_not_silent_while_one_of_its_ranks_is_heard_nor_while_the_r
 
 
 def test_a_job_that_was_suspended_goes_on(tmp_path, ranks):
-    started = ranks(["a", "b"], "beat('step')\nwait_for('end')\nbeat('step')", timeout_seconds=2)
+    started = ranks(["a", "b"], "heartbeat('step')\nwait_for('end')\nheartbeat('step')", timeout_seconds=2)
     time.sleep(0.5)
     for number, seconds in ((signal.SIGSTOP, 2.5), (signal.SIGCONT, 0.4)):
         for process in started.processes:
@@ -239,7 +239,10 @@ def test_a_job_that_was_suspended_goes_on(tmp_path, ranks):
 
 
 def test_a_rank_that_finishes_early_is_not_missed(tmp_path, ranks):
-    started = ranks(["a", "a", "b"], ["beat('step')", "beat('step')\nwait_for('end')", "beat('step')\nwait_for('end')"])
+    started = ranks(
+        ["a", "a", "b"],
+        ["heartbeat('step')", "heartbeat('step')\nwait_for('end')", "heartbeat('step')\nwait_for('end')"],
+    )
     started.processes[0].wait(10)
     time.sleep(2)
     assert started.running() == [False, True, True]
@@ -249,7 +252,9 @@ def test_a_rank_that_finishes_early_is_not_missed(tmp_path, ranks):
 
 
 def test_an_error_of_one_rank_ends_the_others_with_its_code(ranks):
-    failing = "beat('step 4')\ncollective_that_never_returns() if rank else None\nraise ConfigError('no such thing')"
+    failing = (
+        "heartbeat('step 4')\ncollective_that_never_returns() if rank else None\nraise ConfigError('no such thing')"
+    )
     started = ranks(["a", "a", "b"], failing)
     codes, said, seconds = started.end()
     assert codes == [2] * 3 and seconds < 3
@@ -258,7 +263,7 @@ def test_an_error_of_one_rank_ends_the_others_with_its_code(ranks):
 
 
 def test_a_broken_connection_is_not_blamed_where_a_rank_was_killed(ranks):
-    breaks = "beat('step 4')\nwait_for('killed')\nraise RuntimeError('connection closed by peer')"
+    breaks = "heartbeat('step 4')\nwait_for('killed')\nraise RuntimeError('connection closed by peer')"
     started = ranks(["a", "a", "a"], [breaks, breaks, STEP_AND_WAIT])
     started.processes[2].kill()
     started.processes[2].wait()
@@ -271,8 +276,8 @@ def test_a_broken_connection_is_not_blamed_where_a_rank_was_killed(ranks):
 
 def test_a_connection_that_breaks_because_a_rank_was_found_hanging_is_no_error_of_its_own(ranks):
     breaks = """
-beat('step 3')
-beat('step 4')
+heartbeat('step 3')
+heartbeat('step 4')
 while not processes[1].is_gone():
     time.sleep(0.02)
 raise RuntimeError('connection closed by peer')

@@ -118,14 +118,14 @@ class Device:
     """A device that does nothing before the host waits for it, and then no more than what it waits for."""
 
     def __init__(self):
-        self.asked, self.finished, self.most_held = 0, 0, 0
+        self.asked, self.finished, self.max_held = 0, 0, 0
 
     def compute(self):
         self.asked += 1
 
     def gather(self, *_):
         """Weights are taken now; those of layers that the device is not through with are still held."""
-        self.most_held = max(self.most_held, 1 + self.asked - self.finished)
+        self.max_held = max(self.max_held, 1 + self.asked - self.finished)
 
     def event(self):
         event = SimpleNamespace(at=None)
@@ -200,11 +200,11 @@ def test_the_weights_of_no_more_layers_are_held_than_the_host_may_be_ahead(kind,
     result.sum().backward()
     assert torch.equal(hidden.grad, torch.full((2,), 2.0**9))
     if ahead is None:
-        assert device.most_held > 18  # all layers of both passes
+        assert device.max_held > 18  # all layers of both passes
     elif kind is Layer:
-        assert device.most_held == ahead  # and the device is not left without work
+        assert device.max_held == ahead  # and the device is not left without work
     else:  # what is computed again counts as work too, of a layer whose weights are there
-        assert ahead <= device.most_held <= 2 * ahead
+        assert ahead <= device.max_held <= 2 * ahead
 
 
 @pytest.mark.parametrize(
