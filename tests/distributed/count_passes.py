@@ -14,10 +14,11 @@ from pathlib import Path
 import deepspeed.comm.comm as communication
 import torch
 
-from dpo_scale import engine, trainer, watchdog
+from dpo_scale import engine, trainer
 from dpo_scale.cli import run
 from dpo_scale.config import load_config
 from dpo_scale.models import load
+from dpo_scale.progress import progress
 from dpo_scale.reference.values import ReferenceValues
 from dpo_scale.timing import StepTimer
 
@@ -69,7 +70,7 @@ def count_in_phases() -> None:
             {
                 "gathered": {name: count / weights for name, count in gathered.items()},
                 "passes": passes,
-                "beats": engine.gather_objects(watchdog._beats),
+                "beats": engine.gather_objects(progress().beats),
             }
         )
         return result
