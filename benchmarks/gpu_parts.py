@@ -145,8 +145,12 @@ def throughput(script: Callable[..., tuple[str, ...]], dry_run: bool) -> list[tu
 
 def ratios(script: Callable[..., tuple[str, ...]], dry_run: bool) -> tuple[str, ...]:
     """The smaller shape, packed and with shared prefixes, over the ratios of `throughput.py`."""
+    if dry_run:  # the dry run of `throughput` has shared prefixes
+        return script(
+            "throughput", *GENERATED, *TINY, "--layouts", "packed", "--trl-kinds", "--name", "throughput_ratios"
+        )
+    model = (*LARGE, "--trl-batch-sizes", "4", "--model", f"shape:{SHAPES_BESIDE_TRL[0]}")
     layouts = ("--layouts", "packed", "shared_prefix", "--trl-kinds")
-    model = TINY if dry_run else (*LARGE, "--trl-batch-sizes", "4", "--model", f"shape:{SHAPES_BESIDE_TRL[0]}")
     return script("throughput", *GENERATED, *model, *layouts, "--name", "throughput_ratios")
 
 

@@ -1,4 +1,4 @@
-"""What the log-prob benchmark shows: ratios, the Markdown table, plots, and the summary in README.md.
+"""What the log-prob benchmark shows: ratios, the Markdown table, plots, and the summary in docs/benchmarks.md.
 
 A row is a dict: head, tokens, mode, arm, and either `absent` (why) or `seconds` (all rounds), `extra_bytes` and the
 errors; `add_ratios` adds what compares rows with each other.

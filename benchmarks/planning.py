@@ -21,8 +21,8 @@ import numpy as np
 from common import circumstances, describe_circumstances, markdown_table, processor, write_results
 
 from dpo_scale.data.batching import Schedule
-from dpo_scale.flops import ForwardFlops
-from dpo_scale.steps import Planner
+from dpo_scale.data.flops import ForwardFlops
+from dpo_scale.training.plan import Planner
 
 # of SmolLM2-135M: they decide which pairs go together, not how long planning takes
 FLOPS = ForwardFlops(2 * 1.06e8, 2 * 576 * 49152, ((None, 4 * 576 * 30),))

@@ -37,13 +37,13 @@ import numpy as np
 import torch
 from common import accelerator, circumstances, cores, describe_circumstances, matmul_flops_per_second, write_results
 
-from dpo_scale import engine
-from dpo_scale.config import Config, load_config
 from dpo_scale.data.dataset import PairDataset, load_pairs
+from dpo_scale.distributed import engine
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_reference, load_tokenizers
 from dpo_scale.reference.modes import open_book
 from dpo_scale.reference.stored import fill
+from dpo_scale.settings.tree import Config, load_config
 
 QUICK_PAIRS = 24
 DEMO_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "dpo_en_demo.json"

@@ -45,7 +45,7 @@ import torch
 from common import accelerator, circumstances, describe_circumstances, markdown_table, processor, write_results
 from throughput_arms import generated_rows, random_model
 
-from dpo_scale.metrics_file import METRICS_FILE, read_metrics
+from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
 
 PROJECT = Path(__file__).resolve().parents[1]
 WORKER_FILE = "job.json"
@@ -338,8 +338,8 @@ def table(report: dict[str, Any]) -> str:
 def run_one(file: Path) -> None:
     """In a process of its own: `launch/train.py`, watched from outside its code."""
     job = json.loads(file.read_text(encoding="utf-8"))
-    from dpo_scale import trainer
-    from dpo_scale.checkpoint import TrainState
+    from dpo_scale.checkpoint.save_load import TrainState
+    from dpo_scale.training import loop as trainer
 
     train_step, found = trainer.train_step, {}
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_scale import engine
-from dpo_scale.config import Config, load_config
 from dpo_scale.data.dataset import load_pairs
-from dpo_scale.metrics_file import METRICS_FILE, read_metrics
+from dpo_scale.distributed import engine
 from dpo_scale.models.builtin import resolve_model_path
-from dpo_scale.models.load import load_causal_lm, load_tokenizers
+from dpo_scale.models.load import load_causal_lm, load_tokenizers, settle_layout
+from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.reference.modes import fill_for, open_book
-from dpo_scale.trainer import train
+from dpo_scale.settings.tree import Config, load_config
+from dpo_scale.training.loop import train
 
 # one token each in most vocabularies
 WORDS = "the of and to in is that for it was on are as with they at be this from have or by one had not".split()
@@ -94,10 +94,10 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"{rows}: {len(data)} pairs, but {wanted} are needed; take fewer steps or smaller ones")
     seen = data.select(np.arange(wanted))
     book = open_book(config)
-    fill_for(config, book, [seen], tokenizer.pad_token_id)
+    fill_for(config, book, [seen], tokenizer.pad_token_id, settle_layout(config))
     if job["compiled"]:  # their values are their own
         config = config_of(job, "model.compile=true")
-        fill_for(config, open_book(config), [seen], tokenizer.pad_token_id)
+        fill_for(config, open_book(config), [seen], tokenizer.pad_token_id, settle_layout(config))
     has_trl = True
     try:
         import trl  # noqa: F401

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from common import accelerator, circumstances, describe_circumstances, markdown_table, processor, write_results
 
-from dpo_scale import engine
+from dpo_scale.distributed import engine
 from dpo_scale.models.activations import enable_checkpointing
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
 

@@ -1,7 +1,7 @@
 """The one family of errors that is the user's to fix.
 
 Everything that a config, a data file, a model folder or a checkpoint can get wrong is raised as a
-`UserError`. `dpo_scale.cli.run` prints its message on rank 0 without a traceback and exits with code 2;
+`UserError`. `dpo_scale.run.cli.run` prints its message on rank 0 without a traceback and exits with code 2;
 any other exception is a defect of ours and keeps its traceback.
 """
 

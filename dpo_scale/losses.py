@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_scale.loss_settings import LOSSES, LossSettings
+from dpo_scale.settings.loss import LOSSES, LossSettings
 
 # exp(30) = 1e13: far beyond where every loss of D is saturated, and its square is still an fp32 number, so a
 # gradient norm can be taken. Beyond the limit a score is constant and its gradient 0.

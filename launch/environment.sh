@@ -1,7 +1,7 @@
 # Sourced by launch/quickstart.sh and tests/run.sh: the project's virtual environment, made once and kept current.
 #
 # What the caller may set beforehand:
-#   PYTHON            the interpreter to build the environment with (3.10, 3.11 or 3.12)
+#   PYTHON            the interpreter to build the environment with; pyproject.toml says which versions will do
 #   DPO_SCALE_VENV    where the environment lives (default: .venv in the project folder)
 #   DPO_SCALE_CACHE   where models and tokenized data live (default: ~/.cache/dpo_scale)
 # shellcheck shell=bash
@@ -32,33 +32,41 @@ on_failure() {
     exit "$code"
 }
 
+# The minor versions of Python 3 that will do: from the first up to, but not including, the second.
+read -r PYTHON_FROM PYTHON_BELOW < <(
+    sed -nE 's/^requires-python = ">=3\.([0-9]+),<3\.([0-9]+)".*/\1 \2/p' "$PROJECT/pyproject.toml"
+) || fail "pyproject.toml has no line of the form: requires-python = \">=3.A,<3.B\""
+PYTHONS="Python 3.$PYTHON_FROM to 3.$((PYTHON_BELOW - 1))"
+
 usable_python() { # does this interpreter have the right version, and can it make virtual environments?
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
+    "$1" -c "import sys, venv, ensurepip; sys.exit(not (3, $PYTHON_FROM) <= sys.version_info < (3, $PYTHON_BELOW))" \
+        >/dev/null 2>&1
 }
 
 find_python() { # print the interpreter to use
     local candidate
     if [ -n "${PYTHON:-}" ]; then
-        usable_python "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.10, 3.11 or 3.12 with the venv module"
+        usable_python "$PYTHON" || fail "PYTHON=$PYTHON is not $PYTHONS with the venv module"
         echo "$PYTHON"
         return
     fi
-    for candidate in python3.11 python3.12 python3.10 python3 python; do
+    # The user's own first, then from the newest down.
+    for candidate in python3 $(seq -f 'python3.%g' "$((PYTHON_BELOW - 1))" -1 "$PYTHON_FROM") python; do
         if usable_python "$candidate"; then
             command -v "$candidate"
             return
         fi
     done
-    fail "no Python 3.10, 3.11 or 3.12 with the venv module was found" \
+    fail "no $PYTHONS with the venv module was found" \
         "On Debian or Ubuntu: apt install python3 python3-venv python3-dev" \
-        "Or name one that is elsewhere: PYTHON=/path/to/python3.11 bash $0"
+        "Or name one that is elsewhere: PYTHON=/path/to/python3 bash $0"
 }
 
 prepare_environment() { # $1: the extras to install, e.g. "quickstart"; afterwards the environment is first on PATH
     local extras=$1 python stamp wanted
     stage "Python environment in $VENV"
     if ! usable_python "$VENV/bin/python"; then
-        python=$(find_python)
+        python=$(find_python) || exit # it has said why
         "$python" -m venv --clear "$VENV"
         note "made with $("$python" --version) ($python)"
     fi

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dpo_scale.cli import config_parser, print_config, run
-from dpo_scale.config import load_config
 from dpo_scale.errors import ConfigError
+from dpo_scale.run.cli import config_parser, print_config, run
+from dpo_scale.settings.tree import load_config
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def main() -> None:
     if not config.data.eval:
         raise ConfigError("--data (data.eval): which preference pairs?")
 
-    from dpo_scale import engine
-    from dpo_scale.evaluation import evaluate_model
+    from dpo_scale.distributed import engine
+    from dpo_scale.training.evaluate import evaluate_model
 
     metrics = evaluate_model(config)
     if engine.is_main():

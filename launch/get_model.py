@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 
-from dpo_scale.cli import run
 from dpo_scale.models.builtin import BUILTIN_MODELS, ensure_builtin_model
+from dpo_scale.run.cli import run
 
 
 def main() -> None:

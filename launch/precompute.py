@@ -6,8 +6,8 @@ Run it again after the data has grown: only new pairs are computed. Also under `
 
 from __future__ import annotations
 
-from dpo_scale.cli import config_parser, print_config, run
-from dpo_scale.config import load_config
+from dpo_scale.run.cli import config_parser, print_config, run
+from dpo_scale.settings.tree import load_config
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     if arguments.print_config:
         print_config(config)
         return
-    from dpo_scale.precompute import precompute
+    from dpo_scale.training.precompute import precompute
 
     precompute(config)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpo_scale.cli import run
+from dpo_scale.run.cli import run
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="the folder of a finished run")
     arguments = parser.parse_args()
 
-    from dpo_scale.report import print_report
+    from dpo_scale.observe.report import print_report
 
     print_report(arguments.run)
 

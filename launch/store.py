@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_scale.cli import run
-from dpo_scale.config import Config, load_config
 from dpo_scale.errors import ConfigError, StoreError
 from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.shard import DamagedError
 from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.run.cli import run
+from dpo_scale.settings.tree import Config, load_config
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def _verify_against_model(arguments: argparse.Namespace) -> None:
     """Compute rows again with the config's reference, which also takes the config's book to be there."""
     import numpy as np
 
-    from dpo_scale import engine
+    from dpo_scale.distributed import engine
     from dpo_scale.models.load import load_reference
     from dpo_scale.reference.modes import open_book
     from dpo_scale.reference.stored import StoredReference

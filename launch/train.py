@@ -5,8 +5,8 @@ Also runs under `torchrun` and plain `python` (one rank).
 
 from __future__ import annotations
 
-from dpo_scale.cli import config_parser, print_config, run
-from dpo_scale.config import load_config
+from dpo_scale.run.cli import config_parser, print_config, run
+from dpo_scale.settings.tree import load_config
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides, resume=arguments.resume)
     if arguments.print_config:
         return print_config(config)
-    from dpo_scale.profiler import parse_steps
-    from dpo_scale.trainer import train
+    from dpo_scale.observe.profiler import parse_steps
+    from dpo_scale.training.loop import train
 
     train(config, resume=arguments.resume, profile=parse_steps(arguments.profile) if arguments.profile else None)
 

@@ -1,5 +1,6 @@
-"""What `EmulatedCuda` sees of torch: its function mode what Python asks for, its dispatch mode what that is made of.
+"""How `EmulatedCuda` watches torch, and what DeepSpeed is told of the device.
 
+Torch's function mode sees what Python asks for, its dispatch mode what that is made of.
 Copies between host and device, and the device that a tensor is to be made on, are seen by the first alone: below, all
 is on the CPU. What reads values is certain to be seen by the second alone: `bool(tensor)` and many functions come down
 to `item`. Both watch autograd's backward passes.
@@ -8,10 +9,12 @@ to `item`. Both watch autograd's backward passes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from emulated_cuda import DEVICE, HOST, EmulatedCuda, MisuseError, caller
+from emulated_cuda import DEVICE, HOST, EmulatedCuda, Event, MisuseError, Stream, caller
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -194,3 +197,35 @@ def _is_setitem() -> bool:
     while frame is not None and frame.f_code.co_name != "__torch_function__":
         frame = frame.f_back
     return frame is not None and getattr(frame.f_locals.get("func"), "__name__", "") == "__setitem__"
+
+
+@contextmanager
+def emulated_accelerator(cuda: EmulatedCuda) -> Iterator[None]:
+    """DeepSpeed's view of the device: its CPU accelerator, which works like CUDA's for the thread that is watched."""
+    from deepspeed.accelerator import get_accelerator
+
+    def tensor_of(dtype: torch.dtype) -> property:
+        return property(lambda _: lambda data: torch.tensor(data, dtype=dtype, device="cuda"))
+
+    answers = {
+        **dict.fromkeys(("is_synchronized_device", "resolves_data_dependency"), lambda self: False),
+        **dict.fromkeys(("handles_memory_backpressure", "use_host_timers"), lambda self: False),
+        "device_name": lambda self, index=None: "cuda" if cuda.active else "cpu",
+        "current_device_name": lambda self: "cuda:0" if cuda.active else "cpu",
+        "on_accelerator": lambda self, tensor: cuda.on_device(tensor),
+        "stream": lambda self, stream: cuda.on_stream(stream),
+        "current_stream": lambda self, index=None: cuda.current,
+        "default_stream": lambda self, index=None: cuda.default,
+        "synchronize": lambda self, index=None: cuda.synchronize(),
+        "Stream": property(lambda self: Stream),
+        "Event": property(lambda self: Event),
+        "FloatTensor": tensor_of(torch.float32),
+        "ByteTensor": tensor_of(torch.uint8),
+    }
+    accelerator = get_accelerator()
+    before = type(accelerator)
+    accelerator.__class__ = type("Emulated", (before,), answers)
+    try:
+        yield
+    finally:
+        accelerator.__class__ = before

@@ -19,6 +19,7 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 stage "style"
 ruff check --quiet .
 ruff format --check --quiet .
+lint-imports --no-cache
 
 stage "tests"
 trap - ERR # pytest's closing line is the verdict, and the last line

@@ -1,5 +1,5 @@
 """Preference files to token ids to batches: settings -> sources -> schemas -> tokenize -> cache -> dataset ->
 layout.
 
-Nothing is imported here, so that `dpo_scale.data.settings` stays quick to import.
+Nothing is imported here, so that `dpo_scale.settings.data` stays quick to import.
 """

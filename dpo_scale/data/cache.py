@@ -23,15 +23,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpo_scale.cache_folder import cache_folder
 from dpo_scale.data.pair_file import SCHEMA, PairFile
 from dpo_scale.data.schemas import MESSAGE_SCHEMAS, SCHEMAS, Columns, columns_of, detect_schema
-from dpo_scale.data.settings import DataSettings, SourceSettings
 from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.data.workers import RowTokenizer, read_chunks, run_chunks
+from dpo_scale.disk.cache import cache_folder
 from dpo_scale.errors import DataError
 from dpo_scale.progress import note_activity
+from dpo_scale.settings.data import DataSettings, SourceSettings
 
 CACHE_VERSION = 1  # of the reading, rendering, tokenizing and file format: raise it when any of these changes
 _DETECT_ROWS = 64

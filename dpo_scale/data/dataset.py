@@ -20,9 +20,9 @@ import numpy as np
 
 from dpo_scale.data.cache import BadRow, TokenizedSource, tokenize_source
 from dpo_scale.data.pair_file import PairFile
-from dpo_scale.data.settings import DataSettings, SourceSettings
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.errors import DataError
+from dpo_scale.settings.data import DataSettings, SourceSettings
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 

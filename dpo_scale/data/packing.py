@@ -9,7 +9,7 @@ is a matter of the layout:
   are made as even as can be without another micro-step.
 
 Either way micro-batches are then sorted by cost and dealt to the ranks, neighbours to the same micro-step: in each the
-ranks have about the same to do, and the first needs the most memory. Cost is FLOPs (`dpo_scale.flops`), so a long
+ranks have about the same to do, and the first needs the most memory. Cost is FLOPs (`dpo_scale.data.flops`), so a long
 pair weighs more than its tokens; the budget is in tokens, because memory grows with them.
 
 All of it is a pure function of the pairs, their lengths, the budget and the number of ranks. A plan is made per global
@@ -23,8 +23,8 @@ from heapq import heappop, heappush, heapreplace
 import numpy as np
 
 from dpo_scale.data.batching import MicroBatch
+from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import pair_tokens
-from dpo_scale.flops import ForwardFlops
 
 
 def pack_among_ranks(

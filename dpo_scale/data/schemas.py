@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_scale.data.settings import SourceSettings
 from dpo_scale.data.sources import RowProblem, type_name
+from dpo_scale.settings.data import SourceSettings
 
 Message = dict[str, Any]
 

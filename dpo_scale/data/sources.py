@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dpo_scale.data.json_rows import MAX_ROW_BYTES, read_json, read_lines
-from dpo_scale.data.settings import SourceSettings
 from dpo_scale.errors import DataError
+from dpo_scale.settings.data import SourceSettings
 
 FORMATS = {
     ".json": "json",

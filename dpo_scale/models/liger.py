@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_scale.config import ModelSettings
 from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.settings.tree import ModelSettings
 
 _PARTS = {"rms_norm": "RMSNorm", "rope": "rotary embedding", "swiglu": "SwiGLU"}  # by the names of Liger's switches
 # Mean difference of hidden states, relative to their mean size, that another order of roundings may cause in many

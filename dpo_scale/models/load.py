@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from dpo_scale import engine
-from dpo_scale.config import Config
 from dpo_scale.data.tokenize import load_tokenizer
-from dpo_scale.deepspeed_config import MOST_LIVE, policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
@@ -30,6 +28,8 @@ from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
 from dpo_scale.progress import patience
+from dpo_scale.settings.deepspeed import MOST_LIVE, policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.settings.tree import Config
 
 
 def check_logprobs(config: Config) -> None:

@@ -24,7 +24,7 @@ from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.scorer import causal_lm
 
 if TYPE_CHECKING:
-    from dpo_scale.config import LoraSettings
+    from dpo_scale.settings.tree import LoraSettings
 
 POLICY_ADAPTER = "default"  # the name that peft saves without a folder of its own
 REFERENCE_ADAPTER = "reference"

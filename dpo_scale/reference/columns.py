@@ -15,12 +15,12 @@ import torch
 
 from dpo_scale.data.cache import tokenize_source
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.settings import DataSettings
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.errors import DataError
-from dpo_scale.loss_settings import LossSettings
 from dpo_scale.reference.exchange import COLUMNS, column_values
 from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below, merge
+from dpo_scale.settings.data import DataSettings
+from dpo_scale.settings.loss import LossSettings
 
 
 class ColumnReference:

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 
 from dpo_scale.data.cache import TokenizedSource, tokenize_source
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.settings import DataSettings, SourceSettings
 from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.errors import DataError, StoreError
 from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below
 from dpo_scale.reference.store import Book
 from dpo_scale.reference.upkeep import merged_parts
+from dpo_scale.settings.data import DataSettings, SourceSettings
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names
 _ROWS_PER_WRITE = 1 << 16

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_scale.cache_folder import cache_folder
+from dpo_scale.disk.atomic import write_atomically
+from dpo_scale.disk.cache import cache_folder
 from dpo_scale.errors import ModelError, StoreError
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.progress import note_activity
-from dpo_scale.reference.files import write_atomically
 
 FINGERPRINT_VERSION = 1  # raise it when the same model would get another fingerprint
 CHUNK_BYTES = 32 << 20  # of a tensor that one thread hashes at a time; part of the fingerprint's definition

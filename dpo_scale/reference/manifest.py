@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_scale import __version__
+from dpo_scale.disk.atomic import write_atomically
 from dpo_scale.errors import StoreError
-from dpo_scale.reference.files import write_atomically
 from dpo_scale.reference.shard import FORMAT, FORMAT_VERSION, DamagedError, NewerVersionError
 
 MANIFEST_FILE = "manifest.json"

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dpo_scale import engine
-from dpo_scale.cache_folder import cache_folder
-from dpo_scale.config import Config
 from dpo_scale.data.dataset import PairDataset
+from dpo_scale.disk.cache import cache_folder
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ModelError, StoreError
 from dpo_scale.models.layouts import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
@@ -25,6 +24,7 @@ from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.numerics import numerics_of
 from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.stored import StoredReference, fill, missing_rows, verify
+from dpo_scale.settings.tree import Config
 
 
 def source_fingerprint(config: Config, source: ModelSource) -> str:

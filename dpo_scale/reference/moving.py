@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dpo_scale import engine
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ModelError
 from dpo_scale.progress import noting_activity
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from dpo_scale.config import Config
+from dpo_scale.settings.tree import Config
 
 # Implementations of a class agree to rounding in fp32; see `dpo_scale.logprobs`.
 PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits", "triton": "fp32 logits"}

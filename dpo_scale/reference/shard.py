@@ -35,9 +35,9 @@ from typing import Any
 
 import numpy as np
 
+from dpo_scale.disk.atomic import write_atomically
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.files import write_atomically
 from dpo_scale.reference.rows import Rows
 
 FORMAT = "dpo_scale reference store"

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_scale import engine
-from dpo_scale.data.ahead import BATCHES_AHEAD, Ahead
 from dpo_scale.data.batching import MicroBatch, forward_batches
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
+from dpo_scale.data.prefetch import BATCHES_AHEAD, Ahead
+from dpo_scale.distributed import engine
 from dpo_scale.errors import StoreError
-from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import sum_token_logps
 from dpo_scale.progress import beat
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.store import Book
 from dpo_scale.reference.upkeep import TARGET_SHARD_BYTES, compact_book
+from dpo_scale.settings.loss import LossSettings
 
 # What the composition of a batch alone may change in a log-prob summed over n tokens, divided by sqrt(n): rounding of
 # activations moves each token to either side, so sums drift apart as a random walk does. In bf16 the steps have a

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_scale.disk.atomic import is_abandoned, is_temporary, sync_folder
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.files import is_abandoned, is_temporary, sync_folder
 from dpo_scale.reference.manifest import (
     MANIFEST_FILE,
     Manifest,

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from dpo_scale.data.layout import PairBatch
-from dpo_scale.loss_settings import LossSettings
 from dpo_scale.losses import sum_token_logps
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
+from dpo_scale.settings.loss import LossSettings
 
 
 class ReferenceValues:

@@ -14,13 +14,14 @@ from pathlib import Path
 import deepspeed.comm.comm as communication
 import torch
 
-from dpo_scale import engine, trainer
-from dpo_scale.cli import run
-from dpo_scale.config import load_config
+from dpo_scale.distributed import engine
 from dpo_scale.models import load
+from dpo_scale.observe.timing import StepTimer
 from dpo_scale.progress import progress
 from dpo_scale.reference.values import ReferenceValues
-from dpo_scale.timing import StepTimer
+from dpo_scale.run.cli import run
+from dpo_scale.settings.tree import load_config
+from dpo_scale.training import loop as trainer
 
 GATHERS = ("all_gather_into_tensor", "all_gather", "all_gather_coalesced")
 

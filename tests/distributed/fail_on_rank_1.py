@@ -2,9 +2,9 @@
 
 import torch
 
-from dpo_scale import engine
-from dpo_scale.cli import run
+from dpo_scale.distributed import engine
 from dpo_scale.errors import DataError
+from dpo_scale.run.cli import run
 
 
 def main() -> None:

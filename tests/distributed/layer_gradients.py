@@ -13,12 +13,12 @@ from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from dpo_scale import engine
-from dpo_scale.cli import run
+from dpo_scale.distributed import engine
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.load import switch_off_dropout
 from dpo_scale.models.scorer import PairScorer, causal_lm
 from dpo_scale.models.zero3 import decoder_layers, make_leaves
+from dpo_scale.run.cli import run
 
 ARMS = {
     "plain": (),

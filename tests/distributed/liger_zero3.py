@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import liger_stand_in
 from tiny import save_model
 
-from dpo_scale import engine
-from dpo_scale.cli import run
-from dpo_scale.config import load_config
-from dpo_scale.deepspeed_config import policy_deepspeed_config
+from dpo_scale.distributed import engine
 from dpo_scale.models.activations import enable_checkpointing
 from dpo_scale.models.liger import take_kernels
 from dpo_scale.models.load import load_causal_lm
+from dpo_scale.run.cli import run
+from dpo_scale.settings.deepspeed import policy_deepspeed_config
+from dpo_scale.settings.tree import load_config
 
 IDS = torch.arange(3, 40)[None]
 

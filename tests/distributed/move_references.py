@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dpo_scale import engine
-from dpo_scale.cli import run
-from dpo_scale.config import load_config
+from dpo_scale.distributed import engine
 from dpo_scale.models.load import load_policy, load_reference
 from dpo_scale.reference.moving import MovingReference
+from dpo_scale.run.cli import run
+from dpo_scale.settings.tree import load_config
 
 IDS = torch.arange(1, 25).view(2, 12)
 

@@ -9,10 +9,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from dpo_scale import engine
-from dpo_scale.cli import run
-from dpo_scale.config import load_config
-from dpo_scale.precompute import precompute
+from dpo_scale.distributed import engine
+from dpo_scale.run.cli import run
+from dpo_scale.settings.tree import load_config
+from dpo_scale.training.precompute import precompute
 
 
 def main() -> None:

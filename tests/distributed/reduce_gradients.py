@@ -13,10 +13,10 @@ import torch
 from deepspeed.comm import comm
 from deepspeed.utils import safe_get_full_fp32_param
 
-from dpo_scale import engine
-from dpo_scale.cli import run
-from dpo_scale.config import load_config
-from dpo_scale.deepspeed_config import policy_deepspeed_config
+from dpo_scale.distributed import engine
+from dpo_scale.run.cli import run
+from dpo_scale.settings.deepspeed import policy_deepspeed_config
+from dpo_scale.settings.tree import load_config
 
 SIZE, TOKENS, MICRO_STEPS = 64, 16, 2
 CASES = [

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from dpo_scale import engine, trainer
-from dpo_scale.cli import run
-from dpo_scale.config import load_config
+from dpo_scale.distributed import engine
 from dpo_scale.errors import UserError
 from dpo_scale.models import attention
+from dpo_scale.run.cli import run
+from dpo_scale.settings.tree import load_config
+from dpo_scale.training import loop as trainer
 
 save_checkpoint = trainer.save_checkpoint
 attention_functions = attention.attention_functions

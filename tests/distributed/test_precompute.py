@@ -22,13 +22,13 @@ import pytest
 import torch
 from tiny import free_port, launch, preference_rows, run_overrides, write_rows
 
-from dpo_scale.config import load_config
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.load import load_tokenizers
 from dpo_scale.reference.manifest import MANIFEST_FILE
 from dpo_scale.reference.shard import rows_in_name
 from dpo_scale.reference.store import ReferenceStore
 from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.settings.tree import load_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -75,7 +75,7 @@ def fill_store(rank, ranks, port, settings, result):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    from dpo_scale.precompute import precompute
+    from dpo_scale.training.precompute import precompute
 
     computed = precompute(load_config(None, settings))
     if rank == 0:

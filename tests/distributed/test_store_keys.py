@@ -13,11 +13,11 @@ from plain_dpo import read_pairs, summed_logps
 from safetensors.torch import load_file, save_file
 from tiny import launch, preference_rows, run_overrides, save_adapter, save_sharded, write_rows
 
-from dpo_scale.config import load_config
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.load import load_tokenizers
 from dpo_scale.reference.modes import open_book
 from dpo_scale.reference.stored import missing_rows
+from dpo_scale.settings.tree import load_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -94,9 +94,9 @@ def test_losses_and_gradient_norms_are_those_of_trl(folder, name):
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_chat"])
 def test_ids_are_those_of_trl(folder, name):
     """Plain text as each tokenizes it itself; chat rows but for the line break behind the end of turn."""
-    from dpo_scale.config import load_config
     from dpo_scale.data.dataset import load_pairs
     from dpo_scale.data.tokenize import load_tokenizer
+    from dpo_scale.settings.tree import load_config
 
     config = load_config(folder / name / "config.yaml")
     pairs = load_pairs(config.data, load_tokenizer(config.model.path), seed=0, log=print).train

@@ -79,6 +79,8 @@ def refusals(folder, common):
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(384 - len(tokenizer) + 1)])
     tokenizer.save_pretrained(model("large-vocabulary"))
+    shutil.copytree(start, folder / "other-tokenizer")
+    save_tokenizer(folder / "other-tokenizer", seed=1)
     run = [f"output_dir={folder / 'a-run'}"]
     jobs = {
         "missing file": [f"data.train={folder / 'tran.jsonl'}"],
@@ -94,13 +96,17 @@ def refusals(folder, common):
         "optimizer argument": ["train.optim=SGD", "train.optim_args={momentun: 0.9}"],
         "learning rate": ["train.learning_rate=1e30"],
         "too few pairs": ["train.drop_last=true", "train.global_batch_size=64"],
+        "other tokenizer": [f"reference.model={folder / 'other-tokenizer'}"],
     }
     listed = [
         {"overrides": [*common, f"output_dir={folder / 'refused' / name}", *overrides], "refused": True}
         for name, overrides in jobs.items()
     ]
     listed += [{"overrides": [*common, *run]}, {"overrides": [*common, *run], "refused": True}]
-    return dict(zip([*jobs, "a run", "existing run"], run_jobs(folder, listed, ranks=1), strict=True))
+    gpt2 = [f"model.path={save_model(folder / 'gpt2', 'gpt2')}", f"output_dir={folder / 'refused' / 'gpt2'}"]
+    listed += [{"overrides": [*common, *gpt2], "resume": str(folder / "a-run"), "refused": True}]
+    names = [*jobs, "a run", "existing run", "checkpoint of another model"]
+    return dict(zip(names, run_jobs(folder, listed, ranks=1), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +126,8 @@ def refusals(folder, common):
         ("learning rate", ["step 2", "not finite", "train.jsonl row "]),
         ("too few pairs", ["train.drop_last", "22 training pairs", "64"]),
         ("existing run", ["output_dir", "a-run", "there is a run in it already"]),
+        ("other tokenizer", ["reference.model = ", "other-tokenizer", "start", "tokenizer differs"]),
+        ("checkpoint of another model", ["a-run/checkpoints/step-2: a checkpoint of another model", "model.path"]),
     ],
 )
 def test_refusals_name_what_is_wrong(refusals, name, parts):
@@ -140,23 +148,6 @@ def test_malformed_row_17_under_deepspeed(folder, common):
     (folder / "row17.jsonl").write_text("\n".join(lines))
     done = launch("launch/train.py", *common, f"data.train={folder / 'row17.jsonl'}", f"output_dir={folder / 'out1'}")
     the_error(done, f"{folder / 'row17.jsonl'} row 17: malformed JSON")
-
-
-def test_tokenizers_that_differ_under_deepspeed(folder, common):
-    shutil.copytree(folder / "start", folder / "other-tokenizer")
-    save_tokenizer(folder / "other-tokenizer", seed=1)
-    done = launch(
-        "launch/train.py", *common, f"reference.model={folder / 'other-tokenizer'}", f"output_dir={folder / 'out2'}"
-    )
-    the_error(done, f"reference.model = {folder / 'other-tokenizer'}", f"{folder / 'start'}", "tokenizer differs")
-
-
-def test_a_checkpoint_of_another_model_under_deepspeed(folder, common, refusals):
-    other = save_model(folder / "gpt2", "gpt2")
-    done = launch(
-        "launch/train.py", *common, f"model.path={other}", f"output_dir={folder / 'out3'}", "--resume", folder / "a-run"
-    )
-    the_error(done, f"{folder / 'a-run' / 'checkpoints' / 'step-2'}: a checkpoint of another model", "model.path")
 
 
 def test_a_loss_that_is_not_finite_names_its_row_and_saves_nothing(folder, common):

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROOT, preference_rows, read_metrics, run_jobs, run_overrides, write_rows
 
-from dpo_scale.config import STEP_METRICS, load_config
-from dpo_scale.loss_settings import LossSettings
-from dpo_scale.schedule import learning_rate
+from dpo_scale.settings.loss import LossSettings
+from dpo_scale.settings.tree import STEP_METRICS, load_config
+from dpo_scale.training.learning_rate import learning_rate
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

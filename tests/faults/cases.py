@@ -9,14 +9,25 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.hooks import BadNumbers, DiskFull, HangAtStep, KillInSave, NoticeInEvaluation, SlowDisk
+from faults.hooks import (
+    BadNumbers,
+    DiskFull,
+    HangAtStep,
+    HoldSaves,
+    HoldSteps,
+    KillInSave,
+    NoticeInEvaluation,
+    SlowDisk,
+)
 from faults.rig import (
     LAUNCHERS,
     RANKS,
@@ -78,12 +89,13 @@ def kills(folder: Path, rng: random.Random, count: int) -> Outcome:
 def _kill_once(folder: Path, run_dir: Path, settings: list[str], rng: random.Random) -> None:
     done = steps_done(run_dir)
     safe = done - done % SAVE_STEPS
-    forks = Forks(folder, settings)
     # up to some steps further, seldom at all during the start
-    if rng.random() < 0.15:
+    further, at_start = rng.randint(1, 4), rng.random() < 0.15
+    forks = Forks(folder, settings, HoldSteps(further + SAVE_STEPS))
+    if at_start:
         time.sleep(rng.uniform(0.5, 4))
     else:
-        wait_for_step(run_dir, min(done + rng.randint(1, 4), STEPS), forks.running)
+        wait_for_step(run_dir, min(done + further, STEPS), forks.running)
         time.sleep(rng.uniform(0, 0.15))
     victims = [rng.randrange(RANKS)] if rng.random() < 0.6 else list(range(RANKS))
     forks.kill(*victims)
@@ -156,19 +168,18 @@ def _try_notices(
 
         def one() -> None:
             nonlocal longest
-            launched = Launched(folder, settings, launcher)
-            process = (
-                {name: launched.find(name) for name in ("runner", "launcher", "rank0", "rank1")}
-                if (wait_for_step(run_dir, rng.randint(1, 12), launched.running))
-                else {}
-            )
-            assert process, launched.output()[-3000:]
+            step, told = rng.randint(1, 12), folder / f"{run_dir.name}-told"
+            launched = Launched(folder, settings, launcher, faults=[HoldSteps(step + 2), HoldSaves(told)])
+            assert wait_for_step(run_dir, step, launched.running), launched.output()[-3000:]
+            process = {name: launched.find(name) for name in ("runner", "launcher", "rank0", "rank1")}
             time.sleep(rng.uniform(0, 0.1))
             os.kill(process[target], number)
-            if rng.random() < 0.5 and number != signal.SIGKILL:  # and again while it saves
+            if rng.random() < 0.5 and number != signal.SIGKILL:  # and again before it has saved
                 time.sleep(rng.uniform(0, 0.2))
-                if launched.running():
+                # a launcher may have died of the first one, as a rank must not
+                with nullcontext() if target.startswith("rank") else suppress(ProcessLookupError):
                     os.kill(process[target], number)
+            told.touch()
             code, seconds = launched.wait()
             longest = max(longest, seconds)
             mark = json.loads((run_dir / "preempted.json").read_text())
@@ -202,45 +213,37 @@ def requeues(folder: Path, rng: random.Random, count: int) -> Outcome:
     for k in range(count):
         launcher = LAUNCHERS[(k + 1) % 2]
 
+        run_dir = fresh(folder, "requeued", rng)
+
         def one() -> None:
-            # a run of a second or two may be at its end before the second signal comes; then it showed nothing
-            for _ in range(4):
-                run_dir = fresh(folder, "requeued", rng)
-                in_time = _requeue(folder, run_dir, launcher, rng)
-                if in_time:
-                    assert_same_run(run_dir, whole)
-                shutil.rmtree(run_dir, ignore_errors=True)
-                if in_time:
-                    return
-            raise AssertionError("the second signal always came too late")
+            _requeue(folder, run_dir, launcher, rng)
+            assert_same_run(run_dir, whole)
 
         outcome.attempt(launcher, one)
+        shutil.rmtree(run_dir, ignore_errors=True)
     return outcome
 
 
-def _requeue(folder: Path, run_dir: Path, launcher: str, rng: random.Random) -> bool:
-    """One run in three pieces; False if it was at its end before it could be stopped a second time."""
+def _requeue(folder: Path, run_dir: Path, launcher: str, rng: random.Random) -> None:
+    """One run in three pieces."""
     settings = overrides(folder, f"output_dir={run_dir}", "checkpoint.save_steps=11")
-    script = Launched(folder, settings, launcher, through=["bash", str(ROOT / "launch/requeue.sh"), "3"])
+    requeue = ["bash", str(ROOT / "launch/requeue.sh")]
+    # three steps in each of the first two pieces, and at most one more after the notice
+    script = Launched(folder, settings, launcher, faults=[HoldSteps(3)], through=[*requeue, "3"])
     assert wait_for_step(run_dir, 2, script.running), script.output()[-3000:]
     os.kill(script.find("rank1"), signal.SIGTERM)
-    mark = run_dir / "preempted.json"
-    _wait_for(mark.exists, script)
-    first = json.loads(mark.read_text())["step"]
+    _wait_for(lambda: "try 1: stopped to be resumed" in script.output(), script)
+    first = int(re.search(r"stopped after step (\d+) of", script.output())[1])
     assert wait_for_step(run_dir, first + 1, script.running), script.output()[-3000:]
     os.kill(script.process.pid, rng.choice([signal.SIGTERM, signal.SIGUSR1]))
     code, _ = script.wait()
-    if code == 0:
-        assert (run_dir / "finished.json").exists(), script.output()[-3000:]
-        return False
     assert code == 75, f"exit code {code}\n{script.output()[-3000:]}"
-    assert "stopped to be resumed" in script.output()
-    second = json.loads(mark.read_text())["step"]
+    assert "try 2: stopped to be resumed" in script.output()
+    second = json.loads((run_dir / "preempted.json").read_text())["step"]
     assert first < second < STEPS and not (run_dir / "stop").exists(), (first, second)
-    script = Launched(folder, settings, launcher, through=["bash", str(ROOT / "launch/requeue.sh"), "1"])
+    script = Launched(folder, settings, launcher, through=[*requeue, "1"])
     code, _ = script.wait(120)
     assert code == 0, f"exit code {code}\n{script.output()[-3000:]}"
-    return True
 
 
 def _wait_for(condition: Callable[[], bool], launched: Launched) -> None:
@@ -400,10 +403,12 @@ def requeued_deaths(folder: Path, rng: random.Random, count: int) -> Outcome:
         launcher, run_dir = LAUNCHERS[k % 2], fresh(folder, "requeued-lost", rng)
 
         def one() -> None:
-            settings = overrides(folder, f"output_dir={run_dir}")
-            script = Launched(folder, settings, launcher, through=["bash", str(ROOT / "launch/requeue.sh"), "2"])
+            settings, killed = overrides(folder, f"output_dir={run_dir}"), folder / f"{run_dir.name}-killed"
+            requeue = ["bash", str(ROOT / "launch/requeue.sh"), "2"]
+            script = Launched(folder, settings, launcher, faults=[HoldSteps(5, killed)], through=requeue)
             assert wait_for_step(run_dir, 3, script.running), script.output()[-3000:]
             os.kill(script.find("rank1"), signal.SIGKILL)
+            killed.touch()
             code, _ = script.wait(120)
             assert code == 0, f"exit code {code}\n{script.output()[-3000:]}"
             assert "try 1: lost a rank" in script.output() and "was killed or crashed" in script.output()

@@ -10,14 +10,14 @@ from pathlib import Path
 from faults.cases import Outcome
 from faults.rig import finish, fresh, overrides, uninterrupted
 
-from dpo_scale.checkpoint import open_checkpoint, verify
-from dpo_scale.config import load_config
+from dpo_scale.checkpoint.save_load import open_checkpoint, verify
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.errors import CheckpointError, ModelError, StoreError
 from dpo_scale.models.files import check_model_folder
 from dpo_scale.models.load import load_tokenizers
 from dpo_scale.reference.store import ReferenceStore
 from dpo_scale.reference.upkeep import verify_book
+from dpo_scale.settings.tree import load_config
 
 
 def _flip(path: Path, rng: random.Random) -> None:

@@ -1,4 +1,4 @@
-"""Faults that are patched into a rank before it runs; instances are sent to the forks, so they are picklable."""
+"""Faults, and what holds a run still for one: patched into a rank before it runs, pickled on their way there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import builtins
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 def _during_saves(before: Callable[[], object], after: Callable[[], object], number: int) -> None:
     """Call `before()` and `after()` around the `number`th save of this process."""
-    from dpo_scale import trainer
+    from dpo_scale.training import loop as trainer
 
     real, count = trainer.save_checkpoint, 0
 
@@ -30,6 +31,68 @@ def _during_saves(before: Callable[[], object], after: Callable[[], object], num
             after()
 
     trainer.save_checkpoint = save_checkpoint
+
+
+HOLD_SECONDS = 60  # a bound for what a test has to do by then
+
+
+@dataclass(frozen=True)
+class HoldSteps:
+    """The ranks do some steps and no more until one of them was told to stop: no signal comes after a run's end.
+
+    How fast the machine is then decides only whether the signal falls into one of those steps or meets ranks that wait.
+
+    Attributes:
+        after: how many steps a process does before it is held.
+        released: lets the ranks go on too, once it exists; None if only a notice or a kill does.
+    """
+
+    after: int
+    released: Path | None = None
+
+    def __call__(self, rank: int) -> None:
+        from dpo_scale.distributed import engine
+        from dpo_scale.run import preemption
+        from dpo_scale.training import loop as trainer
+
+        real, started = trainer.train_step, 0
+
+        def train_step(*arguments, **keywords):
+            nonlocal started
+            started += 1
+            if started == self.after + 1:
+                until = time.monotonic() + HOLD_SECONDS
+                # asked together, so that all go on at the same step
+                while not any(engine.gather_objects(preemption.was_noticed() or self._is_released())):
+                    assert time.monotonic() < until, f"nothing came within {HOLD_SECONDS} s"
+                    time.sleep(0.01)
+            return real(*arguments, **keywords)
+
+        trainer.train_step = train_step
+
+    def _is_released(self) -> bool:
+        return self.released is not None and self.released.exists()
+
+
+@dataclass(frozen=True)
+class HoldSaves:
+    """No rank begins a save before a file exists."""
+
+    released: Path
+
+    def __call__(self, rank: int) -> None:
+        from dpo_scale.training import loop as trainer
+
+        real = trainer.save_checkpoint
+
+        def save_checkpoint(*arguments, **keywords):
+            until = time.monotonic() + HOLD_SECONDS
+            while not self.released.exists():
+                assert time.monotonic() < until, f"{self.released} was not made within {HOLD_SECONDS} s"
+                time.sleep(0.01)
+            return real(*arguments, **keywords)
+
+        trainer.save_checkpoint = save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -114,8 +177,8 @@ class DiskFull:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale import trainer
         from dpo_scale.reference import shard
+        from dpo_scale.training import loop as trainer
 
         if self.during == "save":
             limited = _files_no_larger_than(self.limit_bytes)
@@ -141,9 +204,7 @@ class HangAtStep:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        import time
-
-        from dpo_scale import trainer
+        from dpo_scale.training import loop as trainer
 
         real = trainer.train_step
 
@@ -165,9 +226,7 @@ class SlowDisk:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        import time
-
-        from dpo_scale import trainer
+        from dpo_scale.training import loop as trainer
 
         real_sync, real_save, slowest = os.fsync, trainer.save_checkpoint, 0.0
 
@@ -200,7 +259,8 @@ class NoticeInEvaluation:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale import preemption, trainer
+        from dpo_scale.run import preemption
+        from dpo_scale.training import loop as trainer
 
         real, count = trainer.evaluate, 0
 
@@ -232,24 +292,29 @@ class BadNumbers:
             return
         import torch
 
-        from dpo_scale import trainer
+        from dpo_scale.training import loop as trainer
 
         at = {"step": 0}
-        real_step, real_losses = trainer.train_step, trainer.pair_losses
+        real_step, real_choice = trainer.train_step, trainer.choose_objective
 
         def train_step(run, state, *more):
             at["step"] = state.step + 1
             return real_step(run, state, *more)
 
-        def pair_losses(*arguments, **keywords):
-            total, losses, metrics = real_losses(*arguments, **keywords)
-            if at["step"] in self.steps:
-                if self.what == "loss":
-                    # a loss without gradient, so that only its value can tell
-                    total, losses = total.detach() * 0.0 + 0.0 * total + float("nan"), losses * float("nan")
-                else:
-                    total = total + InfiniteGradient.apply(total)
-            return total, losses, metrics
+        def choose_objective(config, policy):
+            loss_of, reason = real_choice(config, policy)
+
+            def broken(*arguments):
+                total, losses, metrics = loss_of(*arguments)
+                if at["step"] in self.steps:
+                    if self.what == "loss":
+                        # a loss without gradient, so that only its value can tell
+                        total, losses = total.detach() * 0.0 + 0.0 * total + float("nan"), losses * float("nan")
+                    else:
+                        total = total + InfiniteGradient.apply(total)
+                return total, losses, metrics
+
+            return broken, reason
 
         class InfiniteGradient(torch.autograd.Function):
             @staticmethod
@@ -260,4 +325,4 @@ class BadNumbers:
             def backward(ctx, gradient):
                 return gradient * float("inf")
 
-        trainer.train_step, trainer.pair_losses = train_step, pair_losses
+        trainer.train_step, trainer.choose_objective = train_step, choose_objective

@@ -23,13 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
-from dpo_scale.config import Config, load_config
-from dpo_scale.config_reader import list_keys
 from dpo_scale.data.dataset import load_pairs
-from dpo_scale.deepspeed_config import KNOWN_KEYS
 from dpo_scale.errors import UserError
 from dpo_scale.models.files import check_model_folder
 from dpo_scale.models.load import check_vocabulary, load_tokenizers
+from dpo_scale.settings.deepspeed import KNOWN_KEYS
+from dpo_scale.settings.reader import list_keys
+from dpo_scale.settings.tree import Config, load_config
 
 SECONDS_EACH = 20
 

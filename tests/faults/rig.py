@@ -1,8 +1,8 @@
 """What the fault tests share: a small run, its ranks as forks or under a real launcher, and the comparison at the end.
 
 Ranks that are killed by the dozen are forks of a process that has imported the libraries, because imports are most of a
-launch; they run the code of `launch/train.py` from there on. `faults` are patched into the forks alone (`hooks.py`), so
-that no line of the program knows of them.
+launch; they run the code of `launch/train.py` from there on. Faults (`hooks.py`) are patched into the forks or, under a
+launcher, by `patched_train.py`, so that no line of the program knows of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -52,9 +53,9 @@ def train_rank(rank: int, ranks: int, port: int, settings: list[str], log: Path,
     torch.set_num_threads(1)
     if fault is not None:
         fault(rank)
-    from dpo_scale.cli import run
-    from dpo_scale.config import load_config
-    from dpo_scale.trainer import train
+    from dpo_scale.run.cli import run
+    from dpo_scale.settings.tree import load_config
+    from dpo_scale.training.loop import train
 
     run(lambda: train(load_config(None, settings, resume="auto"), resume="auto") and None)
 
@@ -68,7 +69,7 @@ class Forks:
             fault: called with the rank in each fork, before the run; must be picklable.
         """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "deepspeed", "transformers", "datasets", "dpo_scale.trainer"])
+        context.set_forkserver_preload(["torch", "deepspeed", "transformers", "datasets", "dpo_scale.training.loop"])
         port = free_port()
         self.log = folder / "output.txt"
         self.log.unlink(missing_ok=True)
@@ -109,11 +110,25 @@ class Forks:
 class Launched:
     """A try under a real launcher, with the processes that it is made of."""
 
-    def __init__(self, folder: Path, settings: list[str], launcher: str, *, through: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: list[str],
+        launcher: str,
+        *,
+        faults: Sequence[Any] = (),
+        through: Sequence[str] = (),
+    ) -> None:
         """
         Args:
+            faults: each is called with the rank in each rank, before the run; must be picklable.
             through: a command that starts the launcher and adds `--resume auto` by itself.
         """
+        script = [str(ROOT / "launch/train.py")]
+        if faults:
+            pickled = folder / "faults.pickle"
+            pickled.write_bytes(pickle.dumps(list(faults)))
+            script = [str(ROOT / "tests/faults/patched_train.py"), str(pickled)]
         binaries = Path(sys.executable).parent
         port = str(free_port())
         command = {
@@ -124,7 +139,7 @@ class Launched:
         self.log = folder / "output.txt"
         with open(self.log, "w") as output:
             self.process = subprocess.Popen(
-                [*through, str(binaries / command[0]), *command[1:], str(ROOT / "launch/train.py"), *settings]
+                [*through, str(binaries / command[0]), *command[1:], *script, *settings]
                 + ([] if through else ["--resume", "auto"]),
                 cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip

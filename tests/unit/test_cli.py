@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dpo_scale.cli import MOST_KEPT, ForgivingStream
+from dpo_scale.run.cli import MOST_KEPT, ForgivingStream
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from dpo_scale import engine
-from dpo_scale.cli import run
+from dpo_scale.distributed import engine
+from dpo_scale.run.cli import run
 from dpo_scale.errors import ConfigError
 
 def main():

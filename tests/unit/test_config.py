@@ -8,9 +8,9 @@ import time
 import pytest
 import yaml
 
-from dpo_scale.config import Config, load_config
-from dpo_scale.config_reader import to_mapping
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.reader import to_mapping
+from dpo_scale.settings.tree import Config, load_config
 
 MINIMAL = ["model.path=some/model", "data.train=pairs.jsonl"]
 
@@ -171,7 +171,7 @@ def test_missing_and_binary_files_are_named(tmp_path):
 
 
 def test_every_option_survives_a_round_trip_through_its_type():
-    from dpo_scale.config_reader import build, list_keys
+    from dpo_scale.settings.reader import build, list_keys
 
     mapping = to_mapping(Config())
     assert to_mapping(build(Config, mapping)) == mapping

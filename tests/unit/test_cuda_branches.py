@@ -7,14 +7,14 @@ import pytest
 import torch
 from emulated_cuda import EmulatedCuda, MisuseError
 
-from dpo_scale import engine
 from dpo_scale.data.batching import MicroBatch
 from dpo_scale.data.dataset import Pair
-from dpo_scale.evaluation import load_batch
-from dpo_scale.loss_settings import LossSettings
-from dpo_scale.metrics import MetricSums
+from dpo_scale.distributed import engine
 from dpo_scale.models.activations import offloaded_checkpoint
-from dpo_scale.timing import StepTimer
+from dpo_scale.observe.metrics import MetricSums
+from dpo_scale.observe.timing import StepTimer
+from dpo_scale.settings.loss import LossSettings
+from dpo_scale.training.batches import load_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="emulates a device where there is none")
 CUDA = torch.device("cuda", 0)

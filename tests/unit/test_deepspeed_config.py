@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dpo_scale.config import load_config
-from dpo_scale.deepspeed_config import policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.deepspeed import policy_deepspeed_config, reference_deepspeed_config
+from dpo_scale.settings.tree import load_config
 
 MINIMAL = ["model.path=some/model", "data.train=pairs.jsonl"]
 
@@ -163,7 +163,7 @@ def test_bf16_optimizer_states_are_the_same_setting_here_and_in_a_users_file(tmp
 def test_engines_are_made_for_the_device_that_they_run_on(tmp_path, monkeypatch):
     import torch
 
-    from dpo_scale import engine
+    from dpo_scale.distributed import engine
     from dpo_scale.models import load as loading
 
     class LoadsNoWeights(Exception):
@@ -171,11 +171,11 @@ def test_engines_are_made_for_the_device_that_they_run_on(tmp_path, monkeypatch)
 
     made = []
 
-    def stop(config, source, deepspeed_config, choice):
+    def stop(deepspeed_config):
         made.append(deepspeed_config["zero_optimization"]["offload_param"]["pin_memory"])
         raise LoadsNoWeights
 
-    monkeypatch.setattr(loading, "_load_for", stop)
+    monkeypatch.setattr(engine, "partitioned_loading", stop)
     monkeypatch.setattr(loading, "settle_layout", lambda config: None)
     options = ["deepspeed.stage=3", "deepspeed.offload_param=cpu", "reference.stage=3", "reference.offload_param=cpu"]
     config = load(tmp_path, None, *options)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from dpo_scale.deepspeed_files import DeepspeedFiles, load_file
+from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles, load_file
+from dpo_scale.distributed.random_state import random_state, restore_random_state
 from dpo_scale.errors import CheckpointError
-from dpo_scale.random_state import random_state, restore_random_state
 
 
 def round_trip(value, path):

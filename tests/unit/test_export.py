@@ -10,16 +10,16 @@ import torch
 from tiny import save_model, save_tokenizer, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import dpo_scale.export
-from dpo_scale.config import load_config
+import dpo_scale.models.export
 from dpo_scale.data.tokenize import load_tokenizer
+from dpo_scale.disk.sealed import write_manifest
 from dpo_scale.errors import ModelError, TrainingError
-from dpo_scale.export import export_model
+from dpo_scale.models.export import export_model
 from dpo_scale.models.files import check_model_folder
 from dpo_scale.models.load import load_causal_lm, load_tokenizers
 from dpo_scale.models.scorer import PairScorer
 from dpo_scale.progress import progress
-from dpo_scale.sealed_folder import write_manifest
+from dpo_scale.settings.tree import load_config
 
 RESULTS = {"before": {"loss": 0.69, "rewards/margins": 0.0}, "after": {"loss": 0.5, "rewards/margins": 0.25}}
 
@@ -63,7 +63,7 @@ def test_each_shard_that_is_written_synced_and_read_back_is_activity(tmp_path, m
     start = save_model(tmp_path / "start")
     counts = [progress().activity]
     for name, size in (("whole", "5GB"), ("sharded", "20KB")):
-        monkeypatch.setattr(dpo_scale.export, "MAX_SHARD_SIZE", size)
+        monkeypatch.setattr(dpo_scale.models.export, "MAX_SHARD_SIZE", size)
         export(start, tmp_path / name)
         counts.append(progress().activity)
     shards = len(list((tmp_path / "sharded/model").glob("*.safetensors")))
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypat
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dpo_scale.sealed_folder.os.fsync", full)
+    monkeypatch.setattr("dpo_scale.disk.sealed.os.fsync", full)
     with pytest.raises(TrainingError, match="could not be written.*No space left"):
         export(start, tmp_path / "run", {**RESULTS, "after": {"loss": 0.1}})
     assert (folder / "README.md").read_bytes() == before

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
-from dpo_scale.evaluation import pair_losses
-from dpo_scale.loss_settings import LossSettings
 from dpo_scale.models.attention import use_attention
 from dpo_scale.models.scorer import PairScorer
+from dpo_scale.settings.loss import LossSettings
+from dpo_scale.training.objective import across_ranks, from_logps, fused_by_pair
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built() or torch.cuda.is_available(),
@@ -96,9 +96,9 @@ def micro_step(backend, head, loss="sigmoid"):
     model.requires_grad_(False).get_output_embeddings().weight.requires_grad_(True)
     if backend != "padded":
         use_attention(model, backend)
-    return pair_losses(
-        PairScorer(model, implementation, layout), None, batch, LOSSES[loss], 13.0, (3,), by_pair=by_pair
-    )
+    settings = LOSSES[loss]
+    loss_of = fused_by_pair if by_pair else across_ranks if settings.needs_batch else from_logps
+    return loss_of(PairScorer(model, implementation, layout), batch, settings, 13.0, (3,))
 
 
 def assert_on_device(total, losses, metrics):

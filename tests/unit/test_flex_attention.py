@@ -50,19 +50,18 @@ def test_llama_3s_heads_lower_for_an_h100_at_every_length(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", SHARED_MEMORY)
-def test_other_heads_widths_windows_soft_caps_and_sinks_lower_and_compile(gpu, tmp_path):
+@pytest.mark.parametrize(("gpu", "cases"), [("8.0", 3), ("9.0", 7), ("10.0", 2)])
+def test_other_heads_widths_windows_soft_caps_and_sinks_lower_and_compile(gpu, cases, tmp_path):
     """Those of today's models. The whole product: python tests/lower_flex_attention.py 9.0 --all --compile."""
-    cases = lower(tmp_path, gpu, "--compile")
-    assert len(cases) == 7
-    for case in cases:
+    found = lower(tmp_path, gpu, "--cases", str(cases), "--compile")
+    assert len(found) == cases
+    for case in found:
         check(case)
         assert max(case["shared"].values()) <= SHARED_MEMORY[gpu], case
-        # Blocks are torch's own choice for a GPU and a width. On an H100 its backward pass spills as much with a plain
-        # causal mask.
+        # for fp32 and wider heads blocks are torch's own choice, which spills as much with a plain causal mask
         usual = case["dtype"] == "bfloat16" and case["width"] <= 128
         for name, spilled in case["spilled"].items():
-            assert spilled <= ((1024 if "backward" in name else 256) if usual else 4096), case
+            assert spilled <= (4096 if not usual else 1024 if "backward" in name else 128), case
 
 
 @pytest.mark.slow

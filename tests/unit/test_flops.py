@@ -7,10 +7,10 @@ from tiny import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from dpo_scale.config import load_config
-from dpo_scale.devices import peak_flops
-from dpo_scale.flops import ForwardFlops, forward_flops
-from dpo_scale.steps import passes_of
+from dpo_scale.data.flops import ForwardFlops, forward_flops
+from dpo_scale.observe.devices import peak_flops
+from dpo_scale.settings.tree import load_config
+from dpo_scale.training.plan import passes_of
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -27,8 +27,8 @@ import layouts  # noqa: E402
 import short_runs  # noqa: E402
 from gpu_parts import Part  # noqa: E402
 
-from dpo_scale.config import load_config  # noqa: E402
 from dpo_scale.models.attention import AttentionPlan  # noqa: E402
+from dpo_scale.settings.tree import load_config  # noqa: E402
 
 
 def python(code: str) -> tuple[str, ...]:

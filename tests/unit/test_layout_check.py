@@ -6,13 +6,13 @@ import varlen_kernels
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from dpo_scale import engine
-from dpo_scale.config import Config
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ModelError
 from dpo_scale.models import attention, layout_check, varlen_attention
 from dpo_scale.models.attention import blockwise_attention
 from dpo_scale.models.layouts import LayoutChoice, Option, choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer
+from dpo_scale.settings.tree import Config
 
 PADDED = Option("padded", None, "the last")
 

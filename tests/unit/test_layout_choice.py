@@ -6,8 +6,7 @@ import transformers
 import varlen_kernels
 from tiny import tiny_config
 
-from dpo_scale import engine
-from dpo_scale.config import Config
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import layouts, varlen_attention
 from dpo_scale.models.layouts import (
@@ -16,6 +15,7 @@ from dpo_scale.models.layouts import (
     choose_layout,
     why_padded,
 )
+from dpo_scale.settings.tree import Config
 
 PADDED = ("padded", None)
 

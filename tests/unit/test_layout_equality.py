@@ -152,12 +152,8 @@ def test_a_wrong_plan_is_far_from_right(separate, mistake, monkeypatch):
 @pytest.mark.parametrize("separate", ["gemma2", "gemma3", "mistral", "gpt_oss"], indirect=True)
 def test_a_lost_window_is_far_from_right(separate, monkeypatch):
     architecture, expected, _ = separate
-    right = attention._segment_attention
-
-    def unlimited(plan, q, k, v, scaling, dropout, window, softcap, sinks):
-        return right(plan, q, k, v, scaling, dropout, None, softcap, sinks)
-
-    monkeypatch.setattr(attention, "_segment_attention", unlimited)
+    right = AttentionPlan.runs
+    monkeypatch.setattr(AttentionPlan, "runs", lambda plan, queries, keys, window: right(plan, queries, keys, None))
     with torch.no_grad():
         _, logps = scored(architecture, "shared_prefix", "blocks")
     assert (logps - expected).abs().max() > 0.01

@@ -12,14 +12,14 @@ import transformers
 from liger_stand_in import CALLS
 from tiny import save_adapter, save_model, tiny_config
 
-from dpo_scale import engine
-from dpo_scale.config import LoraSettings, ModelSettings, load_config
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import lora
 from dpo_scale.models.activations import enable_checkpointing
 from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import causal_lm
 from dpo_scale.reference.numerics import numerics_of
+from dpo_scale.settings.tree import LoraSettings, ModelSettings, load_config
 
 IDS = torch.arange(3, 40)[None]
 PER_PASS = {"norm": 5, "rope": 2, "swiglu": 2}  # of two layers
@@ -191,6 +191,6 @@ def test_policy_and_reference_are_loaded_with_liger_alike(liger, tmp_path):
     for start in (lambda: loading.load_policy(config, 1), lambda: loading.load_reference(config)):
         liger.setattr(engine, "initialize_policy", lambda scorer, *others: scorer)
         liger.setattr(engine, "initialize_reference", lambda scorer, *others: scorer)
-        liger.setattr(loading, "check_layout", lambda *others: None)
+        liger.setattr(loading, "prove_layout", lambda *others: None)
         start()
     assert taken == [("LlamaForCausalLM", True)] * 2

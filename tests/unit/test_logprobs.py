@@ -418,7 +418,7 @@ def test_what_does_not_fit_is_refused_by_name():
 
 def test_auto_means_triton_on_cuda_in_16_bits_and_chunked_elsewhere(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(logprobs, "_has_triton", lambda: True)
+    monkeypatch.setattr(logprobs, "has_triton", lambda: True)
     for dtype in (None, torch.bfloat16, torch.float16):
         assert choose_implementation("auto", cuda, dtype)[0] == "triton"
         assert choose_implementation("auto", cpu, dtype)[0] == "chunked"
@@ -427,7 +427,7 @@ def test_auto_means_triton_on_cuda_in_16_bits_and_chunked_elsewhere(monkeypatch)
     assert "full logits" in choose_implementation("auto", cpu)[1]
     assert choose_implementation("naive") == ("naive", "asked for by name")
 
-    monkeypatch.setattr(logprobs, "_has_triton", lambda: False)
+    monkeypatch.setattr(logprobs, "has_triton", lambda: False)
     name, reason = choose_implementation("auto", cuda, torch.bfloat16)
     assert name == "chunked" and "Triton is not installed" in reason
     with pytest.raises(ValueError, match="Triton is not installed"):

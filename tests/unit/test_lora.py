@@ -5,11 +5,11 @@ import torch
 from tiny import save_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_scale.config import LoraSettings, load_config
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import lora
 from dpo_scale.models.load import load_causal_lm, policy_source, reference_source
 from dpo_scale.models.scorer import PairScorer
+from dpo_scale.settings.tree import LoraSettings, load_config
 
 IDS = torch.arange(24).view(2, 12)
 MINIMAL = ["model.path=some/model", "data.train=pairs.jsonl"]
@@ -266,7 +266,7 @@ def test_the_reference_is_what_the_policy_starts_from_unless_named(overrides, ex
 def test_a_checkpoint_belongs_to_the_weights_under_its_adapter(folders, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from dpo_scale.run_identity import identity_of
+    from dpo_scale.training.run_identity import identity_of
 
     def identity():
         overrides = [f"model.path={tmp_path / 'm'}", "data.train=x.jsonl", "lora.r=4"]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dpo_scale.errors import ConfigError
-from dpo_scale.loss_settings import LOSSES, LossSettings
+from dpo_scale.settings.loss import LOSSES, LossSettings
 
 REFUSALS = [
     (
@@ -130,5 +130,5 @@ def test_token_values_are_needed_by_ld_dpo_and_wpo():
 
 
 def test_settings_are_read_without_importing_torch():
-    code = "import sys, dpo_scale.loss_settings; sys.exit('torch' in sys.modules)"
+    code = "import sys, dpo_scale.settings.loss; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

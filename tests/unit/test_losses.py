@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from dpo_scale.loss_settings import F_DIVERGENCES, LOSSES, LossSettings
 from dpo_scale.losses import preference_loss
+from dpo_scale.settings.loss import F_DIVERGENCES, LOSSES, LossSettings
 
 POLICY = [(-12.0, -15.0), (-30.5, -28.0), (-7.25, -9.5)]
 REFERENCE = [(-13.0, -14.5), (-29.0, -29.25), (-9.0, -9.125)]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dpo_scale.config import load_config
 from dpo_scale.errors import ConfigError
-from dpo_scale.loss_settings import LOSSES, LossSettings
 from dpo_scale.losses import preference_loss
+from dpo_scale.settings.loss import LOSSES, LossSettings
+from dpo_scale.settings.tree import load_config
 
 MINIMAL = ["model.path=m", "data.train=t.jsonl", "data.eval_fraction=0.1"]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 PROJECT = Path(__file__).resolve().parents[2]
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,8 @@ def test_wheel_says_version_licence_and_python(wheel):
     text = wheel.read(metadata).decode()
     assert f"\nVersion: {dpo_scale.__version__}\n" in text
     assert "\nLicense-Expression: Apache-2.0\n" in text
-    assert re.search(r"^Requires-Python: (<3\.13,>=3\.10|>=3\.10,<3\.13)$", text, re.MULTILINE)
+    (allowed,) = re.findall(r"^Requires-Python: (.*)$", text, re.MULTILINE)
+    assert [v for v in ("3.9", *PYTHONS, "3.15") if f"{v}.1" in SpecifierSet(allowed)] == list(PYTHONS)
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 
@@ -99,21 +101,51 @@ def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", str(PROJECT / script)], check=True)
 
 
-def test_quickstart_names_what_is_missing_when_there_is_no_usable_python(tmp_path):
-    # Found, but not usable: like a version manager's shim for a version that isn't installed.
-    fake = tmp_path / "python3.11"
-    fake.write_text("#!/bin/sh\nexit 127\n")
-    fake.chmod(0o755)
+def fake_python(path: Path, version: str | None) -> Path:
+    """An interpreter that says it has that version; asked for an environment, it exits with its minor version.
+
+    Without a version it is like a version manager's shim for one that is not installed.
+    """
+    said = f"import sys; sys.version_info = ({', '.join((version or '').split('.'))}, 1, 'final', 0); "
+    as_told = f'[ "$1" != -c ] || exec {sys.executable} -c "{said}$2"\nexit {version.split(".")[1]}' if version else ""
+    path.write_text(f"#!/bin/sh\n{as_told or 'exit 127'}\n")
+    path.chmod(0o755)
+    return path
+
+
+def start_quickstart(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
         ["bash", str(PROJECT / "launch" / "quickstart.sh")],
-        env={"PATH": "/usr/bin:/bin", "PYTHON": str(fake), "DPO_SCALE_VENV": str(tmp_path / "venv")},
-        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "DPO_SCALE_VENV": str(folder / "venv")} | variables,
+        cwd=folder,
         capture_output=True,
         text=True,
     )
-    assert result.returncode != 0
-    assert f"error: PYTHON={fake} is not a Python 3.10, 3.11 or 3.12" in result.stderr
-    assert not (tmp_path / "venv").exists()
+    assert not (folder / "venv").exists()
+    return result
+
+
+@pytest.mark.parametrize("version", [None, "2.7", "3.9", "3.15"])
+def test_quickstart_names_what_is_missing_when_there_is_no_usable_python(tmp_path, version):
+    fake = fake_python(tmp_path / "python", version)
+    result = start_quickstart(tmp_path, PYTHON=str(fake))
+    assert result.returncode == 1
+    assert result.stderr == f"error: PYTHON={fake} is not Python 3.10 to 3.14 with the venv module\n"
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_quickstart_takes_every_python_that_the_package_allows(tmp_path, version):
+    result = start_quickstart(tmp_path, PYTHON=str(fake_python(tmp_path / "python", version)))
+    assert result.returncode == int(version.removeprefix("3.")), result.stderr
+
+
+def test_quickstart_looks_for_a_python_that_will_do(tmp_path):
+    for version in PYTHONS:
+        fake_python(tmp_path / f"python{version}", version if version != "3.14" else None)
+    fake_python(tmp_path / "python3", "3.9")
+    fake_python(tmp_path / "python", "3.10")
+    result = start_quickstart(tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert result.returncode == 13, result.stderr
 
 
 def test_slurm_script_refuses_a_run_that_could_not_be_resumed():

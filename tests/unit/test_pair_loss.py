@@ -11,8 +11,8 @@ from dpo_scale.logprobs import pair_loss as module
 from dpo_scale.logprobs import token_logps
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 from dpo_scale.logprobs.tiles import MIN_TILE_WIDTH
-from dpo_scale.loss_settings import LOSSES, LossSettings
 from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps
+from dpo_scale.settings.loss import LOSSES, LossSettings
 
 HIDDEN, VOCABULARY = 24, 1300
 SEPARABLE = [name for name, info in LOSSES.items() if info.separable]

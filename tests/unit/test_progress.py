@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import save_file
 from store_rows import KEY, add, random_rows
 
-from dpo_scale import sealed_folder
-from dpo_scale.deepspeed_files import DeepspeedFiles, load_file
+from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles, load_file
+from dpo_scale.checkpoint.reshard import Shard, fill, whole_pieces
+from dpo_scale.disk import sealed as sealed_folder
 from dpo_scale.progress import note_activity, patience, progress
 from dpo_scale.reference import fingerprint, upkeep
 from dpo_scale.reference.store import ReferenceStore
-from dpo_scale.reshape import Shard, fill, whole_pieces
 
 MEGABYTES = 4
 
@@ -34,7 +34,7 @@ def test_writing_syncing_reading_back_and_loading_a_checkpoint_file(tmp_path, mo
     assert activity_of(lambda: files.save(tensors, str(path))) >= 2 * MEGABYTES
     assert max(b - a for a, b in zip([0, *syncs], syncs, strict=False)) <= (1 << 20) + 4096
     assert activity_of(lambda: sealed_folder.damage(tmp_path, files.written, checksums=True)) >= MEGABYTES
-    monkeypatch.setattr("dpo_scale.deepspeed_files._READ_BYTES", 1 << 20)
+    monkeypatch.setattr("dpo_scale.checkpoint.deepspeed_files._READ_BYTES", 1 << 20)
     assert activity_of(lambda: load_file(path)) >= MEGABYTES
     assert torch.equal(load_file(path)["flat"], tensors["flat"])
     assert torch.equal(load_file(path, mmap=True)["flat"], tensors["flat"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_scale.config import load_config
-from dpo_scale.deepspeed_config import MOST_BUCKET_ELEMENTS, policy_deepspeed_config
+from dpo_scale.settings.deepspeed import MOST_BUCKET_ELEMENTS, policy_deepspeed_config
+from dpo_scale.settings.tree import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from dpo_scale.data.batching import MOST_ADDED_SLOTS, MicroBatch, regroup_for_forward, split_among_ranks
 from dpo_scale.data.dataset import Pair
+from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import make_batch, slots
 from dpo_scale.data.packing import pack_among_ranks
-from dpo_scale.flops import ForwardFlops
-from dpo_scale.loss_settings import LossSettings
 from dpo_scale.reference.values import ReferenceValues
-from dpo_scale.steps import Planner
+from dpo_scale.settings.loss import LossSettings
+from dpo_scale.training.plan import Planner
 
 LAYOUTS = ["padded", "packed", "shared_prefix"]
 FLOPS = ForwardFlops(per_token=3000.0, per_scored_token=800.0, attention=((None, 1.0),))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_scale.config import load_config
 from dpo_scale.errors import UserError
-from dpo_scale.report import PROMPT_SHARES, held_out_prompts, metrics_table, print_report, what_next
+from dpo_scale.observe.report import PROMPT_SHARES, held_out_prompts, metrics_table, print_report, what_next
+from dpo_scale.settings.tree import load_config
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 

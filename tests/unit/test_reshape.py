@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dpo_scale.checkpoint.reshard import Shard, divided_pieces, fill, joined_pieces, load_reshaped, whole_pieces
 from dpo_scale.errors import CheckpointError
-from dpo_scale.reshape import Shard, divided_pieces, fill, joined_pieces, load_reshaped, whole_pieces
 
 # matrices in one group, vectors in another; sizes that no number of ranks below divides
 SHAPES = [{"a": torch.Size([3, 5]), "b": torch.Size([7, 2])}, {"c": torch.Size([5]), "d": torch.Size([1])}]

@@ -5,9 +5,9 @@ import json
 import pytest
 from tiny import save_model
 
-from dpo_scale.config import load_config
 from dpo_scale.errors import ModelError
 from dpo_scale.models.load import load_causal_lm, load_model_config, load_tokenizers
+from dpo_scale.settings.tree import load_config
 
 CODE = """
 from pathlib import Path

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from dpo_scale.config import TrainSettings
-from dpo_scale.schedule import learning_rate, warmup_steps
+from dpo_scale.settings.tree import TrainSettings
+from dpo_scale.training.learning_rate import learning_rate, warmup_steps
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])

@@ -3,8 +3,8 @@
 import pytest
 
 from dpo_scale.data.schemas import columns_of, detect_schema, to_preference
-from dpo_scale.data.settings import SourceSettings
 from dpo_scale.data.sources import RowProblem
+from dpo_scale.settings.data import SourceSettings
 
 SOURCE = SourceSettings("rows.jsonl")
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_scale.data import json_rows
-from dpo_scale.data.settings import SourceSettings
 from dpo_scale.data.sources import RowProblem, Unreadable, find_files, parse_record
 from dpo_scale.errors import ConfigError, DataError
+from dpo_scale.settings.data import SourceSettings
 
 ROWS = [
     {"prompt": 'a,b\n"c"', "chosen": "ü {[", "rejected": "]} \\ 'x'"},

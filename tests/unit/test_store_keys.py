@@ -18,12 +18,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import preference_rows, save_adapter, save_model, save_sharded, save_tokenizer, write_rows
 
-from dpo_scale.config import load_config
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.load import load_tokenizers
 from dpo_scale.reference import numerics
 from dpo_scale.reference.modes import open_book
 from dpo_scale.reference.stored import missing_rows
+from dpo_scale.settings.tree import load_config
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}"
 KNOWN = preference_rows(22)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from store_rows import KEY, random_rows, shard_names
 
-from dpo_scale.reference.files import is_abandoned, is_temporary, write_atomically
+from dpo_scale.disk.atomic import is_abandoned, is_temporary, write_atomically
 from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.upkeep import compact_book, verify_book
 
@@ -165,7 +165,7 @@ def test_only_temporary_files_whose_writer_is_gone_are_removed(tmp_path):
 WRITER = """
 import sys, time
 from pathlib import Path
-from dpo_scale.reference.files import write_atomically
+from dpo_scale.disk.atomic import write_atomically
 
 def parts():
     yield b"half"

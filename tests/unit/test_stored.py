@@ -8,10 +8,10 @@ import torch
 from tiny import preference_rows, save_tokenizer, write_rows
 
 from dpo_scale.data.dataset import load_pairs
-from dpo_scale.data.settings import DataSettings, SourceSettings
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.errors import StoreError
 from dpo_scale.reference.stored import verify
+from dpo_scale.settings.data import DataSettings, SourceSettings
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
-from dpo_scale.config import PHASES
 from dpo_scale.errors import ConfigError
-from dpo_scale.profiler import StepProfiler, parse_steps
-from dpo_scale.timing import StepTimer
+from dpo_scale.observe.profiler import StepProfiler, parse_steps
+from dpo_scale.observe.timing import StepTimer
+from dpo_scale.settings.tree import PHASES
 
 
 def compute(seconds):

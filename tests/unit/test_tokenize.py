@@ -17,10 +17,10 @@ from tokenizers_for_tests import CHATML, byte_level, metaspace
 from dpo_scale.data import cache as cache_module
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.schemas import columns_of, to_preference
-from dpo_scale.data.settings import DataSettings, SourceSettings
 from dpo_scale.data.sources import RowProblem
 from dpo_scale.data.tokenize import Dropped, PairTokenizer, load_tokenizer, pair_key
 from dpo_scale.errors import ConfigError, DataError, ModelError
+from dpo_scale.settings.data import DataSettings, SourceSettings
 
 UNCUT = DataSettings(max_length=None, max_prompt_length=None)
 
@@ -455,9 +455,9 @@ def test_impossible_settings_are_refused_by_name():
 
 
 def count_builds(monkeypatch):
-    builds = []
-    build = cache_module._build
-    monkeypatch.setattr(cache_module, "_build", lambda *given: builds.append(given[0]) or build(*given))
+    """A list that grows by one whenever rows are tokenized."""
+    builds, run = [], cache_module.run_chunks
+    monkeypatch.setattr(cache_module, "run_chunks", lambda *given: builds.append(given) or run(*given))
     return builds
 
 
@@ -541,27 +541,26 @@ def test_damaged_tokens_are_an_error_when_read(folder):
 
 
 def test_a_build_that_fails_leaves_nothing_and_one_that_lost_the_race_uses_the_winners(folder, monkeypatch):
-    build = cache_module._build
+    run, winners = cache_module.run_chunks, []
 
-    def overtaken(building, *given):
-        build(building, *given)
-        final = next(iter(finals))
-        if not final.exists():
-            shutil.copytree(building, final)
+    def overtaken(*given):
+        yield from run(*given)
+        monkeypatch.setattr(cache_module, "run_chunks", run)
+        load(folder)  # by somebody else, who is done before
+        winners.extend(
+            (item.name, item.stat().st_ino)
+            for item in (folder / "cache/tokenized").iterdir()
+            if not item.name.startswith("building-")
+        )
 
-    finals = []
-    enter = cache_module._building_folder.__enter__
-    monkeypatch.setattr(
-        cache_module._building_folder, "__enter__", lambda self: finals.append(self.final) or enter(self)
-    )
-    monkeypatch.setattr(cache_module, "_build", overtaken)
+    monkeypatch.setattr(cache_module, "run_chunks", overtaken)
     assert len(load(folder).train) == 60
-    assert [item.name for item in (folder / "cache/tokenized").iterdir()] == [finals[0].name]
+    assert [(item.name, item.stat().st_ino) for item in (folder / "cache/tokenized").iterdir()] == winners
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "_build", full)
+    monkeypatch.setattr(cache_module, "run_chunks", full)
     with pytest.raises(DataError, match="cannot be written .*No space left.*; set data.cache_dir"):
         load(folder, max_length=800)
     assert len(list((folder / "cache/tokenized").iterdir())) == 1

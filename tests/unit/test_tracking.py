@@ -5,10 +5,10 @@ import resource
 
 import pytest
 
-from dpo_scale.config import Config
 from dpo_scale.errors import ConfigError
-from dpo_scale.metrics_file import METRICS_FILE, read_metrics
-from dpo_scale.tracking import Tracker, check_trackers
+from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
+from dpo_scale.observe.tracking import Tracker, check_trackers
+from dpo_scale.settings.tree import Config
 
 METRICS = {"loss": 0.5, "rewards/margins": 0.25, "learning_rate": 1e-6, "step_seconds": 60.0}
 

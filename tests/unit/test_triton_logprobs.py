@@ -257,7 +257,7 @@ GPUS = {  # compute capability: shared memory that a block may have; what produc
 BOUND_OF_CALL = {"frozen": "stored", "trained": "stored", "soft-capped": "soft-capped"}
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", [gpu if gpu == "9.0" else pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS])
 def test_kernels_compile_for_gpus_into_their_matrix_instructions_shared_memory_and_registers(gpu, tmp_path):
     """Through Triton's and NVIDIA's compilers, which need no GPU; arguments as in real launches."""
     script = Path(__file__).resolve().parents[1] / "compile_kernels.py"

@@ -11,9 +11,9 @@ import torch
 import varlen_kernels
 from varlen_kernels import KERNELS, install
 
-from dpo_scale import engine
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
+from dpo_scale.distributed import engine
 from dpo_scale.models import varlen_attention
 from dpo_scale.models.attention import AttentionPlan, attention_functions, blockwise_attention
 

@@ -16,22 +16,22 @@ import pytest
 from tiny import ROOT
 
 from dpo_scale.errors import ConfigError
-from dpo_scale.preemption import EXIT_PREEMPTED
-from dpo_scale.rank_files import End, Position, Process, RankFiles, this_process
-from dpo_scale.run_folder import hold_run_dir
-from dpo_scale.watchdog import EXIT_HANGING, EXIT_LOST, LOST_FILE, Watchdog
+from dpo_scale.run.folder import hold_run_dir
+from dpo_scale.run.preemption import EXIT_PREEMPTED
+from dpo_scale.run.rank_files import End, Position, Process, RankFiles, this_process
+from dpo_scale.run.watchdog import EXIT_HANGING, EXIT_LOST, LOST_FILE, Watchdog
 
 RANK = """
 import json, os, sys, threading, time
 from dataclasses import asdict
 from pathlib import Path
-from dpo_scale import preemption
-from dpo_scale.cli import run
+from dpo_scale.run import preemption
+from dpo_scale.run.cli import run
 from dpo_scale.errors import ConfigError
 from dpo_scale.progress import beat, note_activity, patience
-from dpo_scale.rank_files import Process, this_process
-from dpo_scale.sealed_folder import SealedFile, damage, write_file
-from dpo_scale.watchdog import Watchdog
+from dpo_scale.run.rank_files import Process, this_process
+from dpo_scale.disk.sealed import SealedFile, damage, write_file
+from dpo_scale.run.watchdog import Watchdog
 
 folder, rank, machine, timeout = Path(sys.argv[1]), int(os.environ["RANK"]), sys.argv[2], json.loads(sys.argv[3])
 print(json.dumps(asdict(this_process(machine))), flush=True)
@@ -335,7 +335,7 @@ def test_what_another_launch_or_two_writers_at_once_have_left_is_passed_over(tmp
 
 def test_a_disk_that_is_full_later_still_takes_a_position(tmp_path):
     program = (
-        "import resource, sys; from pathlib import Path; from dpo_scale.rank_files import *;"
+        "import resource, sys; from pathlib import Path; from dpo_scale.run.rank_files import *;"
         "files = RankFiles(Path(sys.argv[1]), 0, [this_process()]); files.make();"
         "position = Position(0, this_process()); assert files.write(position);"
         "room = (Path(sys.argv[1]) / 'logs/rank-0.at').stat().st_size;"
@@ -361,7 +361,7 @@ def test_every_rank_is_watched_from_another_machine_and_few_are_read(tmp_path):
 
 def test_a_run_folder_has_one_run_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from dpo_scale.run_folder import hold_run_dir;"
+        "import sys, time; from pathlib import Path; from dpo_scale.run.folder import hold_run_dir;"
         "hold_run_dir(Path(sys.argv[1]), 0); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

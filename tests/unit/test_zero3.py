@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from dpo_scale import engine
-from dpo_scale.config import Config
+from dpo_scale.distributed import engine
 from dpo_scale.errors import ModelError
 from dpo_scale.models.load import _prepare_layers
 from dpo_scale.models.zero3 import decoder_layers, limit_gathers, make_leaves
+from dpo_scale.settings.tree import Config
 
 
 def make(architecture):

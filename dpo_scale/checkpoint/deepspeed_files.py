@@ -1,0 +1,105 @@
+"""How DeepSpeed's part of a checkpoint gets to the disk and back: hashed, synced, and without running code.
+
+DeepSpeed writes and reads through a "checkpoint engine". Its own ones write in place without syncing, raise on the
+one rank whose disk is full while the others wait in a barrier, and unpickle whatever they find. Ours notes an error
+and lets DeepSpeed go on to its barriers, so that ranks can agree on it afterwards, and reads with torch's restricted
+unpickler, which makes tensors, containers and the few plain classes named here, and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from dpo_scale.disk.sealed import SealedFile
+from dpo_scale.distributed import engine
+from dpo_scale.errors import CheckpointError
+from dpo_scale.progress import note_activity
+
+_READ_BYTES = 1 << 26  # at a time
+# what DeepSpeed's state dicts hold beside tensors and containers: records of numbers without behaviour on loading
+_PLAIN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+class DeepspeedFiles(CheckpointEngine):
+    """Writes and reads DeepSpeed's files of one checkpoint.
+
+    Attributes:
+        written: manifest entries of the files that this rank wrote, by name.
+        error: the first error of the file system, or None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[str, dict[str, Any]] = {}
+        self.error: OSError | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = self.error or error
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self.error is not None:  # the save has failed already: no more of a disk that may be full
+            return
+        file = SealedFile(Path(path))
+        torch.save(state_dict, file)
+        try:
+            self.written[Path(path).name] = file.seal()
+        except OSError as error:
+            self.error = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load_file(Path(path), map_location)
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+
+def own_file(kind: str, rank: int | None = None) -> str:
+    """The name of a rank's file (by default this rank's) of what DeepSpeed does not save."""
+    return f"{kind}-rank-{engine.rank() if rank is None else rank}.pt"
+
+
+def load_file(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
+    """What `DeepspeedFiles.save` wrote.
+
+    Args:
+        mmap: map it into memory, so that only what is used of its tensors is read. Not for what is kept.
+
+    Raises:
+        CheckpointError: if the file holds anything but tensors, containers and plain records.
+    """
+    try:
+        with torch.serialization.safe_globals(_PLAIN_CLASSES):
+            if mmap:
+                return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+            with _NotedFile(path) as file:
+                return torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: refused: it holds more than tensors and plain values: {reason[:200]}") from None
+
+
+class _NotedFile(io.FileIO):
+    """A file to read, each piece of which is noted as activity: one tensor of a large model takes minutes."""
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < view.nbytes and (count := super().readinto(view[done : done + _READ_BYTES])):
+            done += count
+            note_activity()
+        return done

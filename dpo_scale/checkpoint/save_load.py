@@ -1,0 +1,374 @@
+"""The state of a run on disk: complete or absent, verified, found again by step.
+
+`checkpoints/step-N/` holds DeepSpeed's files (weights, optimizer), each rank's random state and a manifest, which says
+how far the run was, what it was a run of, and the size and checksum of every file. All files are written under a
+temporary name, synced and read back; then one rename makes the checkpoint visible. So a folder with its final name is
+a whole checkpoint, whatever was killed when, unless the disk damaged it since, which its manifest tells.
+
+A save that fails on any rank (a full disk, a quota, a folder that is gone) fails on all, is cleaned up and leaves the
+run alive with its older checkpoints; the next one is tried when it is due.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpo_scale import __version__
+from dpo_scale.checkpoint.identity import Identity, check_identity
+from dpo_scale.disk.atomic import sync_folder
+from dpo_scale.disk.sealed import damage, read_manifest, write_manifest
+from dpo_scale.distributed import engine
+from dpo_scale.distributed.random_state import random_state, restore_random_state
+from dpo_scale.errors import CheckpointError
+from dpo_scale.settings.tree import CHECKPOINTS_DIR, MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from dpo_scale.reference.moving import MovingReference
+
+FORMAT_VERSION = 2
+_STEP_DIR = re.compile(r"step-(\d+)")
+_LEFTOVERS = (".incomplete", ".replaced", ".removed")
+_WRITER = re.compile(r"rank[-_](\d+)")
+
+
+@dataclass
+class TrainState:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        pairs, tokens: pairs and data tokens seen so far (prompt once a pair, each completion once).
+        best_metric, best_step: best held-out value of `checkpoint.metric_for_best_model` and where it was.
+        nonfinite_steps: steps left out because their loss or gradient was not finite (`train.on_nonfinite`).
+        evaluation_due: whether the held-out pairs are still to be evaluated after this step.
+    """
+
+    step: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    nonfinite_steps: int = 0
+    evaluation_due: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint with a whole manifest, all of whose files are there in their sizes.
+
+    Attributes:
+        files: the manifest's entries, by name.
+    """
+
+    path: Path
+    state: TrainState
+    identity: Identity
+    files: dict[str, dict[str, Any]]
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / CHECKPOINTS_DIR / f"step-{step}"
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """The folders with a checkpoint's name, oldest first, whole or damaged."""
+    folder = run_dir / CHECKPOINTS_DIR
+    return sorted((path for path in folder.glob("step-*") if _STEP_DIR.fullmatch(path.name)), key=_step_of)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and compare the sizes of its files.
+
+    Raises:
+        CheckpointError: naming what is missing, damaged, of another size or of another version.
+    """
+    manifest = read_manifest(path / MANIFEST_FILE, CheckpointError)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    try:
+        state, identity = TrainState(**manifest["state"]), Identity(**manifest["identity"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST_FILE}: not of this version: {error}") from None
+    found = damage(path, manifest["files"], checksums=False)
+    if found:
+        raise CheckpointError(f"{path}: damaged: {_listed(found)}")
+    return Checkpoint(path, state, identity, manifest["files"])
+
+
+def find_checkpoints(resume: str, output_dir: Path) -> list[Checkpoint]:
+    """The checkpoints that `--resume` may mean, best first; those passed over are logged with the reason.
+
+    Rank 0 looks and tells the others. Every rank must call it.
+
+    Args:
+        resume: "latest" (must exist), "auto" (empty if the run has none yet), a run folder, or a checkpoint folder.
+        output_dir: the run that "latest" and "auto" look in.
+
+    Raises:
+        CheckpointError: if there is no usable checkpoint where one was expected, or those that there are are damaged.
+    """
+
+    def look() -> tuple[list[Checkpoint], CheckpointError | None]:
+        try:
+            return _find(resume, output_dir), None
+        except CheckpointError as error:
+            return [], error
+
+    found, error = engine.from_main(look() if engine.is_main() else ([], None))
+    if error is not None:
+        raise error
+    return found
+
+
+def _find(resume: str, output_dir: Path) -> list[Checkpoint]:
+    if names_a_checkpoint(resume):
+        return [open_checkpoint(Path(resume))]
+    run_dir = output_dir if resume in ("latest", "auto") else Path(resume)
+    found, passed_over = [], []
+    for path in reversed(checkpoint_folders(run_dir)):
+        try:
+            found.append(open_checkpoint(path))
+        except CheckpointError as error:
+            passed_over.append(str(error))
+            engine.log(f"not resuming from {error}")
+    if not found and passed_over:
+        raise CheckpointError(
+            f"{run_dir}: none of its {len(passed_over)} checkpoints can be used; the newest: {passed_over[0]}; "
+            "to start afresh all the same, move the folder away or name another output_dir"
+        )
+    if not found and resume != "auto":
+        expected = f"expected {CHECKPOINTS_DIR}/step-N with a {MANIFEST_FILE}"
+        raise CheckpointError(f"{run_dir}: no complete checkpoint to resume from ({expected})")
+    return found
+
+
+def names_a_checkpoint(resume: str) -> bool:
+    """Whether `--resume` names one checkpoint, by its manifest or, if that is missing, by its name."""
+    path = Path(resume)
+    return (path / MANIFEST_FILE).exists() or (path.is_dir() and _STEP_DIR.fullmatch(path.name) is not None)
+
+
+def choose_checkpoint(found: list[Checkpoint], identity: Identity, allow_changes: list[str]) -> Checkpoint | None:
+    """The first checkpoint that belongs to this run and has every byte it was written with; None of none.
+
+    Every rank must call it; each reads the files of its own rank, so that they are in its page cache.
+
+    Raises:
+        CheckpointError: if one does not belong to this run, naming what differs, or if all are damaged.
+    """
+    for checkpoint in found:
+        changed = check_identity(checkpoint.path, checkpoint.identity, identity, allow_changes)
+        wrong = verify(checkpoint)
+        if not wrong:
+            for text in changed:
+                engine.log(f"changed since {checkpoint.path.name}: {text}")
+            return checkpoint
+        reason = f"{checkpoint.path}: damaged: {_listed(wrong)}"
+        if checkpoint is found[-1]:
+            raise CheckpointError(f"{reason}; there is no older one to take instead")
+        engine.log(f"not resuming from {reason}")
+    return None
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """What is wrong with a checkpoint's bytes, on whichever rank; empty if nothing is. Every rank must call it."""
+    ranks = {name: int(found[1]) if (found := _WRITER.search(name)) else 0 for name in checkpoint.files}
+    own = [name for name, rank in ranks.items() if rank % engine.world_size() == engine.rank()]
+    found = damage(checkpoint.path, checkpoint.files, checksums=True, only=own)
+    return [text for texts in engine.gather_objects(found) for text in texts]
+
+
+def require_whole(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that is not as it was written. Every rank must call it.
+
+    Raises:
+        CheckpointError: naming the files.
+    """
+    wrong = verify(checkpoint)
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path}: damaged: {_listed(wrong)}")
+
+
+def save_checkpoint(
+    policy: Any,
+    state: TrainState,
+    identity: Identity,
+    run_dir: Path,
+    *,
+    keep: int | None,
+    moving: MovingReference | None = None,
+) -> Path | None:
+    """Save the run's state as `checkpoints/step-N/`, then drop the oldest beyond `keep` (the best one stays).
+
+    Frozen weights (under an adapter) are not in it: they are those of `model.path`. Checkpoints of later steps, which
+    a run resumed from an earlier one leaves behind, are dropped too: they are of another course. Nothing is dropped
+    before the new checkpoint has been read back from the disk. Every rank must call it.
+
+    Returns:
+        The checkpoint; None if it could not be written, in which case nothing is left of it and a warning says why.
+    """
+    from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles, own_file
+
+    final = checkpoint_path(run_dir, state.step)
+    temporary = final.with_name(f"{final.name}.incomplete")
+    files = DeepspeedFiles()
+    if engine.is_main():
+        remove_leftovers(run_dir)
+        files.makedirs(str(temporary), exist_ok=True)
+    engine.barrier()
+    policy.checkpoint_engine = files
+    # scripts have no place among checkpoints, and an error in copying them would leave the other ranks in a barrier
+    policy._copy_recovery_script = lambda folder: None
+    policy.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True)
+    if moving is not None:
+        files.save(moving.state(), str(temporary / own_file("reference")))
+    files.save(random_state(), str(temporary / own_file("random")))
+    unread = [] if files.error else damage(temporary, files.written, checksums=True)
+    problem = _reason(files.error) if files.error else _listed(unread) if unread else None
+    problems = engine.gather_objects(problem)
+    written = {name: entry for entries in engine.gather_objects(files.written) for name, entry in entries.items()}
+
+    def commit() -> str | None:
+        record = {
+            "about": "A checkpoint of a training run; launch/train.py --resume reads it.",
+            "format_version": FORMAT_VERSION,
+            "tool": f"dpo_scale {__version__}",
+            "state": asdict(state),
+            "identity": asdict(identity),
+        }
+        try:
+            write_manifest(temporary / MANIFEST_FILE, record, written)
+            if final.exists():  # of a course that was left, or damaged
+                os.replace(final, final.with_name(f"{final.name}.replaced"))
+            os.replace(temporary, final)
+            sync_folder(final.parent)
+        except OSError as error:
+            return _reason(error)
+        return None
+
+    if not any(problems):
+        problems[0] = engine.from_main(commit() if engine.is_main() else None)
+    if any(problems):
+        why = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text)
+        engine.log(
+            f"WARNING: the checkpoint of step {state.step} could not be saved ({why}); nothing is left of it. "
+            "The run goes on and tries again when the next one is due"
+        )
+    if engine.is_main():
+        if not any(problems):
+            _drop_others(run_dir, keep, state)
+        remove_leftovers(run_dir)
+    engine.barrier()
+    return None if any(problems) else final
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what saves that were killed or failed have left. Rank 0 alone may call it."""
+    for suffix in _LEFTOVERS:
+        for path in (run_dir / CHECKPOINTS_DIR).glob(f"step-*{suffix}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(policy: Any, checkpoint: Checkpoint, moving: MovingReference | None = None) -> None:
+    """Load weights, optimizer and random state into the policy's engine. Every rank must call it.
+
+    With another number of ranks than the checkpoint's the random state can't be taken over; dropout then draws anew.
+
+    Args:
+        checkpoint: verified (`choose_checkpoint`).
+        moving: takes its place again too, if the run has one.
+
+    Raises:
+        CheckpointError: if DeepSpeed can't load it.
+    """
+    from dpo_scale.checkpoint.deepspeed_files import load_file, own_file
+
+    path, ranks = checkpoint.path, checkpoint.identity.world_size
+    with _named_errors(path):
+        load_weights(policy, checkpoint)
+        if moving is not None:
+            moving.restore([load_file(path / own_file("reference", rank), mmap=True) for rank in range(ranks)])
+        if ranks == engine.world_size():
+            restore_random_state(load_file(path / own_file("random")))
+        else:
+            engine.seed_everything(checkpoint.state.step)
+
+
+def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
+    """Load weights and optimizer state, whatever number of ranks and stage they were saved at. Every rank must call it.
+
+    Raises:
+        CheckpointError: if they do not fit the engine.
+    """
+    from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles
+    from dpo_scale.checkpoint.reshard import load_reshaped
+
+    saved, stage = checkpoint.identity, policy.zero_optimization_stage()
+    same_ranks = saved.world_size == engine.world_size() or stage == 0  # at stage 0 every rank has everything
+    if saved.stage != stage or not same_ranks:
+        engine.log(
+            f"{checkpoint.path.name} was saved on {saved.world_size} ranks at stage {saved.stage}; "
+            f"cutting it anew for {engine.world_size()} at stage {stage}"
+        )
+        return load_reshaped(policy, checkpoint.path, saved.world_size, saved.stage)
+    policy.checkpoint_engine = DeepspeedFiles()
+    path = checkpoint.path
+    loaded, _ = policy.load_checkpoint(str(path.parent), tag=path.name, custom_load_fn=_load_module)
+    if loaded is None:
+        raise CheckpointError(f"{path}: DeepSpeed found no state in it")
+
+
+def _load_module(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Load a module's saved weights, of which only frozen ones may be missing."""
+    result = dst.load_state_dict(src, strict=False)
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    wrong = [name for name in result.missing_keys if name in trained] + result.unexpected_keys
+    if wrong:
+        raise ValueError(f"weights that are missing or too many: {', '.join(wrong[:5])}")
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """What DeepSpeed and torch raise on a checkpoint that does not fit, in one line that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.PickleError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def _listed(found: list[str]) -> str:
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP_DIR.fullmatch(path.name)
+    assert match
+    return int(match.group(1))
+
+
+def _drop_others(run_dir: Path, keep: int | None, state: TrainState) -> None:
+    found = checkpoint_folders(run_dir)
+    up_to_now = [path for path in found if _step_of(path) <= state.step]
+    kept = up_to_now if keep is None else up_to_now[-keep:]
+    for path in found:
+        if path not in kept and _step_of(path) != state.best_step:
+            # renamed first, so that no half of it is ever taken for a checkpoint
+            os.replace(path, path.with_name(f"{path.name}.removed"))

@@ -1,0 +1,441 @@
+"""DeepSpeed and the ranks: the only place that knows there is more than one process.
+
+Everything else sees a handful of functions (rank, sums over ranks, who goes first) and two engines: one that
+trains the policy and one that only runs the reference. Backward passes are driven with explicit accumulation
+boundaries and unscaled losses, because an optimizer step here may take any number of micro-steps and weighs pairs,
+not micro-batches (`loss_scale_for_mean`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import logging
+import math
+import os
+import random
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dpo_scale.errors import ConfigError
+from dpo_scale.settings.deepspeed import with_fitting_buckets
+
+Result = TypeVar("Result")
+
+
+def quiet_libraries() -> None:
+    """Leave only warnings and errors of the libraries on the console, and those of rank 0 alone."""
+    level = logging.WARNING if rank() == 0 else logging.ERROR
+    for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(level)
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+    disable_datasets_bars()
+    disable_transformers_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\).*using the device under current context.*")
+
+
+def init_distributed(timeout_minutes: float) -> None:
+    """Join the process group; `deepspeed`, `torchrun` and plain `python` (one rank) all end up here.
+
+    Args:
+        timeout_minutes: a collective that one rank waits in for longer raises on that rank, which ends the run.
+    """
+    if "RANK" not in os.environ:  # plain python: without these DeepSpeed would look for MPI
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    use_expandable_segments(get_accelerator().device_name())
+    if get_accelerator().device_name() == "cpu":
+        # gloo alone is right and starts at once; the shared-memory op would be compiled first (about 20 s)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(local_rank())
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+
+
+# What torch 2.11 to 2.13 read the settings of CUDA's allocator from, the first that is set, when CUDA starts.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def use_expandable_segments(device_name: str) -> None:
+    """Let CUDA's allocator grow its segments, unless one of its variables is set. Before anything is on the device.
+
+    Micro-batches of ever other lengths and the gathers of ZeRO-3 otherwise leave memory in pieces that nothing fits.
+    """
+    is_nvidia = device_name == "cuda" and torch.version.hip is None  # torch 2.11 ignores it on ROCm
+    if is_nvidia and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def log(message: str) -> None:
+    """A line on rank 0's console; progress bars are kept whole."""
+    if is_main():
+        from tqdm import tqdm
+
+        tqdm.write(message)
+
+
+def device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def device_name() -> str:
+    """The accelerator's name as its maker writes it, or "cpu"."""
+    place = device()
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory held so far by this rank: the accelerator's allocator, or the process on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        return int(get_accelerator().max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's (small, picklable) value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a precision that DeepSpeed does not run on this device.
+
+    Raises:
+        ConfigError: naming the device and what it does run.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {
+        "float32": True,
+        "bfloat16": accelerator.is_bf16_supported(),
+        "float16": accelerator.is_fp16_supported(),
+    }
+    if not supported[dtype]:
+        usable = ", ".join(name for name, usable in supported.items() if usable)
+        raise ConfigError(f"model.dtype = {dtype!r}: DeepSpeed runs {usable} on a {accelerator.device_name()} device")
+
+
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows, stacked in rank order; gradients flow to this rank's own rows only.
+
+    Every rank computes a loss over all rows and each contributes the gradient of its own: summed over ranks that is
+    the gradient of one such loss, which is what averaging engines expect of a sum over pairs.
+
+    Args:
+        values: [P, ...], the same shape on every rank.
+
+    Returns:
+        [world_size * P, ...].
+    """
+    if world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.detach().contiguous())
+    parts[rank()] = values
+    return torch.cat(parts)
+
+
+def main_first(work: Callable[[], Result]) -> Result:
+    """Run `work` on each node's first rank, then on its others, which find the caches it left."""
+    first = local_rank() == 0
+    result = work() if first else None
+    barrier()
+    return result if first else work()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank (dropout, if on, is drawn per rank from `seed + rank`)."""
+    random.seed(seed + rank())
+    np.random.seed((seed + rank()) % 2**32)
+    torch.manual_seed(seed + rank())
+
+
+@contextmanager
+def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, Hugging Face models load straight into ZeRO-3 shards if the config says stage 3.
+
+    transformers decides by a module-level weak reference to this object, so it must live through the load and must be
+    gone before another model, with another config, is loaded.
+    """
+    if deepspeed_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(_with_batch_size(deepspeed_config))
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+def _with_batch_size(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's zero.Init wants a consistent batch triple before any engine exists."""
+    micro = deepspeed_config["train_micro_batch_size_per_gpu"]
+    steps = deepspeed_config.get("gradient_accumulation_steps", 1)
+    return {**deepspeed_config, "train_batch_size": micro * steps * world_size()}
+
+
+def _without_prints() -> redirect_stdout:
+    """DeepSpeed's optimizers print memory figures while they are built; its log messages are not affected."""
+    return redirect_stdout(io.StringIO())
+
+
+def trained_parameters(module: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """The parameters that are trained, by name, as the optimizer groups them: matrices, then norms and biases."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    # a ZeRO-3 shard is flat, so its true rank is read from the shape it stands for
+    is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for _, p in trained]
+    return [[pair for pair, matrix in zip(trained, is_matrix, strict=True) if matrix is kind] for kind in (True, False)]
+
+
+def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float) -> Any:
+    """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual.
+
+    Raises:
+        ConfigError: if the optimizer does not take one of `train.optim_args`.
+    """
+    import deepspeed
+
+    matrices, others = trained_parameters(module)
+    groups = [
+        {"params": [parameter for _, parameter in pairs], "weight_decay": decay}
+        for pairs, decay in ((matrices, weight_decay), (others, 0.0))
+        if pairs
+    ]
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in matrices + others)
+    deepspeed_config = with_fitting_buckets(deepspeed_config, num_parameters)
+    if deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu":
+        say_if_one_thread_is_left()
+    try:
+        with _without_prints():
+            return deepspeed.initialize(model=module, model_parameters=groups, config=deepspeed_config)[0]
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ConfigError(f"train.optim_args: the optimizer does not take one of them: {error}") from None
+
+
+def say_if_one_thread_is_left() -> None:
+    """Tell whoever offloads the optimizer to the host that `torchrun` leaves its step one thread a rank."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if by_torchrun and share > 1 and device().type != "cpu":
+        log(
+            "WARNING: deepspeed.offload_optimizer = 'cpu': the optimizer's step has one thread a rank, since torchrun "
+            f"sets OMP_NUM_THREADS to 1 where it is not set; set it to {share}, this rank's share of the cores"
+        )
+
+
+def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine without an optimizer that runs `module` forward only (stage 0 or 3)."""
+    import deepspeed
+
+    module.eval().requires_grad_(False)
+    with _without_prints():
+        engine = deepspeed.initialize(model=module, config=deepspeed_config)[0]
+    engine.eval()
+    return engine
+
+
+def release(engine: Any) -> None:
+    """Give back the memory of an engine that is not needed any more."""
+    import gc
+
+    from deepspeed.accelerator import get_accelerator
+
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        # emptied rather than left to the garbage collector: DeepSpeed's hooks hold references to the module
+        parameter.data = parameter.data.new_empty(0)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+    gc.collect()
+    get_accelerator().empty_cache()
+
+
+def loss_scale_for_mean(global_batch_pairs: int) -> float:
+    """Factor from a rank's *sum* of pair losses to what the engine must see.
+
+    The engine averages gradients over the W ranks: sum_r grad(c * sum of rank r) / W is the gradient of the mean over
+    the G pairs of the global batch if c = W / G, however the pairs are spread over ranks and micro-steps.
+    """
+    return world_size() / global_batch_pairs
+
+
+def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
+    """One micro-step's backward pass; gradients are reduced where the stage does so, at the latest at the last.
+
+    A loss that is not finite makes the whole gradient NaN, which `optimizer_step` never applies; its own gradient may
+    be finite, even zero. A finite loss is multiplied by 1.
+    """
+    engine.set_gradient_accumulation_boundary(last_micro_step)
+    engine.backward(loss * (1.0 + 0.0 * loss.detach()), scale_wrt_gas=False)
+
+
+def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
+    """Clip, update the weights, clear the gradients. A gradient that is not finite on any rank changes nothing.
+
+    Returns:
+        The gradient's global 2-norm before clipping, a scalar that the device may still be working on, and whether
+        fp16's loss scale was too large for the gradient.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm = None
+    if engine.zero_optimization_stage() == 0 and not engine.fp16_enabled():
+        # DeepSpeed tells no norm for a plain optimizer; the gradients are whole and reduced here
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm.item()):  # as its ZeRO and fp16 optimizers do by themselves
+            engine.optimizer.zero_grad()
+            return norm, False
+    engine.step()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+        norm = torch.as_tensor(float("nan") if norm is None else norm)
+    overflowed = engine.fp16_enabled() and bool(getattr(engine.optimizer, "overflow", False))
+    return norm, overflowed
+
+
+def consolidated_state_dict(engine: Any, *, trained_only: bool = False) -> dict[str, torch.Tensor] | None:
+    """The whole model's weights in the engine's precision, by the names of the engine's module; None off rank 0.
+
+    Every rank must call it: at stage 3 the weights are gathered layer by layer onto rank 0's host memory.
+
+    Args:
+        trained_only: leave out frozen parameters and buffers.
+    """
+    if engine.zero_optimization_stage() == 3:
+        state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
+    else:
+        state = engine.module.state_dict() if is_main() else None
+    if state is None or not trained_only:
+        return state if state is None else dict(state)
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in trained}
+
+
+def own_slice(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's share of a parameter's values, flat and by rank: what ZeRO-3 keeps here, were it sharded or is it.
+
+    A view of the shard, or of the whole parameter where it is replicated, so no stage needs communication for it.
+    """
+    numel = getattr(parameter, "ds_numel", parameter.numel())
+    size = -(-numel // world_size())
+    start = min(rank() * size, numel)
+    length = min(size, numel - start)
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach().flatten()[start : start + length]
+    # MiCS and other groups smaller than the world are refused with a moving reference, the only user of slices
+    assert parameter.ds_tensor.numel() == size
+    return parameter.ds_tensor.detach()[:length]
+
+
+def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace parameters of a forward-only engine's module by the ranks' slices of new values.
+
+    Every rank must call it. At stage 3 each rank writes its own shards and nothing is sent; a replicated parameter is
+    put together from all ranks' slices, one parameter at a time.
+
+    Args:
+        slices: (name, this rank's slice as `own_slice` cuts it, of any dtype and device), one at a time.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    # parameters that are whole at the moment (small ones stay so between passes) would not see a change of their shard
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.empty_partition_cache()
+    parameters = dict(engine.module.named_parameters())
+    with torch.no_grad():
+        for name, values in slices:
+            parameter = parameters[name]
+            if hasattr(parameter, "ds_tensor"):
+                own_slice(parameter).copy_(values)
+                continue
+            size = -(-parameter.numel() // world_size())
+            padded = parameter.new_zeros(size)
+            padded[: len(values)] = values
+            parts = [padded]
+            if world_size() > 1:
+                parts = [torch.empty_like(padded) for _ in range(world_size())]
+                dist.all_gather(parts, padded)
+            parameter.copy_(torch.cat(parts)[: parameter.numel()].view_as(parameter))
+    if engine.zero_optimization_stage() == 3:
+        # DeepSpeed gathers shards on a stream of its own, which waits for nothing: it must not read them before they
+        # are written
+        get_accelerator().synchronize()
+
+
+def from_main(value: Result) -> Result:
+    """Rank 0's (picklable) value, on every rank."""
+    if world_size() == 1:
+        return value
+    holder = [value if is_main() else None]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]

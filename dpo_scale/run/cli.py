@@ -1,0 +1,123 @@
+"""What every launch script does around its work: parse, run, and say one thing when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import yaml
+
+from dpo_scale.errors import EXIT_USER_ERROR, UserError
+from dpo_scale.run import preemption
+from dpo_scale.run.watchdog import Watchdog
+from dpo_scale.settings.reader import list_keys, to_mapping
+from dpo_scale.settings.tree import Config
+
+SECONDS_TO_SPEAK_FIRST = 5.0
+POLL_SECONDS = 0.2
+MOST_KEPT = 2**16  # characters of the console
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for `--config FILE section.key=value ...`; its help lists every option with type and default."""
+    options = "\n".join(f"  {key} ({kind}; default {default!r})" for key, kind, default in list_keys(Config))
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"options, in the file or as section.key=value:\n{options}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; without one, the defaults and the overrides")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values are YAML")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    # the launchers of torch and DeepSpeed add this one; ranks are read from the environment
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def print_config(config: Config) -> None:
+    """What `--print-config` prints: the resolved tree as YAML."""
+    yaml.safe_dump(to_mapping(config), sys.stdout, sort_keys=False)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit; a `UserError` is one line and exit code 2, on whichever ranks it arose.
+
+    From the start on the process listens for notices that it should end (`dpo_scale.run.preemption`); a run that
+    stopped for one exits with `EXIT_PREEMPTED`.
+    """
+    sys.stdout, sys.stderr = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)  # type: ignore
+    preemption.watch()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        code = main() or 0
+    except preemption.Preempted as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        code = preemption.EXIT_PREEMPTED
+    except Exception as error:
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else 1
+        _say(error, rank)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit. After a failure on one rank, the process group's destructor may wait for peers that are gone; and
+    # after success, threads of libraries that meet the end of the interpreter at times end the process by SIGABRT.
+    if code == 0:
+        atexit._run_exitfuncs()
+    os._exit(code)
+
+
+class ForgivingStream:
+    """A console that can fail, as a log file on a full disk or a closed terminal does, without ending the run.
+
+    What could not be written, up to `MOST_KEPT` characters, comes before the next text that can be.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._kept = stream, ""
+
+    def write(self, text: str) -> int:
+        self._kept = (self._kept + text)[-MOST_KEPT:] if self._kept else text
+        with suppress(OSError):
+            self._stream.write(self._kept)
+            self._kept = ""
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _say(error: Exception, rank: int) -> None:
+    """Print what went wrong, once for all ranks.
+
+    A launcher ends all ranks as soon as one exits. So the rank that knows best speaks at once and the others wait,
+    to be ended before they add to it: a rank other than 0 mostly fails for rank 0's reason, and what is no
+    `UserError` is mostly the broken connection to a rank that is gone. If that one was killed and could say nothing
+    itself, the watchdog says where it was, and ends this rank.
+    """
+    is_users = isinstance(error, UserError)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        told_before = preemption.was_noticed()
+        until = time.monotonic() + SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not is_users))
+        while time.monotonic() < until:
+            if Watchdog.current is not None and not is_users:
+                Watchdog.current.end_with_others()
+            if told_before:  # the launcher's notice came first, the broken connection after it
+                time.sleep(POLL_SECONDS)
+            elif preemption.wait_for_notice(POLL_SECONDS):
+                return
+    if is_users:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"rank {rank}:", file=sys.stderr)
+        traceback.print_exception(error)

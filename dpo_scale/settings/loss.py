@@ -1,0 +1,242 @@
+"""What can be said about a preference loss, apart from torch, ranks and files (see `dpo_scale.losses`).
+
+`LossSettings` is the `loss:` section of a config; names that users of TRL know are kept. `LOSSES` is the one
+place that knows what each loss needs: everything that must differ between losses outside their formulas (is a
+reference model loaded, are per-token values kept, may the loss be taken pair by pair) is asked of it, so a
+new loss is one row here and one function in `dpo_scale.losses`. Torch is not imported, so that a config can
+be read and refused, and `--help` printed, without waiting for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from dpo_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LossInfo:
+    """What one loss needs, and where it comes from.
+
+    needs_reference: it reads the reference model's log-probs.
+    uses_lengths: it reads the numbers of completion tokens.
+    separable: a pair's loss depends on that pair alone; if not, all pairs of a micro-step are needed at once.
+    of_d: it reads the log-ratios only through D = score(L_c) - score(L_r), so an f-divergence can replace D.
+    reads: the optional settings that it reads; giving one to losses that read it nowhere is refused.
+    """
+
+    source: str
+    needs_reference: bool = True
+    uses_lengths: bool = False
+    separable: bool = True
+    of_d: bool = False
+    reads: tuple[str, ...] = ()
+
+    @property
+    def uses_label_smoothing(self) -> bool:
+        return "label_smoothing" in self.reads
+
+
+_SMOOTHED = ("label_smoothing",)
+
+LOSSES: dict[str, LossInfo] = {
+    "sigmoid": LossInfo("DPO, arXiv 2305.18290; cDPO, E. Mitchell's note", of_d=True, reads=_SMOOTHED),
+    "robust": LossInfo("robust DPO, arXiv 2403.00409", of_d=True, reads=_SMOOTHED),
+    "hinge": LossInfo("SLiC, arXiv 2305.10425", of_d=True),
+    "ipo": LossInfo("IPO, arXiv 2310.12036", uses_lengths=True),
+    "exo_pair": LossInfo("EXO, arXiv 2402.00856", of_d=True, reads=_SMOOTHED),
+    "nca_pair": LossInfo("NCA, arXiv 2402.05369"),
+    "bco_pair": LossInfo("BCO, arXiv 2404.04656"),
+    "sppo_hard": LossInfo("SPPO, arXiv 2405.00675"),
+    "aot": LossInfo("AOT, arXiv 2406.05882", separable=False, reads=_SMOOTHED),
+    "aot_unpaired": LossInfo("AOT, arXiv 2406.05882", separable=False, reads=_SMOOTHED),
+    "apo_zero": LossInfo("APO, arXiv 2408.06266"),
+    "apo_down": LossInfo("APO, arXiv 2408.06266"),
+    "discopop": LossInfo("DiscoPOP, arXiv 2406.08414", of_d=True, reads=("discopop_tau",)),
+    "sigmoid_norm": LossInfo("length-normalised DPO, arXiv 2411.15124", uses_lengths=True),
+    "sft": LossInfo("RPO, arXiv 2404.19733", needs_reference=False, uses_lengths=True),
+    "simpo": LossInfo("SimPO, arXiv 2405.14734", needs_reference=False, uses_lengths=True, reads=("simpo_gamma",)),
+    "orpo": LossInfo("ORPO, arXiv 2403.07691", needs_reference=False, uses_lengths=True, reads=("orpo_lambda",)),
+    "cpo": LossInfo("CPO, arXiv 2401.08417", needs_reference=False, uses_lengths=True, reads=("cpo_alpha",)),
+}
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+
+
+@dataclass
+class LossSettings:
+    """The `loss:` section of a config. Formulas: the functions of `dpo_scale.losses`.
+
+    loss_type: name of a loss (`LOSSES`), or a list of names for a weighted sum.
+    loss_weights: one weight per loss of the list; null: 1.0 each.
+    beta: strength of the pull towards the reference; scales the logged rewards too.
+    label_smoothing: assumed share of swapped labels (sigmoid, robust, exo_pair, aot, aot_unpaired).
+    f_divergence: divergence from the reference: reverse_kl, forward_kl, js or alpha; for losses of D.
+    f_alpha_divergence_coef: alpha of `f_divergence: alpha`.
+    ld_alpha: LD-DPO's weight of tokens beyond the shorter completion's length; null: all weigh 1.
+    use_weighting: WPO's weighting of pairs by how likely the policy itself was to write them.
+    discopop_tau: DiscoPOP's temperature of the blend of its two losses.
+    simpo_gamma: SimPO's margin between the mean log-probs of chosen and rejected, times beta.
+    orpo_lambda: ORPO's weight of the odds ratio beside the likelihood of the chosen completion.
+    cpo_alpha: CPO's weight of the likelihood of the chosen completion.
+    """
+
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    orpo_lambda: float = 0.1
+    cpo_alpha: float = 1.0
+
+    @property
+    def loss_types(self) -> list[str]:
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    @property
+    def weights(self) -> list[float]:
+        return [1.0] * len(self.loss_types) if self.loss_weights is None else list(self.loss_weights)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses reads reference log-probs."""
+        return any(LOSSES[name].needs_reference for name in self.loss_types)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether any of the losses must see all pairs of a micro-step, of all ranks, at once."""
+        return not all(LOSSES[name].separable for name in self.loss_types)
+
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether a pair's loss is a function of its own (weighted) sums of log-probs, and of nothing else."""
+        return not self.needs_batch and not self.use_weighting
+
+    @property
+    def needs_token_values(self) -> bool:
+        """Whether sums per sequence are not enough, and per-token log-probs are needed."""
+        return self.ld_alpha is not None or self.use_weighting
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the metrics that `dpo_scale.losses.preference_loss` returns under these settings."""
+        names = ["loss"]
+        if len(self.loss_types) > 1:
+            names += [f"loss/{name}" for name in self.loss_types]
+        names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+        names += [f"logps/{name}" for name in ("chosen", "rejected", "margins")]
+        names += ["ref_logps/margins", "kl"] if self.needs_reference else []
+        return [*names, "accuracy/policy"]
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first setting that is unknown, impossible or read by no chosen loss."""
+        self._check_names_and_weights()
+        self._check_numbers()
+        self._check_smoothing()
+        self._check_divergence()
+        self._check_token_options()
+        self._check_read()
+
+    def _refuse(self, field: str, why: str) -> NoReturn:
+        raise ConfigError(f"loss.{field} = {getattr(self, field)!r}: {why}")
+
+    def _check_names_and_weights(self) -> None:
+        names = self.loss_types
+        if not names:
+            self._refuse("loss_type", f"give at least one of: {_listed(LOSSES)}")
+        for name in names:
+            if name not in LOSSES:
+                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {_listed(LOSSES)}")
+            if names.count(name) > 1:
+                self._refuse("loss_type", f"{name!r} is given twice; give it once, with its weight")
+        if self.loss_weights is None:
+            return
+        if len(self.loss_weights) != len(names):
+            self._refuse("loss_weights", f"{len(names)} weights expected, one per loss of loss.loss_type = {names}")
+        if not all(math.isfinite(w) and w >= 0 for w in self.loss_weights) or not any(self.loss_weights):
+            self._refuse("loss_weights", "weights must be finite and not below 0, and not all of them 0")
+
+    def _check_numbers(self) -> None:
+        ranges = {  # field: (lowest, highest, whether the lowest itself is allowed)
+            "beta": (0.0, math.inf, False),
+            "label_smoothing": (0.0, 1.0, True),
+            "f_alpha_divergence_coef": (-math.inf, math.inf, True),
+            "ld_alpha": (0.0, 1.0, True),
+            "discopop_tau": (0.0, 1.0, False),
+            "simpo_gamma": (-math.inf, math.inf, True),
+            "orpo_lambda": (0.0, math.inf, True),
+            "cpo_alpha": (0.0, math.inf, True),
+        }
+        for field, (low, high, low_allowed) in ranges.items():
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if math.isfinite(value) and low <= value <= high and (low_allowed or value > low):
+                continue
+            lower = "" if low == -math.inf else f" {'at least' if low_allowed else 'above'} {low:g}"
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            self._refuse(field, f"must be a finite number{lower}{upper}")
+
+    def _check_smoothing(self) -> None:
+        names, smoothing = self.loss_types, self.label_smoothing
+        if "exo_pair" in names and smoothing == 0:
+            self._refuse("label_smoothing", "exo_pair takes its logarithm: give a value above 0, e.g. 0.001")
+        if "robust" in names and smoothing >= 0.5:
+            self._refuse("label_smoothing", "robust divides by 1 - 2 * label_smoothing: give a value below 0.5")
+        if smoothing == 1:
+            self._refuse("label_smoothing", "every label would count as swapped: give a value below 1")
+
+    def _check_divergence(self) -> None:
+        if self.f_divergence not in F_DIVERGENCES:
+            hint = _nearest(self.f_divergence, F_DIVERGENCES)
+            self._refuse("f_divergence", f"unknown divergence{hint}; known: {_listed(F_DIVERGENCES)}")
+        alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
+        if alpha_given and self.f_divergence != "alpha":
+            self._refuse("f_alpha_divergence_coef", "is read only with loss.f_divergence = 'alpha'")
+        if self.f_divergence == "alpha" and self.f_alpha_divergence_coef == 1:
+            self._refuse("f_alpha_divergence_coef", "1 is the limit reverse_kl: set loss.f_divergence to that")
+        if self.f_divergence == "reverse_kl":
+            return
+        of_d = [name for name, info in LOSSES.items() if info.of_d]
+        others = [name for name in self.loss_types if LOSSES[name].needs_reference and name not in of_d]
+        if others or not self.needs_reference:
+            named = ", ".join(others or self.loss_types)
+            self._refuse("f_divergence", f"has no meaning for {named}; it can be used with: {_listed(of_d)}")
+
+    def _check_token_options(self) -> None:
+        if self.ld_alpha is not None:
+            policy_only = [name for name in self.loss_types if not LOSSES[name].needs_reference]
+            if policy_only:
+                named = ", ".join(policy_only)
+                self._refuse("ld_alpha", f"would also reweight the likelihood that {named} maximises; leave it out")
+        if self.use_weighting and self.needs_batch:
+            named = ", ".join(name for name in self.loss_types if not LOSSES[name].separable)
+            self._refuse("use_weighting", f"{named} sorts values over pairs, so a pair's weight has no place there")
+
+    def _check_read(self) -> None:
+        """Refuse what was set but would change nothing: a typo in `loss_type` must not pass for a result."""
+        read = {field for name in self.loss_types for field in LOSSES[name].reads}
+        for field in sorted({field for info in LOSSES.values() for field in info.reads} - read):
+            default = getattr(type(self), field)
+            if getattr(self, field) != default:
+                readers = [name for name, info in LOSSES.items() if field in info.reads]
+                named = ", ".join(self.loss_types)
+                self._refuse(field, f"{named} does not read it ({_listed(readers)} would); leave it at {default!r}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,122 @@
+"""Held-out metrics: in the middle of a training run, or of any model on any pairs (`launch/evaluate.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
+from dpo_scale.data.dataset import PairDataset, load_pairs
+from dpo_scale.data.prefetch import BATCHES_AHEAD, Ahead
+from dpo_scale.distributed import engine
+from dpo_scale.models.load import (
+    check_liger,
+    check_logprobs,
+    check_vocabulary,
+    load_reference,
+    load_scoring_model,
+    load_tokenizers,
+    policy_source,
+    settle_layout,
+)
+from dpo_scale.observe.metrics import MetricSums
+from dpo_scale.progress import beat
+from dpo_scale.reference.values import ReferenceValues
+from dpo_scale.settings.tree import Config
+from dpo_scale.training.batches import load_batch, mean_chosen_tokens
+from dpo_scale.training.objective import objective_without_gradient
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Any,
+    reference: Any,
+    dataset: PairDataset,
+    config: Config,
+    pad_token_id: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Mean metrics over all pairs of a dataset, `loss` among them, each pair counted once. Every rank must call it.
+
+    Args:
+        should_stop: asked in each micro-batch; when it is true on any rank, all of them break off together.
+
+    Returns:
+        The metrics; None if it was broken off.
+    """
+    lengths = dataset.lengths
+    pairs = np.arange(len(dataset))
+    was_training = policy.module.training
+    policy.eval()
+    sums = MetricSums()
+    chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    values, loss_of = ReferenceValues(reference, config.loss), objective_without_gradient(config.loss)
+    plan = evaluation_plan(config, pairs, lengths)
+    to_come = (
+        load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
+        for ranks in plan
+    )
+    broken_off, stops = False, torch.zeros(1, device=engine.device())
+    with Ahead(to_come, BATCHES_AHEAD) as batches:
+        for k, (ranks, batch) in enumerate(zip(plan, batches, strict=True)):
+            beat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
+            batch = values.attach(batch.to(engine.device()))
+            counts = counted_pairs(ranks)
+            _, losses, metrics = loss_of(policy, batch, config.loss, chosen_tokens, counts)
+            sums.add({"loss": losses, **metrics}, batch.weights)
+            # read one micro-batch later, when the device has the next one to work on
+            stops_before, stops = stops, engine.sum_over_ranks(torch.full_like(stops, should_stop()))
+            broken_off = stops_before.item() > 0
+            if broken_off:
+                break
+    policy.train(was_training)
+    if broken_off:
+        return None
+    means, _, _ = sums.reduce().read()
+    return {**means, "pairs": float(len(dataset))}
+
+
+def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray) -> list[list[MicroBatch]]:
+    """How held-out pairs are laid out: by the training's budget of tokens, or by pairs where that is what is set."""
+    settings = config.train
+    if settings.eval_micro_batch_size is None and settings.max_tokens_per_micro_batch is not None:
+        return forward_batches(
+            pairs,
+            lengths,
+            max_tokens=settings.max_tokens_per_micro_batch,
+            world_size=engine.world_size(),
+            layout=config.data.layout,
+        )
+    return split_among_ranks(
+        pairs,
+        lengths,
+        micro_batch_size=settings.eval_micro_batch_size or settings.micro_batch_size,
+        world_size=engine.world_size(),
+    )
+
+
+def evaluate_model(config: Config) -> dict[str, float]:
+    """Metrics of `model.path` against `reference.model` on the pairs of `data.eval`; every rank calls it.
+
+    Both models run forward only, under the engine that the reference has in training (`reference.stage` decides
+    how they are sharded).
+    """
+    engine.init_distributed(config.deepspeed.timeout_minutes)
+    engine.quiet_libraries()
+    engine.check_dtype(config.model.dtype)
+    check_logprobs(config)
+    check_liger(config)
+    tokenizer, model_config = load_tokenizers(config)
+    check_vocabulary(tokenizer, model_config)
+    choice = settle_layout(config)
+    settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
+    data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
+    policy = load_scoring_model(config, policy_source(config), choice)
+    reference = load_reference(config, choice, beside=[policy]) if config.loss.needs_reference else None
+    metrics = evaluate(policy, reference, data, config, tokenizer.pad_token_id)
+    assert metrics is not None
+    return metrics

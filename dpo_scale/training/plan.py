@@ -1,0 +1,234 @@
+"""What an optimizer step works on, planned and put together on the host before the step begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_scale.data.batching import MicroBatch, Schedule, counted_pairs, regroup_for_forward, split_among_ranks
+from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.flops import ForwardFlops
+from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
+from dpo_scale.data.packing import pack_among_ranks
+from dpo_scale.distributed import engine
+from dpo_scale.settings.tree import Config
+from dpo_scale.training.batches import load_batch
+
+# Steps whose plans are summed up at the start of a run.
+STEPS_DESCRIBED = 100
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A global batch of G pairs over micro-steps and ranks, and what it holds.
+
+    Attributes:
+        pairs: [G] indices into the dataset.
+        micro_steps: `micro_steps[k][rank]`.
+        reference_passes: `reference_passes[k][rank]`, over each rank's pairs of all micro-steps, in their order; none
+            where no reference runs.
+        tokens: of the data: each prompt once, each completion once.
+        padding_fraction: share of the token slots of the policy's forward passes that hold no token of a pair that
+            counts.
+        useful_flops: what the step needs if each prompt is computed once and nothing is padded or recomputed.
+        mean_chosen_tokens: mean length of the chosen completions.
+    """
+
+    pairs: np.ndarray
+    micro_steps: list[list[MicroBatch]]
+    reference_passes: list[list[MicroBatch]]
+    tokens: int
+    padding_fraction: float
+    useful_flops: float
+    mean_chosen_tokens: float
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the steps of a run; a pure function of its fields and the pairs.
+
+    Attributes:
+        lengths: [N, 3] tokens of prompt, chosen and rejected of the dataset.
+        layout: how pairs become rows (`dpo_scale.data.layout`).
+        micro_batch_size: most pairs of a micro-batch, where `max_tokens` is None.
+        max_tokens: most tokens of a micro-batch.
+        flops: of the model.
+        weight_passes, attention_passes: what a step does to each pair, in forward passes (`passes_of`).
+        reference_tokens: most tokens of a pass of a reference that runs in the step; None: there is none.
+    """
+
+    lengths: np.ndarray
+    layout: Layout
+    world_size: int
+    micro_batch_size: int
+    max_tokens: int | None
+    flops: ForwardFlops
+    weight_passes: float
+    attention_passes: float
+    reference_tokens: int | None = None
+
+    def plan(self, pairs: np.ndarray) -> StepPlan:
+        """The plan of a global batch [G]."""
+        lengths, world_size = self.lengths, self.world_size
+        if self.max_tokens is None:
+            micro_steps = split_among_ranks(
+                pairs, lengths, micro_batch_size=self.micro_batch_size, world_size=world_size
+            )
+        else:
+            micro_steps = pack_among_ranks(
+                pairs,
+                lengths,
+                max_tokens=self.max_tokens,
+                world_size=world_size,
+                layout=self.layout,
+                flops=self.flops,
+            )
+        reference_passes = []
+        if self.reference_tokens is not None:
+            reference_passes = regroup_for_forward(
+                micro_steps, lengths, max_tokens=self.reference_tokens, layout=self.layout
+            )
+        micro_batches = [micro_batch for ranks in micro_steps for micro_batch in ranks]
+        computed = sum(slots(self.layout, micro_batch.indices, lengths) for micro_batch in micro_batches)
+        of_pairs = lengths[pairs]
+        useful = self.flops.of_pairs(
+            of_pairs, "shared_prefix", weights=self.weight_passes, attention=self.attention_passes
+        )
+        return StepPlan(
+            pairs,
+            micro_steps,
+            reference_passes,
+            int(of_pairs.sum()),
+            1.0 - filled_slots(self.layout, pairs, lengths) / computed,
+            float(useful.sum()),
+            float(of_pairs[:, 1].mean()),
+        )
+
+    def idle_fraction(self, plan: StepPlan) -> float:
+        """Share of the ranks' time that they wait for the slowest of each micro-step, if FLOPs take equal time."""
+        costs = np.array([[self._cost(micro_batch) for micro_batch in ranks] for ranks in plan.micro_steps])
+        return float(1.0 - costs.mean(axis=1).sum() / costs.max(axis=1).sum())
+
+    def _cost(self, micro_batch: MicroBatch) -> float:
+        if not micro_batch.weights.any():
+            return 0.0
+        lengths = self.lengths[micro_batch.indices]
+        if self.layout != "padded":
+            return float(self.flops.of_pairs(lengths, self.layout).sum())
+        width = (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(keepdims=True)
+        layers = 2 * len(lengths) * self.flops.of_sequences(width)[0]
+        return float(layers + self.flops.per_scored_token * lengths[:, 1:].sum())
+
+    def first_plans(self, schedule: Schedule, total_steps: int) -> list[StepPlan]:
+        """The plans of a run's first steps, at least one and at most `STEPS_DESCRIBED`."""
+        order = schedule.epoch_order(0)
+        steps = range(max(1, min(STEPS_DESCRIBED, total_steps, schedule.steps_per_epoch)))
+        return [self.plan(schedule.global_batch(step, order)) for step in steps]
+
+    def describe(self, plans: list[StepPlan], dataset: PairDataset) -> str:
+        """For the log: micro-steps, padding and balance of some plans, pairs over the budget, reference passes."""
+        padding = np.mean([plan.padding_fraction for plan in plans])
+        idle = np.mean([self.idle_fraction(plan) for plan in plans])
+        size = f"{self.micro_batch_size} pairs" if self.max_tokens is None else f"{self.max_tokens} tokens"
+        micro_steps = _span([len(plan.micro_steps) for plan in plans])
+        text = (
+            f"{micro_steps} micro-steps x {self.world_size} ranks of at most {size}; by the plans of the first "
+            f"{len(plans)} steps {padding:.1%} is padding and ranks are idle for {idle:.1%}"
+        )
+        if self.max_tokens is not None:
+            tokens = pair_tokens(self.lengths, self.layout)
+            longest = int(tokens.argmax())
+            over = int((tokens > self.max_tokens).sum())
+            if over:
+                text += (
+                    f"; {over} pairs are longer than that and get micro-batches of their own, the longest "
+                    f"{dataset.describe(longest)} with {tokens[longest]} tokens"
+                )
+        if self.reference_tokens is not None:
+            passes = _span([len(plan.reference_passes) for plan in plans])
+            text += f"; reference passes a step: {passes} of at most {self.reference_tokens} tokens"
+        return text
+
+
+def _span(counts: list[int]) -> str:
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def make_planner(config: Config, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
+    """The planner of a run's training steps."""
+    train, budget = config.train, config.reference.max_tokens_per_micro_batch
+    return Planner(
+        lengths,
+        config.data.layout,
+        engine.world_size(),
+        train.micro_batch_size,
+        train.max_tokens_per_micro_batch,
+        flops,
+        *passes_of(config),
+        reference_tokens=budget if runs_reference(config) else None,
+    )
+
+
+def runs_reference(config: Config) -> bool:
+    """Whether a step runs the reference; otherwise its values are known, or the loss needs none."""
+    return config.loss.needs_reference and config.reference.mode in ("live", "adapter")
+
+
+def passes_of(config: Config) -> tuple[float, float]:
+    """What a step does to each pair, counted in forward passes: (over the weights, over attention).
+
+    The policy's forward pass and a backward pass of twice that; under LoRA no gradient of the frozen weights is
+    computed. A reference that runs in the step adds its forward pass.
+    """
+    weights, attention = (2.0, 3.0) if config.lora.enabled else (3.0, 3.0)
+    of_reference = float(runs_reference(config))
+    return weights + of_reference, attention + of_reference
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """This rank's part of a micro-step.
+
+    Attributes:
+        batch: on the host, page-locked if the device is not the host.
+        reference_passes: the reference's batches of the whole optimizer step, with its first micro-step; kept as
+            `batch` is.
+        pairs_of_ranks: how many pairs that count each rank has in this micro-step.
+        is_last: of its optimizer step.
+    """
+
+    plan: StepPlan
+    batch: PairBatch
+    reference_passes: list[PairBatch]
+    pairs_of_ranks: tuple[int, ...]
+    is_last: bool
+
+
+def micro_steps_of_run(
+    planner: Planner,
+    schedule: Schedule,
+    dataset: PairDataset,
+    steps: range,
+    *,
+    pad_token_id: int,
+    reference: Any,
+    config: Config,
+) -> Iterator[MicroStep]:
+    """This rank's micro-steps of the optimizer steps `steps` (from 0), in order; values of a store come with them."""
+
+    def load(micro_batch: MicroBatch) -> PairBatch:
+        return load_batch(dataset, micro_batch, pad_token_id, reference, config.loss, planner.layout)
+
+    rank, epoch, order = engine.rank(), -1, np.empty(0, dtype=np.int64)
+    for step in steps:
+        if schedule.epoch_of(step) != epoch:
+            epoch = schedule.epoch_of(step)
+            order = schedule.epoch_order(epoch)
+        plan = planner.plan(schedule.global_batch(step, order))
+        passes = [load(ranks[rank]) for ranks in plan.reference_passes]
+        for k, ranks in enumerate(plan.micro_steps):
+            yield MicroStep(plan, load(ranks[rank]), passes, counted_pairs(ranks), k == len(plan.micro_steps) - 1)
+            passes = []

@@ -1,0 +1,220 @@
+"""The front door: pages are current, links hold, and every command in them is one that the scripts accept."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_scale.errors import StoreError
+from dpo_scale.settings.tree import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(page for folder in (".", "benchmarks", "docs", "tests") for page in (ROOT / folder).glob("*.md"))
+# What is in a bash block and no script of ours: a prefix of the command.
+OTHER_PROGRAMS = (
+    "pip install ",
+    "source .venv/bin/activate",
+    "touch runs/",
+    "mkdocs build --strict -f docs/site/mkdocs.yml",
+)
+LAUNCHERS = ("deepspeed", "torchrun", "python")
+NEEDS_CLUSTER = ("deepspeed --hostfile", "sbatch ")
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a page's bash blocks, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(stripped.split()) for line in lines if (stripped := re.sub(r"(^|\s)#.*", "", line).strip())]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page.read_text())})
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder like a user's checkout, with runs to resume and a file of pairs."""
+    for name in ("configs", "launch", "benchmarks", "tests", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for run in ("mine", "smollm2-135m-cpu-20260101-000000"):
+        checkpoint = tmp_path / "runs" / run / "checkpoints" / "step-200"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+    (tmp_path / "my_pairs.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+
+
+def load(path: Path):
+    """A script as a module, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(command: str, monkeypatch) -> None:
+    """Raise what the script itself, or this test for it, has to say against the command."""
+    if command.startswith(OTHER_PROGRAMS):
+        return
+    words = shlex.split(command)
+    while "=" in words[0]:  # variables set for the command
+        del words[0]
+    scripts = [i for i, word in enumerate(words) if re.fullmatch(r"(launch|benchmarks|tests)/\S+\.(py|sh)", word)]
+    assert scripts, f"no script of this project in {command!r}"
+    script, arguments = Path(words[scripts[0]]), words[scripts[0] + 1 :]
+    assert script.is_file(), f"{script}: no such file"
+    assert words[0] in (*LAUNCHERS, "bash", "sbatch"), command
+    if script.name == "requeue.sh":
+        assert arguments[0].isdigit()
+        check(shlex.join(arguments[1:]), monkeypatch)
+    elif script.name == "slurm.sh":
+        load_config(arguments[0], arguments[1:])
+    elif script.name == "quickstart.sh":
+        assert len(arguments) <= 1
+    elif script.parent == Path("launch"):
+        run_parser(script, arguments, monkeypatch)
+    elif script != Path("tests/run.sh"):  # whose arguments are pytest's
+        known = options_of(script)
+        for word in arguments:
+            assert not word.startswith("--") or word in known, f"{script} has no option {word}"
+
+
+def run_parser(script: Path, arguments: list[str], monkeypatch) -> None:
+    """Let a launch script parse its arguments and read its config, and stop there."""
+    module = load(ROOT / script)
+    if script.name == "store.py":  # refuses a store that does not exist, once it has understood the rest
+        config = argparse.ArgumentParser(allow_abbrev=False)
+        config.add_argument("--config")
+        known, rest = config.parse_known_args(arguments)
+        if known.config is not None:
+            load_config(known.config, [word for word in rest if "=" in word], for_training=False)
+        monkeypatch.setattr(sys, "argv", [str(script), arguments[0], "no/such/store", *arguments[2:]])
+        with pytest.raises(StoreError, match="no such folder"):
+            module.main()
+        return
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--print-config"])
+    try:
+        module.main()
+    except SystemExit as stopped:
+        assert stopped.code in (0, None), f"{script} refuses {arguments}"
+
+
+@functools.cache
+def options_of(script: Path) -> set[str]:
+    """Every text that begins with -- in a script of a benchmark or test, or in the Python files beside it."""
+    folder = (ROOT / script).parent
+    files = [ROOT / script, *folder.glob("*.py")]
+    found = set(re.findall(r"--[a-z][a-z-]+", (ROOT / script).read_text())) if script.suffix == ".sh" else set()
+    for tree in (ast.parse(file.read_text()) for file in files if file.suffix == ".py"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_documented_command_is_accepted_by_its_script(command, checkout, monkeypatch, capsys):
+    check(command, monkeypatch)
+
+
+def test_commands_that_need_a_cluster_stand_under_words_that_say_so():
+    needing = {command for command in COMMANDS if command.startswith(NEEDS_CLUSTER)}
+    section = (ROOT / "docs" / "multi-gpu.md").read_text().split("## Several nodes")[1].split("\n## ")[0]
+    assert needing and needing == set(commands(section))
+    assert "These commands need a cluster" in section
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python launch/train.py --config configs/quickstart.yaml train.learning_rat=1",
+        "python launch/train.py --config configs/none.yaml",
+        "python launch/train.py --confog configs/quickstart.yaml",
+        "python launch/trane.py --config configs/quickstart.yaml",
+        "python launch/store.py compact STORE --drop-everything",
+        "python benchmarks/store.py --quack",
+        "bash launch/requeue.sh 10 deepspeed launch/train.py --config configs/quickstart.yaml train.seeds=1",
+        "sbatch launch/slurm.sh configs/none.yaml output_dir=runs/x",
+        "rm -r runs",
+    ],
+)
+def test_a_command_with_a_mistake_is_found(command, checkout, monkeypatch, capsys):
+    with pytest.raises((Exception, SystemExit)):
+        check(command, monkeypatch)
+
+
+def test_yaml_examples_of_data_are_read(tmp_path):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "config.yaml").write_text(block)
+    config = load_config(tmp_path / "config.yaml", ["model.path=x"])
+    assert [source.weight for source in config.data.train] == [1.0, 0.5, 1.0]
+
+
+def test_the_settings_page_is_what_the_code_says():
+    settings_page = load(ROOT / "docs" / "site" / "settings_page.py")
+    assert settings_page.PAGE.read_text() == settings_page.page(), "run: python docs/site/settings_page.py"
+
+
+def test_every_option_has_a_meaning():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > 90
+    assert [name for name, meaning in rows if not meaning.strip()] == []
+
+
+def test_meanings_come_from_the_comment_behind_above_or_the_docstring(tmp_path, monkeypatch):
+    (tmp_path / "documented.py").write_text(
+        'class Section:\n    """All.\n\n    d: from the\n        docstring.\n    e, f: of both.\n    """\n\n'
+        "    a: int = 1  # behind\n    # above, on\n    # two lines\n    b: int = 2\n    c: int = 3\n    d: int = 4\n"
+        "    e: int = 5\n    f: list = (\n        6  # inside\n    )\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    section = __import__("documented").Section
+    assert load(ROOT / "docs" / "site" / "settings_page.py").meanings(section) == {
+        "a": "behind",
+        "b": "above, on two lines",
+        "c": "",
+        "d": "from the docstring",
+        "e": "of both",
+        "f": "inside",
+    }
+
+
+def test_the_readme_is_a_door_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1300
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    assert len(targets) > 15
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_setting_that_a_page_names_exists():
+    known = set(re.findall(r"^\| `(\S+\.\S+)` \|", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE))
+    sections = {name.split(".")[0] for name in known}
+    for page in PAGES:
+        if page.name == "peers.md":  # which names options of other projects
+            continue
+        for name in re.findall(r"`(\w+\.\w+)(?:=[^`]*)?`", page.read_text()):
+            if name.split(".")[0] in sections and not name.endswith((".yaml", ".jsonl", ".json", ".md", ".py")):
+                assert name in known, f"{page.name} names {name}, which is no option"
+
+
+def test_the_site_builds_strictly(tmp_path):
+    # not with --quiet, under which --strict finds nothing
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+        + ["-f", str(ROOT / "docs" / "site" / "mkdocs.yml")],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "site" / "settings" / "index.html").is_file()
