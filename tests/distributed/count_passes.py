@@ -17,8 +17,8 @@ import torch
 from dpo_scale.distributed import engine
 from dpo_scale.models import load
 from dpo_scale.observe.timing import StepTimer
+from dpo_scale.progress import progress
 from dpo_scale.reference.values import ReferenceValues
-from dpo_scale.run import watchdog
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training import loop as trainer
@@ -71,7 +71,7 @@ def count_in_phases() -> None:
             {
                 "gathered": {name: count / weights for name, count in gathered.items()},
                 "passes": passes,
-                "beats": engine.gather_objects(watchdog._beats),
+                "beats": engine.gather_objects(progress().beats),
             }
         )
         return result
