@@ -36,10 +36,6 @@ class LossInfo:
     of_d: bool = False
     reads: tuple[str, ...] = ()
 
-    @property
-    def uses_label_smoothing(self) -> bool:
-        return "label_smoothing" in self.reads
-
 
 _SMOOTHED = ("label_smoothing",)
 
