@@ -38,7 +38,7 @@ import torch
 from common import accelerator, circumstances, cores, describe_circumstances, matmul_flops_per_second, write_results
 
 from dpo_scale.data.dataset import PairDataset, load_pairs
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_reference, load_tokenizers
 from dpo_scale.reference.modes import open_book
@@ -70,7 +70,7 @@ def main() -> None:
     if arguments.job is not None:
         job = json.loads(arguments.job.read_text(encoding="utf-8"))
         result = {"ours": run_ours, "trl": run_trl, "matmul": run_matmul}[job["who"]](job)
-        if engine.is_main():
+        if ranks.is_main():
             Path(job["output"]).write_text(json.dumps(result), encoding="utf-8")
         return
     if arguments.quick:
@@ -83,16 +83,20 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     common = {name: getattr(arguments, name) for name in ("model", "data", "pairs", "max_length", "dtype")}
     common["folder"] = str(folder)
-    engine.quiet_libraries()
+    ranks.quiet_libraries()
     dataset = pairs_of(common)
     save_for_trl(dataset, folder / "rows")
-    ranks = arguments.ranks or sorted({1, torch.cuda.device_count() or cores()})
-    jobs = [{**common, "who": "ours", "max_tokens": most, "ranks": n} for n in ranks for most in arguments.max_tokens]
+    numbers_of_ranks = arguments.ranks or sorted({1, torch.cuda.device_count() or cores()})
+    jobs = [
+        {**common, "who": "ours", "max_tokens": most, "ranks": n}
+        for n in numbers_of_ranks
+        for most in arguments.max_tokens
+    ]
     trl = importlib.util.find_spec("trl") is not None
     if trl:
         theirs = [
             {**common, "who": "trl", "batch_size": size, "ranks": n}
-            for n in ranks
+            for n in numbers_of_ranks
             for size in arguments.trl_batch_sizes
         ]
         between = -(-len(theirs) // len(jobs))
@@ -192,13 +196,13 @@ def pairs_of(job: dict[str, Any]) -> PairDataset:
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     """Fill an empty store, then once more."""
     config = config_of(job)
-    engine.init_distributed(config.deepspeed.timeout_minutes)
-    engine.quiet_libraries()
+    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    ranks.quiet_libraries()
     dataset, pad_token_id = pairs_of(job), load_tokenizers(config)[0].pad_token_id
     book, reference = open_book(config), load_reference(config)
 
     def timed(book: Any, load: Callable[[], Any]) -> tuple[float, int]:
-        engine.barrier()
+        ranks.barrier()
         began = time.perf_counter()
         computed = fill(book, [dataset], load, pad_token_id=pad_token_id, max_tokens=job["max_tokens"], tokens=False)
         return time.perf_counter() - began, computed
@@ -263,12 +267,12 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         bf16=False,  # the weights are in the precision asked for, as ours are; autocast on top of it only costs
         fp16=False,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and engine.world_size() > 1 else None,
+        ddp_backend="gloo" if on_cpu and ranks.world_size() > 1 else None,
         report_to="none",
     )
     # every rank of a launch gets the same copy, in which nothing is cached
     rows = Path(job["place"]) / "rows"
-    if engine.is_main():
+    if ranks.is_main():
         shutil.copytree(Path(job["folder"]) / "rows", Path(job["place"]) / "copying")
         (Path(job["place"]) / "copying").rename(rows)
     while not rows.exists():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dpo_scale.data.dataset import load_pairs
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_tokenizers, resolve_layout
 from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
@@ -54,7 +54,7 @@ SHOWN = ("mfu", "padding_fraction", "rank_idle")
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     result = {"prepare": prepare, "dpo_scale": run_ours, "trl": run_trl}[job["work"]](job)
-    if engine.is_main():
+    if ranks.is_main():
         Path(job["output"]).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -87,7 +87,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     )
     job["data"]["path"] = rows
     config = config_of(job)
-    engine.init_distributed(config.deepspeed.timeout_minutes)
+    ranks.init_distributed(config.deepspeed.timeout_minutes)
     tokenizer = load_tokenizers(config)[0]
     data = load_pairs(config.data, tokenizer, seed=config.train.seed, log=lambda line: None).train
     if len(data) < wanted:

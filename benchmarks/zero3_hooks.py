@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from common import accelerator, circumstances, describe_circumstances, markdown_table, processor, write_results
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.models.activations import enable_checkpointing
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     os.environ.setdefault("DS_ACCELERATOR", arguments.device)
     torch.set_num_threads(1)
-    engine.init_distributed(timeout_minutes=5)
+    ranks.init_distributed(timeout_minutes=5)
     passes = {REFERENCE: reference_passes(arguments.layers), POLICY: policy_passes(arguments.layers)}
     seconds = {name: take_turns(arms, arguments.repeats) for name, arms in passes.items()}
     report = {"layers": arguments.layers, "clock": clock().__name__, "seconds": seconds, **machine}
@@ -56,7 +56,7 @@ def make_model(layers: int) -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=layers, **shape))
-    return model.to(engine.device(), torch.bfloat16)
+    return model.to(ranks.device(), torch.bfloat16)
 
 
 def zero3_config(**more: Any) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def at_stage_3(model: Any, by_layers: bool) -> Any:
     if by_layers:
         done, reason = make_leaves(model, 10**9)
         assert done, reason
-        if engine.device().type != "cpu":
-            limit_gathers(model, torch.get_device_module(engine.device()).Event)
+        if ranks.device().type != "cpu":
+            limit_gathers(model, torch.get_device_module(ranks.device()).Event)
     return model.model
 
 
@@ -90,7 +90,7 @@ def with_linear(run: Callable[[], None], linear: Any) -> Callable[[], None]:
 
 
 def reference_passes(layers: int) -> dict[str, Callable[[], None]]:
-    ids = torch.arange(16, device=engine.device())[None]
+    ids = torch.arange(16, device=ranks.device())[None]
 
     def forward_of(module: Any) -> Callable[[], None]:
         def run() -> None:
@@ -107,7 +107,7 @@ def reference_passes(layers: int) -> dict[str, Callable[[], None]]:
 
 
 def policy_passes(layers: int) -> dict[str, Callable[[], None]]:
-    ids = torch.arange(16, device=engine.device())[None]
+    ids = torch.arange(16, device=ranks.device())[None]
     accumulation = 10**6  # an optimizer step is never taken
     config = zero3_config(
         train_batch_size=accumulation,
@@ -147,12 +147,12 @@ original_linear = F.linear
 
 
 def clock() -> Callable[[], float]:
-    return time.thread_time if engine.device().type == "cpu" else time.perf_counter
+    return time.thread_time if ranks.device().type == "cpu" else time.perf_counter
 
 
 def take_turns(arms: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each pass, in the order of the turns."""
-    now, on_cuda = clock(), engine.device().type == "cuda"
+    now, on_cuda = clock(), ranks.device().type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(WARM_UP + repeats):
         for name, run in arms.items():

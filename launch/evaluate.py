@@ -42,11 +42,11 @@ def main() -> None:
     if not config.data.eval:
         raise ConfigError("--data (data.eval): which preference pairs?")
 
-    from dpo_scale.distributed import engine
+    from dpo_scale.distributed import ranks
     from dpo_scale.training.evaluate import evaluate_model
 
     metrics = evaluate_model(config)
-    if engine.is_main():
+    if ranks.is_main():
         width = max(map(len, metrics))
         for name, value in metrics.items():
             print(f"{name:<{width}}  {value:.6g}")

@@ -136,15 +136,15 @@ def _verify_against_model(arguments: argparse.Namespace) -> None:
     """Compute rows again with the config's reference, which also takes the config's book to be there."""
     import numpy as np
 
-    from dpo_scale.distributed import engine
+    from dpo_scale.distributed import ranks
     from dpo_scale.models.load import load_reference
     from dpo_scale.reference.modes import open_book
     from dpo_scale.reference.stored import StoredReference
     from dpo_scale.reference.stored import verify as compute_again
 
     config = _config(arguments)
-    engine.init_distributed(config.deepspeed.timeout_minutes)
-    engine.quiet_libraries()
+    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    ranks.quiet_libraries()
     config.reference.store = arguments.store
     book = open_book(config)
     datasets, tokenizer = _pairs(config)

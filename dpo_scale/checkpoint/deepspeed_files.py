@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from dpo_scale.disk.sealed import SealedFile
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError
 from dpo_scale.progress import note_activity
 
@@ -70,7 +70,7 @@ class DeepspeedFiles(CheckpointEngine):
 
 def own_file(kind: str, rank: int | None = None) -> str:
     """The name of a rank's file (by default this rank's) of what DeepSpeed does not save."""
-    return f"{kind}-rank-{engine.rank() if rank is None else rank}.pt"
+    return f"{kind}-rank-{ranks.rank() if rank is None else rank}.pt"
 
 
 def load_file(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:

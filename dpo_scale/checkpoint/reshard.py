@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dpo_scale.checkpoint.deepspeed_files import load_file
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import CheckpointError
 from dpo_scale.progress import note_activity
 
@@ -116,7 +116,7 @@ def load_resharded(policy: Any, path: Path, saved_ranks: int, saved_stage: int) 
         raise
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: cannot be cut for {engine.world_size()} ranks at stage {policy.zero_optimization_stage()}: "
+            f"{path}: cannot be cut for {ranks.world_size()} ranks at stage {policy.zero_optimization_stage()}: "
             f"{error}; resume on {saved_ranks} ranks with deepspeed.stage={saved_stage}"
         ) from None
     buffers = dict(policy.module.named_buffers())
@@ -205,14 +205,14 @@ def _own_shard(policy: Any) -> Shard:
         trained = [pair for group in engine.trained_parameters(policy.module) for pair in group]
         return Shard(whole_pieces([(name, p.numel()) for name, p in trained]), [p.data for _, p in trained])
     if stage == 3:
-        _check_parts(optimizer.partition_count, engine.world_size())
-        pieces = divided_pieces(policy._get_zero_param_shapes(), engine.rank(), engine.world_size())
+        _check_parts(optimizer.partition_count, ranks.world_size())
+        pieces = divided_pieces(policy._get_zero_param_shapes(), ranks.rank(), ranks.world_size())
         return Shard(pieces, list(optimizer.fp32_partitioned_groups_flat))
-    mappings = engine.gather_objects(_mapping(optimizer._param_slice_mappings))
+    mappings = ranks.gather_objects(_mapping(optimizer._param_slice_mappings))
     # DeepSpeed has one optimizer class for bf16 at stage 1, and another for everything else
     name = "single_partition_of_fp32_groups"
     flats = getattr(optimizer, name if hasattr(optimizer, name) else "fp32_groups_flat_partition")
-    return Shard(joined_pieces(mappings)[engine.rank()], list(flats))
+    return Shard(joined_pieces(mappings)[ranks.rank()], list(flats))
 
 
 def _check_parts(parts: int, ranks: int) -> None:
@@ -242,7 +242,7 @@ def _hand_over(policy: Any, shard: Shard) -> None:
         optimizer.load_state_dict(state)
         return
     state |= {name: value for name, value in shard.scaler.items() if name in state}
-    optimizer.load_state_dict([state] * engine.world_size(), load_from_fp32_weights=True)
+    optimizer.load_state_dict([state] * ranks.world_size(), load_from_fp32_weights=True)
     if stage == 3:
         optimizer.checkpoint_event_epilogue()
     else:

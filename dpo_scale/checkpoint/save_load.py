@@ -27,8 +27,8 @@ from dpo_scale import __version__
 from dpo_scale.checkpoint.identity import Identity, check_identity
 from dpo_scale.disk.atomic import sync_folder
 from dpo_scale.disk.sealed import damage, read_manifest, write_manifest
-from dpo_scale.distributed import engine
-from dpo_scale.distributed.random_state import random_state, restore_random_state
+from dpo_scale.distributed import ranks
+from dpo_scale.distributed.random_state import random_state, restore_random_state, seed_everything
 from dpo_scale.errors import CheckpointError
 from dpo_scale.settings.tree import CHECKPOINTS_DIR, MANIFEST_FILE
 
@@ -125,7 +125,7 @@ def find_checkpoints(resume: str, output_dir: Path) -> list[Checkpoint]:
         except CheckpointError as error:
             return [], error
 
-    found, error = engine.from_main(look() if engine.is_main() else ([], None))
+    found, error = ranks.from_main(look() if ranks.is_main() else ([], None))
     if error is not None:
         raise error
     return found
@@ -141,7 +141,7 @@ def _find(resume: str, output_dir: Path) -> list[Checkpoint]:
             found.append(open_checkpoint(path))
         except CheckpointError as error:
             passed_over.append(str(error))
-            engine.log(f"not resuming from {error}")
+            ranks.log(f"not resuming from {error}")
     if not found and passed_over:
         raise CheckpointError(
             f"{run_dir}: none of its {len(passed_over)} checkpoints can be used; the newest: {passed_over[0]}; "
@@ -172,21 +172,21 @@ def choose_checkpoint(found: list[Checkpoint], identity: Identity, allow_changes
         wrong = verify(checkpoint)
         if not wrong:
             for text in changed:
-                engine.log(f"changed since {checkpoint.path.name}: {text}")
+                ranks.log(f"changed since {checkpoint.path.name}: {text}")
             return checkpoint
         reason = f"{checkpoint.path}: damaged: {_listed(wrong)}"
         if checkpoint is found[-1]:
             raise CheckpointError(f"{reason}; there is no older one to take instead")
-        engine.log(f"not resuming from {reason}")
+        ranks.log(f"not resuming from {reason}")
     return None
 
 
 def verify(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint's bytes, on whichever rank; empty if nothing is. Every rank must call it."""
     ranks = {name: int(found[1]) if (found := _WRITER.search(name)) else 0 for name in checkpoint.files}
-    own = [name for name, rank in ranks.items() if rank % engine.world_size() == engine.rank()]
+    own = [name for name, rank in ranks.items() if rank % ranks.world_size() == ranks.rank()]
     found = damage(checkpoint.path, checkpoint.files, checksums=True, only=own)
-    return [text for texts in engine.gather_objects(found) for text in texts]
+    return [text for texts in ranks.gather_objects(found) for text in texts]
 
 
 def require_whole(checkpoint: Checkpoint) -> None:
@@ -223,10 +223,10 @@ def save_checkpoint(
     final = checkpoint_path(run_dir, state.step)
     temporary = final.with_name(f"{final.name}.incomplete")
     files = DeepspeedFiles()
-    if engine.is_main():
+    if ranks.is_main():
         remove_leftovers(run_dir)
         files.makedirs(str(temporary), exist_ok=True)
-    engine.barrier()
+    ranks.barrier()
     policy.checkpoint_engine = files
     # scripts have no place among checkpoints, and an error in copying them would leave the other ranks in a barrier
     policy._copy_recovery_script = lambda folder: None
@@ -236,8 +236,8 @@ def save_checkpoint(
     files.save(random_state(), str(temporary / own_file("random")))
     unread = [] if files.error else damage(temporary, files.written, checksums=True)
     problem = _reason(files.error) if files.error else _listed(unread) if unread else None
-    problems = engine.gather_objects(problem)
-    written = {name: entry for entries in engine.gather_objects(files.written) for name, entry in entries.items()}
+    problems = ranks.gather_objects(problem)
+    written = {name: entry for entries in ranks.gather_objects(files.written) for name, entry in entries.items()}
 
     def commit() -> str | None:
         record = {
@@ -258,18 +258,18 @@ def save_checkpoint(
         return None
 
     if not any(problems):
-        problems[0] = engine.from_main(commit() if engine.is_main() else None)
+        problems[0] = ranks.from_main(commit() if ranks.is_main() else None)
     if any(problems):
         why = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text)
-        engine.log(
+        ranks.log(
             f"WARNING: the checkpoint of step {state.step} could not be saved ({why}); nothing is left of it. "
             "The run goes on and tries again when the next one is due"
         )
-    if engine.is_main():
+    if ranks.is_main():
         if not any(problems):
             _drop_others(run_dir, keep, state)
         remove_leftovers(run_dir)
-    engine.barrier()
+    ranks.barrier()
     return None if any(problems) else final
 
 
@@ -299,10 +299,10 @@ def load_checkpoint(policy: Any, checkpoint: Checkpoint, moving: MovingReference
         load_weights(policy, checkpoint)
         if moving is not None:
             moving.restore([load_file(path / own_file("reference", rank), mmap=True) for rank in range(ranks)])
-        if ranks == engine.world_size():
+        if ranks == ranks.world_size():
             restore_random_state(load_file(path / own_file("random")))
         else:
-            engine.seed_everything(checkpoint.state.step)
+            seed_everything(checkpoint.state.step)
 
 
 def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
@@ -315,11 +315,11 @@ def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
     from dpo_scale.checkpoint.reshard import load_resharded
 
     saved, stage = checkpoint.identity, policy.zero_optimization_stage()
-    same_ranks = saved.world_size == engine.world_size() or stage == 0  # at stage 0 every rank has everything
+    same_ranks = saved.world_size == ranks.world_size() or stage == 0  # at stage 0 every rank has everything
     if saved.stage != stage or not same_ranks:
-        engine.log(
+        ranks.log(
             f"{checkpoint.path.name} was saved on {saved.world_size} ranks at stage {saved.stage}; "
-            f"cutting it anew for {engine.world_size()} at stage {stage}"
+            f"cutting it anew for {ranks.world_size()} at stage {stage}"
         )
         return load_resharded(policy, checkpoint.path, saved.world_size, saved.stage)
     policy.checkpoint_engine = DeepspeedFiles()

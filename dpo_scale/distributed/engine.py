@@ -1,161 +1,24 @@
-"""DeepSpeed and the ranks: the only place that knows there is more than one process.
+"""DeepSpeed: an engine that trains the policy and one that only runs the reference.
 
-Everything else sees a handful of functions (rank, sums over ranks, who goes first) and two engines: one that
-trains the policy and one that only runs the reference. Backward passes are driven with explicit accumulation
-boundaries and unscaled losses, because an optimizer step here may take any number of micro-steps and weighs pairs,
-not micro-batches (`loss_scale_for_mean`).
+Backward passes are driven with explicit accumulation boundaries and unscaled losses, because an optimizer step here may
+take any number of micro-steps and weighs pairs, not micro-batches (`loss_scale_for_mean`).
 """
 
 from __future__ import annotations
 
-import datetime
 import io
-import logging
 import math
 import os
-import random
-import socket
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
 from dpo_scale.settings.deepspeed import with_fitting_buckets
-
-Result = TypeVar("Result")
-
-
-def quiet_libraries() -> None:
-    """Leave only warnings and errors of the libraries on the console, and those of rank 0 alone."""
-    level = logging.WARNING if rank() == 0 else logging.ERROR
-    for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed", "accelerate"):
-        logging.getLogger(name).setLevel(level)
-    from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
-    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
-
-    disable_datasets_bars()
-    disable_transformers_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    warnings.filterwarnings("ignore", message=".*barrier\\(\\).*using the device under current context.*")
-
-
-def init_distributed(timeout_minutes: float) -> None:
-    """Join the process group; `deepspeed`, `torchrun` and plain `python` (one rank) all end up here.
-
-    Args:
-        timeout_minutes: a collective that one rank waits in for longer raises on that rank, which ends the run.
-    """
-    if "RANK" not in os.environ:  # plain python: without these DeepSpeed would look for MPI
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    use_expandable_segments(get_accelerator().device_name())
-    if get_accelerator().device_name() == "cpu":
-        # gloo alone is right and starts at once; the shared-memory op would be compiled first (about 20 s)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(local_rank())
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
-
-
-# What torch 2.11 to 2.13 read the settings of CUDA's allocator from, the first that is set, when CUDA starts.
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-
-
-def use_expandable_segments(device_name: str) -> None:
-    """Let CUDA's allocator grow its segments, unless one of its variables is set. Before anything is on the device.
-
-    Micro-batches of ever other lengths and the gathers of ZeRO-3 otherwise leave memory in pieces that nothing fits.
-    """
-    is_nvidia = device_name == "cuda" and torch.version.hip is None  # torch 2.11 ignores it on ROCm
-    if is_nvidia and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def log(message: str) -> None:
-    """A line on rank 0's console; progress bars are kept whole."""
-    if is_main():
-        from tqdm import tqdm
-
-        tqdm.write(message)
-
-
-def device() -> torch.device:
-    from deepspeed.accelerator import get_accelerator
-
-    return torch.device(get_accelerator().current_device_name())
-
-
-def device_name() -> str:
-    """The accelerator's name as its maker writes it, or "cpu"."""
-    place = device()
-    return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory held so far by this rank: the accelerator's allocator, or the process on a CPU."""
-    from deepspeed.accelerator import get_accelerator
-
-    if get_accelerator().device_name() != "cpu":
-        return int(get_accelerator().max_memory_allocated())
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.SUM)
-    return values
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's (small, picklable) value, in rank order, on every rank."""
-    if world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def check_dtype(dtype: str) -> None:
@@ -175,41 +38,6 @@ def check_dtype(dtype: str) -> None:
     if not supported[dtype]:
         usable = ", ".join(name for name, usable in supported.items() if usable)
         raise ConfigError(f"model.dtype = {dtype!r}: DeepSpeed runs {usable} on a {accelerator.device_name()} device")
-
-
-def gather_rows(values: torch.Tensor) -> torch.Tensor:
-    """All ranks' rows, stacked in rank order; gradients flow to this rank's own rows only.
-
-    Every rank computes a loss over all rows and each contributes the gradient of its own: summed over ranks that is
-    the gradient of one such loss, which is what averaging engines expect of a sum over pairs.
-
-    Args:
-        values: [P, ...], the same shape on every rank.
-
-    Returns:
-        [world_size * P, ...].
-    """
-    if world_size() == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(parts, values.detach().contiguous())
-    parts[rank()] = values
-    return torch.cat(parts)
-
-
-def main_first(work: Callable[[], Result]) -> Result:
-    """Run `work` on each node's first rank, then on its others, which find the caches it left."""
-    first = local_rank() == 0
-    result = work() if first else None
-    barrier()
-    return result if first else work()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch alike on every rank (dropout, if on, is drawn per rank from `seed + rank`)."""
-    random.seed(seed + rank())
-    np.random.seed((seed + rank()) % 2**32)
-    torch.manual_seed(seed + rank())
 
 
 @contextmanager
@@ -237,7 +65,7 @@ def _with_batch_size(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's zero.Init wants a consistent batch triple before any engine exists."""
     micro = deepspeed_config["train_micro_batch_size_per_gpu"]
     steps = deepspeed_config.get("gradient_accumulation_steps", 1)
-    return {**deepspeed_config, "train_batch_size": micro * steps * world_size()}
+    return {**deepspeed_config, "train_batch_size": micro * steps * ranks.world_size()}
 
 
 def _without_prints() -> redirect_stdout:
@@ -285,8 +113,8 @@ def say_if_one_thread_is_left() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if by_torchrun and share > 1 and device().type != "cpu":
-        log(
+    if by_torchrun and share > 1 and ranks.device().type != "cpu":
+        ranks.log(
             "WARNING: deepspeed.offload_optimizer = 'cpu': the optimizer's step has one thread a rank, since torchrun "
             f"sets OMP_NUM_THREADS to 1 where it is not set; set it to {share}, this rank's share of the cores"
         )
@@ -325,7 +153,7 @@ def loss_scale_for_mean(global_batch_pairs: int) -> float:
     The engine averages gradients over the W ranks: sum_r grad(c * sum of rank r) / W is the gradient of the mean over
     the G pairs of the global batch if c = W / G, however the pairs are spread over ranks and micro-steps.
     """
-    return world_size() / global_batch_pairs
+    return ranks.world_size() / global_batch_pairs
 
 
 def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
@@ -374,7 +202,7 @@ def consolidated_state_dict(engine: Any, *, trained_only: bool = False) -> dict[
     if engine.zero_optimization_stage() == 3:
         state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
     else:
-        state = engine.module.state_dict() if is_main() else None
+        state = engine.module.state_dict() if ranks.is_main() else None
     if state is None or not trained_only:
         return state if state is None else dict(state)
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
@@ -387,8 +215,8 @@ def own_slice(parameter: torch.nn.Parameter) -> torch.Tensor:
     A view of the shard, or of the whole parameter where it is replicated, so no stage needs communication for it.
     """
     numel = getattr(parameter, "ds_numel", parameter.numel())
-    size = -(-numel // world_size())
-    start = min(rank() * size, numel)
+    size = -(-numel // ranks.world_size())
+    start = min(ranks.rank() * size, numel)
     length = min(size, numel - start)
     if not hasattr(parameter, "ds_tensor"):
         return parameter.detach().flatten()[start : start + length]
@@ -418,24 +246,15 @@ def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> Non
             if hasattr(parameter, "ds_tensor"):
                 own_slice(parameter).copy_(values)
                 continue
-            size = -(-parameter.numel() // world_size())
+            size = -(-parameter.numel() // ranks.world_size())
             padded = parameter.new_zeros(size)
             padded[: len(values)] = values
             parts = [padded]
-            if world_size() > 1:
-                parts = [torch.empty_like(padded) for _ in range(world_size())]
+            if ranks.world_size() > 1:
+                parts = [torch.empty_like(padded) for _ in range(ranks.world_size())]
                 dist.all_gather(parts, padded)
             parameter.copy_(torch.cat(parts)[: parameter.numel()].view_as(parameter))
     if engine.zero_optimization_stage() == 3:
         # DeepSpeed gathers shards on a stream of its own, which waits for nothing: it must not read them before they
         # are written
         get_accelerator().synchronize()
-
-
-def from_main(value: Result) -> Result:
-    """Rank 0's (picklable) value, on every rank."""
-    if world_size() == 1:
-        return value
-    holder = [value if is_main() else None]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_scale.distributed import ranks
+
 
 def random_state() -> dict[str, Any]:
     """The states of every generator of this rank, in plain types and tensors."""
@@ -37,3 +39,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(numpy_state)
     if "accelerator" in state:
         get_accelerator().set_rng_state(state["accelerator"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank (dropout, if on, is drawn per rank from `seed + rank`)."""
+    random.seed(seed + ranks.rank())
+    np.random.seed((seed + ranks.rank()) % 2**32)
+    torch.manual_seed(seed + ranks.rank())

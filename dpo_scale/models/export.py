@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from dpo_scale import __version__
 from dpo_scale.disk.atomic import sync_folder
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import TrainingError
 from dpo_scale.models.files import MODEL_CARD, seal_model
 from dpo_scale.models.lora import merged_weights, save_adapter
@@ -50,7 +50,7 @@ def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, res
             return TrainingError(f"{folder}: the model could not be written: {error}; the checkpoints are kept")
         return None
 
-    error = engine.from_main(write() if engine.is_main() else None)
+    error = ranks.from_main(write() if ranks.is_main() else None)
     if error is not None:
         raise error
     return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_scale import __version__
 from dpo_scale.disk.sealed import damage, describe_files, read_manifest, write_manifest
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path
 
@@ -47,7 +47,7 @@ def check_models(paths: Iterable[str | None]) -> None:
             return error
         return None
 
-    error = engine.from_main(look() if engine.is_main() else None)
+    error = ranks.from_main(look() if ranks.is_main() else None)
     if error is not None:
         raise error
 
@@ -73,7 +73,7 @@ def check_model_folder(folder: Path) -> None:
     manifest = read_manifest(folder / MODEL_MANIFEST, ModelError)
     for text in damage(folder, manifest["files"], checksums=True):
         if text.startswith(f"{MODEL_CARD} "):
-            engine.log(f"note: {folder}: {text}")
+            ranks.log(f"note: {folder}: {text}")
             continue
         raise ModelError(
             f"{folder}: {text}; write the model again (launch/train.py --resume on its run), or, if you changed it on "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.models.attention import Attention, blockwise_attention, observed, use_attention
 
 # Mean difference per token that another order of the same sums may cause on random tokens, which models find far
@@ -52,7 +52,7 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
     apart = []
 
     def log_probs(batch: PairBatch) -> Tensor:
-        return scorer(**batch.to(engine.device()).scorer_inputs)
+        return scorer(**batch.to(ranks.device()).scorer_inputs)
 
     for sizes in _ROWS:
         pairs = _random_pairs(sizes, vocabulary, longest)
@@ -67,7 +67,7 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
         if not difference <= max(_ALLOWED_PER_TOKEN[dtype], min(_TIMES_PADDING * by_padding, _MOST_ALLOWED)):
             apart.append(f"it does not give the log-probs of separate sequences ({difference:.3g} a token apart)")
     scorer.train(was_training)
-    failures = engine.gather_objects(next(iter([*watcher.raised, *apart, *watcher.wrong_gradients]), None))
+    failures = ranks.gather_objects(next(iter([*watcher.raised, *apart, *watcher.wrong_gradients]), None))
     where = [f" (on rank {rank})" if len(failures) > 1 else "" for rank in range(len(failures))]
     return next((failure + at for failure, at in zip(failures, where, strict=True) if failure is not None), None)
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dpo_scale.data.layout import Layout
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import varlen_attention
 from dpo_scale.models.attention import use_attention
@@ -82,8 +82,8 @@ class LayoutChoice:
             raise ModelError(f"{model}: {tried}: {failure}; set data.layout=padded")
         del self._options[0]
         self._take()
-        engine.log(f"{model}: {tried}: {failure}")
-        engine.log(self.option.describe())
+        ranks.log(f"{model}: {tried}: {failure}")
+        ranks.log(self.option.describe())
 
 
 def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
@@ -100,7 +100,7 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     asked = config.data.layout
     if asked == "padded":
         return _padded(config, "asked for by name")
-    attention = engine.from_main(attention_options(config))  # what another rank lacks fails the check on all
+    attention = ranks.from_main(attention_options(config))  # what another rank lacks fails the check on all
     backend, reason = attention[0]
     against = [reason] if backend is None else [why for c in model_configs if (why := why_padded(c)) is not None]
     if against and asked != "auto":
@@ -131,7 +131,7 @@ def attention_options(config: Config) -> list[tuple[str | None, str]]:
     `model.attn_implementation` is taken at its word: sdpa, flex_attention, varlen_attention and flash_attention_2 name
     the back end that is made of them; for any other, and where that does not run, there is only None.
     """
-    asked, device = config.model.attn_implementation, engine.device().type
+    asked, device = config.model.attn_implementation, ranks.device().type
     named = f"model.attn_implementation = {asked!r}"
     if asked is None and device != "cuda":
         return [("blocks", f"the one for a {device} device")]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dpo_scale.data.tokenize import load_tokenizer
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
@@ -40,11 +40,11 @@ def check_logprobs(config: Config) -> None:
     """
     try:
         name, reason = choose_implementation(
-            config.logprobs.implementation, engine.device(), getattr(torch, config.model.dtype)
+            config.logprobs.implementation, ranks.device(), getattr(torch, config.model.dtype)
         )
     except ValueError as error:
         raise ConfigError(f"logprobs.implementation = {config.logprobs.implementation!r}: {error}") from error
-    engine.log(f"log-probs: {name} ({reason})")
+    ranks.log(f"log-probs: {name} ({reason})")
 
 
 def check_liger(config: Config) -> None:
@@ -54,7 +54,7 @@ def check_liger(config: Config) -> None:
         ConfigError: if `model.liger: true` cannot be.
     """
     used, reason = uses_liger(config)
-    engine.log(f"liger: {'RMSNorm, rotary embedding and SwiGLU' if used else 'not used'} ({reason})")
+    ranks.log(f"liger: {'RMSNorm, rotary embedding and SwiGLU' if used else 'not used'} ({reason})")
 
 
 def uses_liger(config: Config) -> tuple[bool, str]:
@@ -65,7 +65,7 @@ def uses_liger(config: Config) -> tuple[bool, str]:
         sources = dict.fromkeys((policy_source(config), reference_source(config)))
         return [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
 
-    return choose_liger(config.model, engine.device().type, model_configs)
+    return choose_liger(config.model, ranks.device().type, model_configs)
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
         choice: of the run's layout; made from the config if not given. Its check may change `config.data.layout`.
     """
     choice = choice or resolve_layout(config)
-    deepspeed_config = policy_deepspeed_config(config, micro_steps, engine.device().type)
+    deepspeed_config = policy_deepspeed_config(config, micro_steps, ranks.device().type)
     if config.deepspeed.bf16_optimizer_states:
-        engine.log(lost_updates(config.train.learning_rate, config.train.adam_beta2))
+        ranks.log(lost_updates(config.train.learning_rate, config.train.adam_beta2))
     source, adapters = policy_source(config), config.lora
     reference_adapter = reference_source(config).adapter if config.reference.mode == "adapter" else None
     for path in (source.adapter, reference_adapter):
@@ -195,7 +195,7 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
         model = lora.add_adapter(model, adapters, config.train.seed)
         if reference_adapter is not None:
             lora.add_reference_adapter(model, reference_adapter)
-        engine.log(lora.describe(model))
+        ranks.log(lora.describe(model))
     if config.model.gradient_checkpointing:
         enable_checkpointing(causal_lm(model), offload=offloads_checkpoints(config))
     _prepare_layers(model, config, deepspeed_config, "policy")
@@ -226,8 +226,8 @@ def lost_updates(learning_rate: float, beta2: float) -> str:
 
 def offloads_checkpoints(config: Config) -> bool:
     """Whether checkpoints are kept on the host; on a CPU they are there anyway."""
-    if config.model.gradient_checkpointing_offload and engine.device().type == "cpu":
-        engine.log("model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already")
+    if config.model.gradient_checkpointing_offload and ranks.device().type == "cpu":
+        ranks.log("model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already")
         return False
     return config.model.gradient_checkpointing_offload
 
@@ -248,7 +248,7 @@ def load_scoring_model(
         beside: engines of the run that are loaded already, and follow if it does.
     """
     choice = choice or resolve_layout(config)
-    deepspeed_config = reference_deepspeed_config(config, engine.device().type)
+    deepspeed_config = reference_deepspeed_config(config, ranks.device().type)
     if source.adapter is not None:
         lora.read_adapter_config(source.adapter)
     model = _load_for(config, source, deepspeed_config, choice)
@@ -275,7 +275,7 @@ def _load_for(
             disable_dropout=config.model.disable_dropout,
         )
     if deepspeed_config["zero_optimization"]["stage"] != 3:
-        model.to(engine.device())
+        model.to(ranks.device())
         check_head(model)
     if uses_liger(config)[0]:
         take_kernels(model, check=deepspeed_config["zero_optimization"]["stage"] != 3)
@@ -289,11 +289,11 @@ def _prepare_layers(model: Any, config: Config, deepspeed_config: dict[str, Any]
     in_hooks = zero["stage"] == 3
     if in_hooks:
         leaves, reason = make_leaves(model, int(zero.get(MAX_LIVE, 1e9)))
-        engine.log(f"ZeRO-3 gathers the {role} by {'layers' if leaves else 'submodules'}: {reason}")
+        ranks.log(f"ZeRO-3 gathers the {role} by {'layers' if leaves else 'submodules'}: {reason}")
         if config.model.compile and not leaves:
             raise ModelError(f"model.compile with ZeRO stage 3 needs weights gathered by layers: {reason}")
-        if engine.device().type != "cpu":
-            limit_gathers(model, torch.get_device_module(engine.device()).Event)
+        if ranks.device().type != "cpu":
+            limit_gathers(model, torch.get_device_module(ranks.device()).Event)
     if config.model.compile:
         compile_layers(model, in_hooks=in_hooks)
 
@@ -329,7 +329,7 @@ def resolve_layout(config: Config) -> LayoutChoice:
     sources = dict.fromkeys((policy_source(config), reference_source(config)))
     models = [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
     choice = choose_layout(config, models)
-    engine.log(choice.option.describe())
+    ranks.log(choice.option.describe())
     return choice
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.models.attention import AttentionPlan, Sequences, blockwise_attention, checked_plan
 from dpo_scale.models.flex_attention import flex_attention
 
@@ -209,4 +209,4 @@ _NAMES: dict[Any, str] = {flex_attention: "FlexAttention", blockwise_attention: 
 
 @cache
 def _say_once(message: str) -> None:
-    engine.log(message)
+    ranks.log(message)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 
 
 class MetricSums:
@@ -40,11 +40,11 @@ class MetricSums:
                 of its own.
         """
         assert self._sums is not None
-        slots = self._sums.new_zeros(engine.world_size(), len(per_rank))
+        slots = self._sums.new_zeros(ranks.world_size(), len(per_rank))
         for column, value in enumerate(per_rank):  # filled in on the device: a copy from the host might be waited for
-            slots[engine.rank(), column] = value
+            slots[ranks.rank(), column] = value
         packed = torch.cat([self._sums, slots.flatten()])
-        return Reduction(self._names, engine.sum_over_ranks(packed), len(per_rank))
+        return Reduction(self._names, ranks.sum_over_ranks(packed), len(per_rank))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Reduction:
         values = torch.cat([self.values, *scalars]).tolist()
         split, end = len(self.names) + 1, len(self.values)
         means = {name: value / values[split - 1] for name, value in zip(self.names, values, strict=False)}
-        per_rank = np.array(values[split:end]).reshape(engine.world_size(), self.num_per_rank)
+        per_rank = np.array(values[split:end]).reshape(ranks.world_size(), self.num_per_rank)
         transferred = iter(values[end:])
         others = [next(transferred) if value.device == device else value.item() for value in more]
         return means, per_rank.T, others

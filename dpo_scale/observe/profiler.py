@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ class StepProfiler:
         """To be entered around step `number` (from 1)."""
         if number in self._steps and self._profile is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
-            if engine.device().type == "cuda":
+            if ranks.device().type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
             self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profile.start()
@@ -67,7 +67,7 @@ class StepProfiler:
     def _write(self, last: int) -> None:
         self._profile.stop()
         self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"steps-{self._first}-{last}-rank-{engine.rank()}.json"
+        path = self._folder / f"steps-{self._first}-{last}-rank-{ranks.rank()}.json"
         self._profile.export_chrome_trace(str(path))
         self._profile = None
-        engine.log(f"profile of steps {self._first} to {last} in {self._folder}")
+        ranks.log(f"profile of steps {self._first} to {last} in {self._folder}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.disk.cache import cache_folder
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ModelError, StoreError
 from dpo_scale.models.layouts import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
@@ -43,7 +43,7 @@ def source_fingerprint(config: Config, source: ModelSource) -> str:
         except ModelError as error:
             return "", error
 
-    fingerprint, error = engine.from_main(find() if engine.is_main() else ("", None))
+    fingerprint, error = ranks.from_main(find() if ranks.is_main() else ("", None))
     if error is not None:
         raise error
     return fingerprint
@@ -117,10 +117,10 @@ def stored_reference(
             "reference.on_missing=compute"
         )
     if count:
-        engine.log(f"reference store {book.folder}: {count} pairs are not there yet")
+        ranks.log(f"reference store {book.folder}: {count} pairs are not there yet")
         fill_for(config, book, datasets, pad_token_id, choice)
     else:
-        engine.log(f"reference store {book.folder}: all {sum(map(len, datasets))} pairs are there")
+        ranks.log(f"reference store {book.folder}: all {sum(map(len, datasets))} pairs are there")
     return StoredReference(book)
 
 
@@ -173,7 +173,7 @@ def verify_start(
         verify(stored, reference, dataset, rows, **settings)
         engine.release(reference)
     else:
-        engine.log(
+        ranks.log(
             "reference.verify: the policy does not start as the reference, so it cannot check stored rows; "
             "reference.verify_with_model=true loads the reference for it"
         )

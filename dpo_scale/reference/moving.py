@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ModelError
 from dpo_scale.progress import noting_activity
 
@@ -90,12 +90,12 @@ class MovingReference:
             yield name, self._restored(name, len(engine.own_slice(parameter)), states)
 
     def _restored(self, name: str, length: int, states: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-        if len(states) == engine.world_size():
-            slice_ = states[engine.rank()][name]
+        if len(states) == ranks.world_size():
+            slice_ = states[ranks.rank()][name]
         else:
             slice_ = torch.cat([state[name] for state in states])
-            size = -(-len(slice_) // engine.world_size())
-            slice_ = slice_[engine.rank() * size : (engine.rank() + 1) * size]
+            size = -(-len(slice_) // ranks.world_size())
+            slice_ = slice_[ranks.rank() * size : (ranks.rank() + 1) * size]
         if len(slice_) != length:
             raise RuntimeError(f"{name}: {len(slice_)} weights of the reference, expected {length}")
         kept = self._kept[name]

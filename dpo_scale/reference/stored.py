@@ -21,7 +21,7 @@ from dpo_scale.data.batching import MicroBatch, forward_batches
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import StoreError
 from dpo_scale.losses import sum_token_logps
 from dpo_scale.progress import heartbeat
@@ -86,7 +86,7 @@ def missing_rows(book: Book, datasets: Sequence[PairDataset], *, tokens: bool) -
     Rank 0 looks; another job may be filling the same book, and ranks that look a moment apart would not agree.
     """
     missing: list[np.ndarray] = []
-    if engine.is_main():
+    if ranks.is_main():
         seen: set[bytes] = set()
         for dataset in datasets:
             keys = dataset.pair_keys
@@ -98,7 +98,7 @@ def missing_rows(book: Book, datasets: Sequence[PairDataset], *, tokens: bool) -
                     seen.add(key)
                     wanted.append(index)
             missing.append(np.array(wanted, dtype=np.int64))
-    return engine.from_main(missing)
+    return ranks.from_main(missing)
 
 
 def fill(
@@ -137,31 +137,31 @@ def fill(
             if len(rows) == 0:
                 continue
             plan = forward_batches(
-                rows, dataset.lengths, max_tokens=max_tokens, world_size=engine.world_size(), layout=layout
+                rows, dataset.lengths, max_tokens=max_tokens, world_size=ranks.world_size(), layout=layout
             )
-            own = [ranks[engine.rank()] for ranks in plan]
+            own = [of_ranks[ranks.rank()] for of_ranks in plan]
             with Prefetcher(_batches(dataset, own, pad_token_id, layout), BATCHES_AHEAD) as batches:
-                for k, (ranks, micro_batch, batch) in enumerate(zip(plan, own, batches, strict=True)):
+                for k, (of_ranks, micro_batch, batch) in enumerate(zip(plan, own, batches, strict=True)):
                     heartbeat(f"reference log-probs, micro-batch {k + 1} of {len(plan)}")
                     values = _score(reference, batch)
                     if micro_batch.weights.any():
                         keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
                         writer.add(keys, _sums(values, counts).numpy(), counts, values.numpy() if tokens else None)
-                    done += sum(int(micro.weights.sum()) for micro in ranks)
+                    done += sum(int(micro.weights.sum()) for micro in of_ranks)
                     if time.monotonic() - last_said > 10:
                         last_said = time.monotonic()
                         left = (last_said - started) / done * (total - done)
-                        engine.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
-    engine.barrier()  # every rank's shards are on the disk
-    if engine.is_main():
+                        ranks.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
+    ranks.barrier()  # every rank's shards are on the disk
+    if ranks.is_main():
         book.refresh()
         book.write_manifest()
         _compact_if_scattered(book)
-    engine.barrier()
+    ranks.barrier()
     book.refresh()
     seconds = time.monotonic() - started
     data_tokens = sum(int(dataset.lengths[rows].sum()) for dataset, rows in zip(datasets, missing, strict=True))
-    engine.log(f"reference log-probs: computed {total} pairs in {seconds:.1f} s, {data_tokens / seconds:.0f} tokens/s")
+    ranks.log(f"reference log-probs: computed {total} pairs in {seconds:.1f} s, {data_tokens / seconds:.0f} tokens/s")
     return total
 
 
@@ -173,9 +173,9 @@ def _compact_if_scattered(book: Book) -> None:
     try:
         done = compact_book(book.folder, grace_hours=GRACE_HOURS)
     except StoreError as error:  # what was computed is safe all the same, and whoever reads a damaged row is told
-        engine.log(f"WARNING: small shards of the reference store were not compacted: {error}")
+        ranks.log(f"WARNING: small shards of the reference store were not compacted: {error}")
         return
-    engine.log(f"reference store: {done.shards_before} shards compacted into {done.shards}")
+    ranks.log(f"reference store: {done.shards_before} shards compacted into {done.shards}")
 
 
 def _batches(
@@ -185,13 +185,13 @@ def _batches(
     for micro_batch in micro_batches:
         pairs = [dataset[int(i)] for i in micro_batch.indices]
         batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
-        yield batch.pinned() if engine.device().type == "cuda" else batch
+        yield batch.pinned() if ranks.device().type == "cuda" else batch
 
 
 @torch.no_grad()
 def _score(model: Any, batch: PairBatch) -> torch.Tensor:
     """Per-token log-probs of a batch's completions on the host, fp32, row by row, chosen before rejected."""
-    return model(**batch.to(engine.device()).scorer_inputs).cpu()
+    return model(**batch.to(ranks.device()).scorer_inputs).cpu()
 
 
 def _sums(values: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
@@ -225,8 +225,8 @@ def verify(
     drawn = np.random.default_rng(seed).choice(len(dataset), size=min(rows, len(dataset)), replace=False)
     plain = LossSettings()
     worst = (-1.0, 0.0, 0.0, "")
-    plan = forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=engine.world_size())
-    micro_batches = [ranks[engine.rank()] for ranks in plan]
+    plan = forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=ranks.world_size())
+    micro_batches = [of_ranks[ranks.rank()] for of_ranks in plan]
     batches = _batches(dataset, micro_batches, pad_token_id, model.module.layout)
     for k, (own, batch) in enumerate(zip(micro_batches, batches, strict=True)):
         heartbeat(f"the check of stored log-probs, row {k + 1} of {len(plan)} of each rank")
@@ -242,11 +242,11 @@ def verify(
             allowed = TOLERANCE_PER_ROOT_TOKEN[dtype] * math.sqrt(tokens)
             share = math.inf if math.isnan(apart) else apart / allowed
             worst = max(worst, (share, apart, allowed, shown))
-    share, apart, allowed, shown = max(engine.gather_objects(worst))
+    share, apart, allowed, shown = max(ranks.gather_objects(worst))
     measured = f"{apart:.2g} apart, {allowed:.2g} allowed in {dtype}"
     if not share <= 1:
         raise StoreError(
             f"{stored.origin}: stored reference log-probs are not those of the model that training starts from "
             f"({measured}). {shown}"
         )
-    engine.log(f"stored reference log-probs: {len(drawn)} rows computed again, at most {measured}")
+    ranks.log(f"stored reference log-probs: {len(drawn)} rows computed again, at most {measured}")

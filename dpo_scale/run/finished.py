@@ -12,15 +12,15 @@ from pathlib import Path
 
 from dpo_scale import __version__
 from dpo_scale.disk.atomic import write_atomically
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError
 from dpo_scale.settings.tree import FINISHED_FILE
 
 
 def mark_finished(run_dir: Path, step: int, model: Path) -> None:
     """Say that the run is done and its model written. Every rank must call it; the mark comes after all of them did."""
-    engine.barrier()
-    if engine.is_main():
+    ranks.barrier()
+    if ranks.is_main():
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         record = {"step": step, "model": model.name, "finished": now, "tool": f"dpo_scale {__version__}"}
         write_atomically(run_dir / FINISHED_FILE, [json.dumps(record, indent=1).encode() + b"\n"])
@@ -47,7 +47,7 @@ def finished_step(run_dir: Path) -> int | None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{path}: damaged ({error}); remove it if the run is to go on"
 
-    step = engine.from_main(look() if engine.is_main() else None)
+    step = ranks.from_main(look() if ranks.is_main() else None)
     if isinstance(step, str):
         raise CheckpointError(step)
     return step

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from dpo_scale.checkpoint.save_load import Checkpoint, find_checkpoints
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
 from dpo_scale.run.rank_files import LOGS_DIR
 from dpo_scale.settings.tree import CONFIG_FILE, Config
@@ -29,23 +29,23 @@ _held: tuple[Path, IO[str]] | None = None
 def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
     """The run folder, made by rank 0, and the checkpoints that the run may start from, the best first."""
     # ranks that start in different seconds would name different folders
-    config.output_dir = engine.from_main(config.output_dir)
+    config.output_dir = ranks.from_main(config.output_dir)
     assert config.output_dir is not None
     run_dir = Path(config.output_dir)
     grace = config.checkpoint.preempt_grace_seconds
-    if resume and engine.is_main() and run_dir.is_dir():
+    if resume and ranks.is_main() and run_dir.is_dir():
         hold_run_dir(run_dir, grace)  # until a run that is saving its last checkpoint is done
-    engine.barrier()
+    ranks.barrier()
     found = find_checkpoints(resume, run_dir) if resume else []
     in_run_dir = bool(found) and found[0].path.resolve().parents[1] == run_dir.resolve()
     continues = in_run_dir or resume in ("latest", "auto")
-    if engine.is_main():
+    if ranks.is_main():
         if not continues and (run_dir / CONFIG_FILE).exists():
             raise ConfigError(
                 f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
             )
         hold_run_dir(run_dir, grace if continues else 0.0)
-    engine.barrier()
+    ranks.barrier()
     return run_dir, found
 
 

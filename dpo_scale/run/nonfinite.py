@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import TrainingError
 from dpo_scale.settings.tree import TrainSettings
 
@@ -46,15 +46,15 @@ def record_nonfinite_step(
         TrainingError: naming the step and its rows, if the run is to stop.
     """
     own = [(row, value) for rows, losses in seen for row, value in zip(rows.tolist(), losses.tolist(), strict=True)]
-    ranks = [[(data.describe(row), value) for row, value in pairs] for pairs in engine.gather_objects(own)]
-    bad = [f"{row}: loss {value}" for pairs in ranks for row, value in pairs if not math.isfinite(value)]
+    of_ranks = [[(data.describe(row), value) for row, value in pairs] for pairs in ranks.gather_objects(own)]
+    bad = [f"{row}: loss {value}" for pairs in of_ranks for row, value in pairs if not math.isfinite(value)]
     stops = settings.on_nonfinite == "stop" or times_before >= settings.max_nonfinite
-    if engine.is_main():
+    if ranks.is_main():
         record = {
             "step": step,
             "grad_norm": _number(grad_norm),
             "action": "stopped" if stops else "skipped",
-            "ranks": [[{"row": row, "loss": _number(value)} for row, value in pairs] for pairs in ranks],
+            "ranks": [[{"row": row, "loss": _number(value)} for row, value in pairs] for pairs in of_ranks],
         }
         with open(run_dir / NONFINITE_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -65,7 +65,7 @@ def record_nonfinite_step(
         what = f"all losses are finite, but the gradient's norm is {grad_norm}"
     text = f"step {step}: {what}; the weights were not updated ({run_dir / NONFINITE_FILE} has all rows of the step)"
     if not stops:
-        engine.log(f"WARNING: {text}; {times_before + 1} of at most {settings.max_nonfinite} such steps")
+        ranks.log(f"WARNING: {text}; {times_before + 1} of at most {settings.max_nonfinite} such steps")
         return
     if settings.on_nonfinite == "skip":
         text += f"; train.max_nonfinite = {settings.max_nonfinite} such steps were left out before"

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_scale.data.batching import MicroBatch
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.stored import StoredReference
 from dpo_scale.settings.loss import LossSettings
@@ -34,4 +34,4 @@ def load_batch(
     batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
     if isinstance(reference, (StoredReference, ColumnReference)):
         batch = replace(batch, reference_logps=reference.logps(dataset, micro_batch.indices, settings))
-    return batch.pinned() if engine.device().type == "cuda" else batch
+    return batch.pinned() if ranks.device().type == "cuda" else batch

@@ -12,7 +12,7 @@ import torch
 from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.models.load import (
     check_liger,
     check_logprobs,
@@ -57,19 +57,19 @@ def evaluate(
     values, loss_of = ReferenceValues(reference, config.loss), objective_without_gradient(config.loss)
     plan = evaluation_plan(config, pairs, lengths)
     to_come = (
-        load_batch(dataset, ranks[engine.rank()], pad_token_id, reference, config.loss, policy.module.layout)
-        for ranks in plan
+        load_batch(dataset, of_ranks[ranks.rank()], pad_token_id, reference, config.loss, policy.module.layout)
+        for of_ranks in plan
     )
-    broken_off, stops = False, torch.zeros(1, device=engine.device())
+    broken_off, stops = False, torch.zeros(1, device=ranks.device())
     with Prefetcher(to_come, BATCHES_AHEAD) as batches:
-        for k, (ranks, batch) in enumerate(zip(plan, batches, strict=True)):
+        for k, (of_ranks, batch) in enumerate(zip(plan, batches, strict=True)):
             heartbeat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
-            batch = values.attach(batch.to(engine.device()))
-            counts = counted_pairs(ranks)
+            batch = values.attach(batch.to(ranks.device()))
+            counts = counted_pairs(of_ranks)
             _, losses, metrics = loss_of(policy, batch, config.loss, chosen_tokens, counts)
             sums.add({"loss": losses, **metrics}, batch.weights)
             # read one micro-batch later, when the device has the next one to work on
-            stops_before, stops = stops, engine.sum_over_ranks(torch.full_like(stops, should_stop()))
+            stops_before, stops = stops, ranks.sum_over_ranks(torch.full_like(stops, should_stop()))
             broken_off = stops_before.item() > 0
             if broken_off:
                 break
@@ -88,14 +88,14 @@ def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray) -> l
             pairs,
             lengths,
             max_tokens=settings.max_tokens_per_micro_batch,
-            world_size=engine.world_size(),
+            world_size=ranks.world_size(),
             layout=config.data.layout,
         )
     return split_among_ranks(
         pairs,
         lengths,
         micro_batch_size=settings.eval_micro_batch_size or settings.micro_batch_size,
-        world_size=engine.world_size(),
+        world_size=ranks.world_size(),
     )
 
 
@@ -105,8 +105,8 @@ def evaluate_model(config: Config) -> dict[str, float]:
     Both models run forward only, under the engine that the reference has in training (`reference.stage` decides
     how they are sharded).
     """
-    engine.init_distributed(config.deepspeed.timeout_minutes)
-    engine.quiet_libraries()
+    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    ranks.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
     check_liger(config)
@@ -114,7 +114,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     check_vocabulary(tokenizer, model_config)
     choice = resolve_layout(config)
     settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
-    data = engine.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=engine.log)).train
+    data = ranks.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=ranks.log)).train
     policy = load_scoring_model(config, policy_source(config), choice)
     reference = load_reference(config, choice, beside=[policy]) if config.loss.needs_reference else None
     metrics = evaluate(policy, reference, data, config, tokenizer.pad_token_id)

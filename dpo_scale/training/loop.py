@@ -34,7 +34,8 @@ from dpo_scale.data.batching import Schedule
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.data.flops import forward_flops
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.random_state import seed_everything
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
 from dpo_scale.models.export import export_model
 from dpo_scale.models.load import (
@@ -85,17 +86,17 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
         TrainingError: if the loss or the gradient is no longer finite.
         Preempted: if the run was told to stop early, and has saved its state.
     """
-    engine.init_distributed(config.deepspeed.timeout_minutes)
-    engine.quiet_libraries()
+    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    ranks.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
     check_liger(config)
-    engine.seed_everything(config.train.seed)
+    seed_everything(config.train.seed)
     check_trackers(config.logging.report_to)
     peak = peak_flops_of(config)
     run_dir, found = agree_on_run_dir(config, resume)
-    processes = engine.gather_objects(this_process())
-    with Watchdog(run_dir, config.train.hang_timeout_minutes, engine.rank(), processes):
+    processes = ranks.gather_objects(this_process())
+    with Watchdog(run_dir, config.train.hang_timeout_minutes, ranks.rank(), processes):
         return train_in(run_dir, found, config, resume, profile, peak)
 
 
@@ -115,24 +116,24 @@ def train_in(
     """
     finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
     if finished is not None and not found:
-        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        ranks.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
         return run_dir
 
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     choice = resolve_layout(config)
-    data = engine.main_first(
-        lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log, report_dir=run_dir)
+    data = ranks.main_first(
+        lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=ranks.log, report_dir=run_dir)
     )
     schedule = make_schedule(config, data.train)
     total_steps = schedule.total_steps(config.train.num_train_epochs, config.train.max_steps)
     stored: StoredReference | ColumnReference | None = None
     if config.loss.needs_reference and config.reference.mode == "columns":
-        stored = ColumnReference(config.data, tokenizer, engine.log)
+        stored = ColumnReference(config.data, tokenizer, ranks.log)
     identity = identity_of(config, model_config, data.train, stored)
     if finished is not None and finished == total_steps:
         check_identity(found[0].path, found[0].identity, identity, config.checkpoint.allow_changes)
-        engine.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
+        ranks.log(f"{run_dir}: this run is finished, at step {finished}; nothing to do")
         return run_dir
     started_from = choose_checkpoint(found, identity, config.checkpoint.allow_changes)
     state = started_from.state if started_from else TrainState()
@@ -144,10 +145,10 @@ def train_in(
             f"{total_steps}"
         )
     if state.best_step is not None and not checkpoint_path(run_dir, state.best_step).exists():
-        engine.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
+        ranks.log(f"the best checkpoint, of step {state.best_step}, is not in {run_dir}: looking for a new best")
         state.best_step = state.best_metric = None
 
-    if engine.is_main():
+    if ranks.is_main():
         try:
             unmark_finished(run_dir)
             preemption.unmark_preempted(run_dir)
@@ -159,8 +160,8 @@ def train_in(
     flops = forward_flops(model_config, trust_remote_code=config.model.trust_remote_code)
     planner = make_planner(config, flops, data.train.lengths)
     plans = planner.first_plans(schedule, total_steps)
-    engine.log(f"run folder {run_dir}")
-    engine.log(
+    ranks.log(f"run folder {run_dir}")
+    ranks.log(
         f"{len(data.train)} pairs to train on, {len(data.eval) if data.eval else 0} held out; {total_steps} steps of "
         f"{config.train.global_batch_size} pairs: {planner.describe(plans, data.train)}"
     )
@@ -174,18 +175,18 @@ def train_in(
     moving = reference if isinstance(reference, MovingReference) else None
     if started_from:
         load_checkpoint(policy, started_from, moving)
-        engine.log(f"resumed from {started_from.path} at step {state.step}")
+        ranks.log(f"resumed from {started_from.path} at step {state.step}")
     elif stored is not None:
         verify_start(config, stored, policy, seen, tokenizer.pad_token_id, choice)
     if config.data.layout != planner.layout:  # a model failed its check, before any step was laid out
         planner = make_planner(config, flops, data.train.lengths)
         plans = planner.first_plans(schedule, total_steps)
-        engine.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
-        if engine.is_main():
+        ranks.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
+        if ranks.is_main():
             config.save(run_dir / CONFIG_FILE)
 
     loss_of, reason = choose_objective(config, policy)
-    engine.log(f"loss and gradient {reason}")
+    ranks.log(f"loss and gradient {reason}")
     run = Run(
         config,
         run_dir,
@@ -201,8 +202,8 @@ def train_in(
         planner,
         peak,
     )
-    tracker = Tracker(config, run_dir, total_steps, state.step) if engine.is_main() else None
-    preemption.allow(config.checkpoint.preempt_grace_seconds, run_dir, looks_for_file=engine.is_main())
+    tracker = Tracker(config, run_dir, total_steps, state.step) if ranks.is_main() else None
+    preemption.allow(config.checkpoint.preempt_grace_seconds, run_dir, looks_for_file=ranks.is_main())
     try:
         with StepProfiler(run_dir / "profile", profile or range(0)) as profiler:
             last_is_saved = run_steps(run, state, tracker, profiler)
@@ -213,13 +214,13 @@ def train_in(
     exported = state
     if config.checkpoint.load_best_model_at_end and state.best_step not in (None, state.step):
         assert state.best_step is not None
-        engine.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
+        ranks.log(f"best {config.checkpoint.metric_for_best_model} was at step {state.best_step}; taking that model")
         best = open_checkpoint(checkpoint_path(run_dir, state.best_step))
         require_whole(best)
         exported = best.state
         load_weights(policy, best)
     folder = export_model(policy, tokenizer, config, run_dir, results_of(run_dir, exported))
-    engine.log(f"model saved in {folder}")
+    ranks.log(f"model saved in {folder}")
     if not last_is_saved:
         raise CheckpointError(
             f"{run_dir}: the model is saved, but the checkpoint of the last step could not be, so the run is not "
@@ -269,7 +270,7 @@ def step_by_step(
     run: Run, state: TrainState, tracker: Tracker | None, profiler: StepProfiler, batches: Iterator[MicroStep]
 ) -> bool:
     """Train, record, evaluate and save, one step after the other; see `run_steps`."""
-    settings, timer = run.config.train, StepTimer(engine.device(), engine.world_size())
+    settings, timer = run.config.train, StepTimer(ranks.device(), ranks.world_size())
     moving = run.reference if isinstance(run.reference, MovingReference) else None
     saved = True
     state.evaluation_due &= run.eval_data is not None
@@ -321,13 +322,13 @@ def save_and_stop(run: Run, state: TrainState, tracker: Tracker | None, moving: 
     Raises:
         Preempted: always.
     """
-    reasons = engine.gather_objects(preemption.reason_to_stop(run.config.train.max_hours))
+    reasons = ranks.gather_objects(preemption.reason_to_stop(run.config.train.max_hours))
     reason = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason is not None)
     # before the first step there is nothing that a fresh start would not make again
     saved = state.step > 0 and save(run, state, tracker, moving)
-    if engine.is_main():
+    if ranks.is_main():
         preemption.mark_preempted(run.run_dir, state.step if saved else None, reason)
-    engine.barrier()
+    ranks.barrier()
     outcome = "saved" if saved else "nothing to save" if state.step == 0 else "which could not be saved"
     raise preemption.Preempted(
         f"stopped after step {state.step} of {run.total_steps}, {outcome} ({reason}); --resume auto goes on"
@@ -351,12 +352,12 @@ def train_step(
         heartbeat(f"step {state.step + 1}, micro-step {len(seen) + 1}")
         with timer.phase("data"):
             micro = next(batches)
-            batch = micro.batch.to(engine.device())
+            batch = micro.batch.to(ranks.device())
         plan, is_last = micro.plan, micro.is_last
         with timer.phase("reference"):
             for k, scored in enumerate(micro.reference_passes):  # all of the step's, before the policy's first
                 heartbeat(f"step {state.step + 1}, reference pass {k + 1}")
-                values.score(scored.to(engine.device()))
+                values.score(scored.to(ranks.device()))
             batch = values.attach(batch)
         with timer.phase("forward"):
             total, losses, metrics = run.loss_of(
@@ -369,7 +370,7 @@ def train_step(
             engine.backward(run.policy, total * scale, last_micro_step=is_last)
     with timer.phase("communication"):
         wants_to_stop = preemption.reason_to_stop(settings.max_hours) is not None
-        reduced = sums.reduce(engine.peak_memory_bytes(), timer.busy_seconds, wants_to_stop)
+        reduced = sums.reduce(ranks.peak_memory_bytes(), timer.busy_seconds, wants_to_stop)
     heartbeat(f"step {state.step + 1}, optimizer")
     with timer.phase("optimizer"):
         rate = learning_rate(state.step, run.total_steps, settings)
@@ -443,7 +444,7 @@ def results_of(run_dir: Path, exported: TrainState) -> dict[str, Any]:
     They are read from the run's record, which also knows what was measured before the run was resumed.
     """
     results: dict[str, Any] = {"steps": exported.step, "pairs": exported.pairs}
-    if engine.is_main():
+    if ranks.is_main():
         evaluations = {r["step"]: r for r in read_metrics(run_dir / METRICS_FILE) if r["phase"] == "eval"}
         results |= {"before": evaluations.get(0), "after": evaluations.get(exported.step)}
     return results
@@ -456,12 +457,12 @@ def peak_flops_of(config: Config) -> float | None:
         ConfigError: if the console is to show a utilisation that can't be computed.
     """
     named = config.logging.peak_tflops
-    peak = peak_flops(engine.device_name()) if named is None else named * 1e12
+    peak = peak_flops(ranks.device_name()) if named is None else named * 1e12
     if peak is None:
-        missing = f"no peak is known of the device {engine.device_name()!r}; logging.peak_tflops says it"
+        missing = f"no peak is known of the device {ranks.device_name()!r}; logging.peak_tflops says it"
         if "mfu" in config.logging.console_metrics:
             raise ConfigError(f"logging.console_metrics = 'mfu': {missing}")
-        engine.log(f"mfu is left out of the metrics: {missing}")
+        ranks.log(f"mfu is left out of the metrics: {missing}")
     return peak
 
 

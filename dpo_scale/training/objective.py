@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dpo_scale.data.layout import PairBatch
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.logprobs.pair_loss import PairLoss
 from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
 from dpo_scale.models.scorer import backbone_and_head
@@ -135,7 +135,7 @@ def across_ranks(
     def gathered(values: Tensor) -> Tensor:
         """The rows of all ranks that are no padding and no filler: the host knows which, the device is not asked."""
         padding = values.new_zeros((rows - values.shape[0], *values.shape[1:]))
-        blocks = engine.gather_rows(torch.cat([values, padding])).split(rows)
+        blocks = ranks.gather_rows(torch.cat([values, padding])).split(rows)
         return torch.cat([block[:count] for block, count in zip(blocks, pairs_of_ranks, strict=True)])
 
     losses, metrics = preference_loss(
@@ -146,8 +146,8 @@ def across_ranks(
         mean_chosen_tokens=mean_chosen_tokens,
         pair_weights=None if weights is None else gathered(weights),
     )
-    first = sum(pairs_of_ranks[: engine.rank()])
-    own = slice(first, first + pairs_of_ranks[engine.rank()])
+    first = sum(pairs_of_ranks[: ranks.rank()])
+    own = slice(first, first + pairs_of_ranks[ranks.rank()])
     # a filler takes part in the backward pass like any other, at zero
     total = losses.sum() + 0.0 * sums.sum()
     if own.start == own.stop:

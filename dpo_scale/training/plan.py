@@ -13,7 +13,7 @@ from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.settings.tree import Config
 from dpo_scale.training.batches import load_batch
 
@@ -91,7 +91,7 @@ class Planner:
             reference_passes = regroup_for_forward(
                 micro_steps, lengths, max_tokens=self.reference_tokens, layout=self.layout
             )
-        micro_batches = [micro_batch for ranks in micro_steps for micro_batch in ranks]
+        micro_batches = [micro_batch for of_ranks in micro_steps for micro_batch in of_ranks]
         computed = sum(slots(self.layout, micro_batch.indices, lengths) for micro_batch in micro_batches)
         of_pairs = lengths[pairs]
         useful = self.flops.of_pairs(
@@ -109,7 +109,7 @@ class Planner:
 
     def idle_fraction(self, plan: StepPlan) -> float:
         """Share of the ranks' time that they wait for the slowest of each micro-step, if FLOPs take equal time."""
-        costs = np.array([[self._cost(micro_batch) for micro_batch in ranks] for ranks in plan.micro_steps])
+        costs = np.array([[self._cost(micro_batch) for micro_batch in of_ranks] for of_ranks in plan.micro_steps])
         return float(1.0 - costs.mean(axis=1).sum() / costs.max(axis=1).sum())
 
     def _cost(self, micro_batch: MicroBatch) -> float:
@@ -163,7 +163,7 @@ def make_planner(config: Config, flops: ForwardFlops, lengths: np.ndarray) -> Pl
     return Planner(
         lengths,
         config.data.layout,
-        engine.world_size(),
+        ranks.world_size(),
         train.micro_batch_size,
         train.max_tokens_per_micro_batch,
         flops,
@@ -222,13 +222,13 @@ def micro_steps_of_run(
     def load(micro_batch: MicroBatch) -> PairBatch:
         return load_batch(dataset, micro_batch, pad_token_id, reference, config.loss, planner.layout)
 
-    rank, epoch, order = engine.rank(), -1, np.empty(0, dtype=np.int64)
+    rank, epoch, order = ranks.rank(), -1, np.empty(0, dtype=np.int64)
     for step in steps:
         if schedule.epoch_of(step) != epoch:
             epoch = schedule.epoch_of(step)
             order = schedule.epoch_order(epoch)
         plan = planner.plan(schedule.global_batch(step, order))
-        passes = [load(ranks[rank]) for ranks in plan.reference_passes]
-        for k, ranks in enumerate(plan.micro_steps):
-            yield MicroStep(plan, load(ranks[rank]), passes, counted_pairs(ranks), k == len(plan.micro_steps) - 1)
+        passes = [load(of_ranks[rank]) for of_ranks in plan.reference_passes]
+        for k, of_ranks in enumerate(plan.micro_steps):
+            yield MicroStep(plan, load(of_ranks[rank]), passes, counted_pairs(of_ranks), k == len(plan.micro_steps) - 1)
             passes = []

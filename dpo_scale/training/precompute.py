@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_scale.data.dataset import load_pairs
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ConfigError
 from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, resolve_layout
 from dpo_scale.reference.modes import fill_for, open_book
@@ -23,18 +23,18 @@ def precompute(config: Config) -> int:
         raise ConfigError(
             f"loss.loss_type = {config.loss.loss_type!r}: uses no reference, so there is nothing to store"
         )
-    engine.init_distributed(config.deepspeed.timeout_minutes)
-    engine.quiet_libraries()
+    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    ranks.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
     check_liger(config)
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
     choice = resolve_layout(config)
-    data = engine.main_first(lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=engine.log))
+    data = ranks.main_first(lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=ranks.log))
     datasets = [data.train] if data.eval is None else [data.train, data.eval]
     book = open_book(config)
     computed = fill_for(config, book, datasets, tokenizer.pad_token_id, choice)
     pairs = sum(map(len, datasets))
-    engine.log(f"reference store {book.folder}: {computed} pairs computed, {pairs - computed} were there")
+    ranks.log(f"reference store {book.folder}: {computed} pairs computed, {pairs - computed} were there")
     return computed

@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_scale.checkpoint.identity import Identity, architecture_fingerprint, package_versions
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.models.load import policy_source, reference_source
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import source_fingerprint
@@ -57,7 +57,7 @@ def identity_of(
         data.fingerprint,
         settings,
         {f"train.{name}": tree["train"][name] for name in ("num_train_epochs", "max_steps")},
-        engine.world_size(),
+        ranks.world_size(),
         config.deepspeed.stage,
         package_versions(),
     )

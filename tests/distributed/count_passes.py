@@ -14,7 +14,7 @@ from pathlib import Path
 import deepspeed.comm.comm as communication
 import torch
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.models import load
 from dpo_scale.observe.timing import StepTimer
 from dpo_scale.progress import progress
@@ -38,7 +38,7 @@ def main() -> None:
         steps.clear()
         trainer.train(load_config(None, overrides))
         counts[name] = list(steps)
-    if engine.is_main():
+    if ranks.is_main():
         Path(f"{path}.counts").write_text(json.dumps(counts))
 
 
@@ -71,7 +71,7 @@ def count_in_phases() -> None:
             {
                 "gathered": {name: count / weights for name, count in gathered.items()},
                 "passes": passes,
-                "beats": engine.gather_objects(progress().beats),
+                "beats": ranks.gather_objects(progress().beats),
             }
         )
         return result

@@ -2,16 +2,16 @@
 
 import torch
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import DataError
 from dpo_scale.run.cli import run
 
 
 def main() -> None:
-    engine.init_distributed(timeout_minutes=2)
-    if engine.rank() == 1:
+    ranks.init_distributed(timeout_minutes=2)
+    if ranks.rank() == 1:
         raise DataError("pairs.jsonl row 3: seen by rank 1 alone")
-    engine.sum_over_ranks(torch.ones(1))
+    ranks.sum_over_ranks(torch.ones(1))
 
 
 if __name__ == "__main__":

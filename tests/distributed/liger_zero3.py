@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import liger_stand_in
 from tiny import save_model
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.models.activations import enable_checkpointing
 from dpo_scale.models.liger import take_kernels
 from dpo_scale.models.load import load_causal_lm
@@ -39,9 +39,9 @@ class Whole(torch.nn.Module):
 
 def main():
     out = Path(next(argument for argument in sys.argv[1:] if argument.endswith(".json")))
-    engine.init_distributed(5)
+    ranks.init_distributed(5)
     folder = out.parent / "model"
-    engine.main_first(lambda: folder.exists() or save_model(folder))
+    ranks.main_first(lambda: folder.exists() or save_model(folder))
     plain = Whole(load_causal_lm(str(folder), dtype="float32"))
     expected = plain(IDS)
     expected.backward()
@@ -68,7 +68,7 @@ def main():
         if theirs.grad is not None
     ]
     found = {"losses": [loss.item(), expected.item()], "worst": max(differences), "gradients": len(differences)}
-    if engine.is_main():
+    if ranks.is_main():
         out.write_text(json.dumps({**found, "calls": liger_stand_in.CALLS}))
 
 

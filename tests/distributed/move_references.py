@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.models.load import load_policy, load_reference
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.run.cli import run
@@ -34,15 +34,15 @@ def whole(model, prefix: str) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
-    engine.init_distributed(5)
-    engine.quiet_libraries()
+    ranks.init_distributed(5)
+    ranks.quiet_libraries()
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         config = load_config(None, [*job["overrides"], "data.layout=padded"])
         policy, reference = load_policy(config, micro_steps=1), load_reference(config)
         moving = MovingReference(reference, policy, config.reference.sync_mixup)
         seen = {}
         for move in range(job["moves"]):
-            engine.backward(policy, score(policy).sum() * (1 + engine.rank()), last_micro_step=True)
+            engine.backward(policy, score(policy).sum() * (1 + ranks.rank()), last_micro_step=True)
             engine.optimizer_step(policy, 0.01 * (move + 1), 1.0)
             with torch.no_grad():
                 score(moving)  # small weights stay gathered after a pass at stage 3
@@ -53,18 +53,18 @@ def main() -> None:
         state = moving.state()
         assert sum(tensor.numel() for tensor in state.values()) <= sum(  # a share of it, not the model
             getattr(p, "ds_numel", p.numel()) for p in reference.module.parameters()
-        ) // engine.world_size() + len(state)
+        ) // ranks.world_size() + len(state)
         config.reference.stage = 3 - config.reference.stage
         other = load_reference(config)
         restored = MovingReference(other, policy, config.reference.sync_mixup)
         with torch.no_grad():
             score(restored)
-        restored.restore(engine.gather_objects(state))
+        restored.restore(ranks.gather_objects(state))
         seen |= whole(other, "restored.")
         restored.move()
         moving.move()
         seen |= whole(reference, "next.") | whole(other, "restored_next.")
-        if engine.is_main():
+        if ranks.is_main():
             save_file({key: tensor.contiguous().cpu() for key, tensor in seen.items()}, folder / f"{name}.safetensors")
 
 

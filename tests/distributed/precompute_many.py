@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training.precompute import precompute
@@ -17,14 +17,14 @@ from dpo_scale.training.precompute import precompute
 
 def main() -> None:
     path = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))
-    engine.init_distributed(5)
+    ranks.init_distributed(5)
     computed = []
     for job in json.loads(Path(path).read_text()):
-        if job["copy"] and engine.is_main():
+        if job["copy"] and ranks.is_main():
             shutil.copyfile(*job["copy"])
-        engine.barrier()
+        ranks.barrier()
         computed.append(precompute(load_config(None, job["overrides"])))
-    if engine.is_main():
+    if ranks.is_main():
         Path(path + ".computed").write_text(json.dumps(computed))
 
 

@@ -13,7 +13,7 @@ import torch
 from deepspeed.comm import comm
 from deepspeed.utils import safe_get_full_fp32_param
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.run.cli import run
 from dpo_scale.settings.deepspeed import policy_deepspeed_config
 from dpo_scale.settings.tree import load_config
@@ -44,12 +44,12 @@ def inputs(rank):
 def expected_gradient():
     """Mean over the ranks of the sum over micro-steps, fp64, of gradients that autograd rounds to bf16."""
     total = torch.zeros(SIZE, SIZE, dtype=torch.float64)
-    for rank in range(engine.world_size()):
+    for rank in range(ranks.world_size()):
         for x, t in inputs(rank):
             module = Products()
             module(x, t).backward()
             total += module.linear.weight.grad.double()
-    return total / engine.world_size()
+    return total / ranks.world_size()
 
 
 def measure(stage, reduce_dtype, offload):
@@ -89,7 +89,7 @@ def measure(stage, reduce_dtype, offload):
         counted(backend.reduce_scatter_tensor),
     )
     try:
-        for number, (x, t) in enumerate(inputs(engine.rank())):
+        for number, (x, t) in enumerate(inputs(ranks.rank())):
             engine.backward(policy, policy(x, t), last_micro_step=number == MICRO_STEPS - 1)
     finally:
         del backend.all_reduce, backend.reduce_scatter_tensor  # the class's own again
@@ -100,9 +100,9 @@ def measure(stage, reduce_dtype, offload):
 
 
 def main():
-    engine.init_distributed(5)
+    ranks.init_distributed(5)
     measured = [{"case": case, **measure(*case)} for case in CASES]
-    if engine.is_main():
+    if ranks.is_main():
         out = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))
         Path(out).write_text(json.dumps(measured))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import UserError
 from dpo_scale.models import attention
 from dpo_scale.run.cli import run
@@ -33,7 +33,7 @@ def main() -> None:
     for job in json.loads(Path(path).read_text()):
         resume = job.get("resume")
         trainer.save_checkpoint = on_a_full_disk(*job["full_disk"]) if job.get("full_disk") else save_checkpoint
-        kind = job.get("attention") if engine.rank() == 1 else None
+        kind = job.get("attention") if ranks.rank() == 1 else None
         attention.attention_functions = partial(with_broken_blocks, kind) if kind else attention_functions
         try:
             first, last = job.get("profile", (0, -1))
@@ -44,7 +44,7 @@ def main() -> None:
             if not job.get("refused"):
                 raise
             messages.append(str(error))
-    if engine.is_main():
+    if ranks.is_main():
         Path(path + ".messages").write_text(json.dumps(messages))
 
 
@@ -60,7 +60,7 @@ def with_broken_blocks(kind):
 def on_a_full_disk(rank, step):
     def save(policy, state, *arguments, **more):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if (engine.rank(), state.step) == (rank, step):
+        if (ranks.rank(), state.step) == (rank, step):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:
             return save_checkpoint(policy, state, *arguments, **more)

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from dpo_scale.data.layout import PairBatch
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training import loop as trainer
@@ -32,12 +32,12 @@ class BrokenOffError(Exception):
 
 def main() -> None:
     path = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))
-    engine.init_distributed(timeout_minutes=5)
+    ranks.init_distributed(timeout_minutes=5)
     found = {}
     for name, overrides in json.loads(Path(path).read_text()).items():
         found[name] = watched_run(overrides)
         print(f"{name}:", *found[name]["waits"], *found[name]["races"], sep="\n    ", flush=True)
-    if engine.is_main():
+    if ranks.is_main():
         Path(path + ".found").write_text(json.dumps(found))
 
 

@@ -51,7 +51,7 @@ class HoldSteps:
     released: Path | None = None
 
     def __call__(self, rank: int) -> None:
-        from dpo_scale.distributed import engine
+        from dpo_scale.distributed import ranks
         from dpo_scale.run import preemption
         from dpo_scale.training import loop as trainer
 
@@ -63,7 +63,7 @@ class HoldSteps:
             if started == self.after + 1:
                 until = time.monotonic() + HOLD_SECONDS
                 # asked together, so that all go on at the same step
-                while not any(engine.gather_objects(preemption.was_noticed() or self._is_released())):
+                while not any(ranks.gather_objects(preemption.was_noticed() or self._is_released())):
                     assert time.monotonic() < until, f"nothing came within {HOLD_SECONDS} s"
                     time.sleep(0.01)
             return real(*arguments, **keywords)

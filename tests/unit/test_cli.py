@@ -11,13 +11,13 @@ from dpo_scale.run.cli import MAX_KEPT, ForgivingStream
 PROGRAM = """
 import sys
 from pathlib import Path
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.run.cli import run
 from dpo_scale.errors import ConfigError
 
 def main():
     for _ in range(2000):
-        engine.log("a line" * 20)
+        ranks.log("a line" * 20)
     print("warned", file=sys.stderr, flush=True)
     Path(sys.argv[1]).write_text("got here")
     if sys.argv[2] == "fails":

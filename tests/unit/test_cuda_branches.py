@@ -9,7 +9,7 @@ from emulated_cuda import EmulatedCuda, MisuseError
 
 from dpo_scale.data.batching import MicroBatch
 from dpo_scale.data.dataset import Pair
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.models.activations import offloaded_checkpoint
 from dpo_scale.observe.metrics import MetricSums
 from dpo_scale.observe.timing import StepTimer
@@ -22,7 +22,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def cuda(monkeypatch):
-    monkeypatch.setattr(engine, "device", lambda: CUDA)
+    monkeypatch.setattr(ranks, "device", lambda: CUDA)
     with EmulatedCuda() as device:
         yield device
 
@@ -212,8 +212,8 @@ def test_streams_wait_for_each_other_or_race(cuda):
 )
 def test_an_offloaded_optimizer_that_torchrun_leaves_one_thread_is_told_of(monkeypatch, changes, told):
     said = []
-    monkeypatch.setattr(engine, "log", said.append)
-    monkeypatch.setattr(engine, "device", lambda: CUDA)
+    monkeypatch.setattr(ranks, "log", said.append)
+    monkeypatch.setattr(ranks, "device", lambda: CUDA)
     monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: range(16), raising=False)
     start = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (start | changes).items():

@@ -163,7 +163,7 @@ def test_bf16_optimizer_states_are_the_same_setting_here_and_in_a_users_file(tmp
 def test_engines_are_made_for_the_device_that_they_run_on(tmp_path, monkeypatch):
     import torch
 
-    from dpo_scale.distributed import engine
+    from dpo_scale.distributed import engine, ranks
     from dpo_scale.models import load as loading
 
     class LoadsNoWeights(Exception):
@@ -180,7 +180,7 @@ def test_engines_are_made_for_the_device_that_they_run_on(tmp_path, monkeypatch)
     options = ["deepspeed.stage=3", "deepspeed.offload_param=cpu", "reference.stage=3", "reference.offload_param=cpu"]
     config = load(tmp_path, None, *options)
     for device in ("cpu", "cuda:0"):
-        monkeypatch.setattr(engine, "device", lambda device=device: torch.device(device))
+        monkeypatch.setattr(ranks, "device", lambda device=device: torch.device(device))
         for start in (lambda: loading.load_policy(config, 1), lambda: loading.load_reference(config)):
             with pytest.raises(LoadsNoWeights):
                 start()

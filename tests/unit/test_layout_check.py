@@ -6,7 +6,7 @@ import varlen_kernels
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
 from dpo_scale.models import attention, layout_check, varlen_attention
 from dpo_scale.models.attention import blockwise_attention
@@ -125,7 +125,7 @@ BROKEN = {
 def lines(monkeypatch):
     """What is logged."""
     logged = []
-    monkeypatch.setattr(engine, "log", logged.append)
+    monkeypatch.setattr(ranks, "log", logged.append)
     return logged
 
 
@@ -195,7 +195,7 @@ def test_a_model_that_is_only_scored_is_not_asked_for_gradients(monkeypatch, lin
 
 def test_a_failure_on_another_rank_is_a_failure_here(monkeypatch, lines):
     _, scorer, choice = loaded("llama", "auto")
-    monkeypatch.setattr(engine, "gather_objects", lambda mine: [mine, "no kernel image for this device"])
+    monkeypatch.setattr(ranks, "gather_objects", lambda mine: [mine, "no kernel image for this device"])
     prove_layout(choice, scorer, "float32")
     assert choice.option.layout == "padded" and "no kernel image for this device (on rank 1)" in lines[0]
 

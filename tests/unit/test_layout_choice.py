@@ -6,7 +6,7 @@ import transformers
 import varlen_kernels
 from tiny import tiny_config
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import layouts, varlen_attention
 from dpo_scale.models.layouts import (
@@ -103,7 +103,7 @@ def test_attention_that_transformers_does_not_have_is_refused_where_rows_are_pad
     ],
 )
 def test_on_cuda_the_fastest_that_is_there_comes_first(attention, dtype, flash, torchs, expected, monkeypatch):
-    monkeypatch.setattr(engine, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cuda"))
     kernel = varlen_kernels.varlen_attn_2_10 if torchs == "old" else None
     varlen_kernels.install(monkeypatch, "torch 2.12", kernel)
     varlen_kernels.install(monkeypatch, "flash-attn 2.8")
@@ -144,7 +144,7 @@ def test_on_cuda_the_fastest_that_is_there_comes_first(attention, dtype, flash, 
     ],
 )
 def test_what_the_config_leaves_open_may_be_exchanged_and_nothing_else(layout, attention, expected, monkeypatch):
-    monkeypatch.setattr(engine, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cuda"))
     varlen_kernels.install(monkeypatch, "torch 2.12")
     varlen_kernels.install(monkeypatch, "flash-attn 2.8")
     monkeypatch.setattr(layouts, "find_spec", lambda name: object())

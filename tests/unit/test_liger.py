@@ -12,7 +12,7 @@ import transformers
 from liger_stand_in import CALLS
 from tiny import save_adapter, save_model, tiny_config
 
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import lora
 from dpo_scale.models.activations import enable_checkpointing
@@ -171,7 +171,7 @@ def test_stored_values_say_liger_only_where_it_computed_them(liger, tmp_path):
     config = load_config(None, [f"model.path={tmp_path / 'model'}", "data.train=none"])
     without = numerics_of(config)
     assert "elementwise" not in without
-    liger.setattr(engine, "device", lambda: torch.device("cuda"))
+    liger.setattr(ranks, "device", lambda: torch.device("cuda"))
     assert numerics_of(config)["elementwise"].startswith("liger 0.")
     config.model.liger = False
     assert numerics_of(config) == without

@@ -13,7 +13,7 @@ from varlen_kernels import KERNELS, install
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
-from dpo_scale.distributed import engine
+from dpo_scale.distributed import ranks
 from dpo_scale.models import varlen_attention
 from dpo_scale.models.attention import AttentionPlan, attention_functions, blockwise_attention
 
@@ -158,7 +158,7 @@ def test_a_layer_that_the_kernel_lacks_goes_elsewhere_and_the_log_says_so_once(k
     if kernel not in kernels:
         pytest.skip("this version has it")
     lines, flexed = [], []
-    monkeypatch.setattr(engine, "log", lines.append)
+    monkeypatch.setattr(ranks, "log", lines.append)
     varlen_attention._say_once.cache_clear()
 
     def flex(*arguments, **settings):
