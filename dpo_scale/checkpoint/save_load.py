@@ -183,8 +183,8 @@ def choose_checkpoint(found: list[Checkpoint], identity: Identity, allow_changes
 
 def verify(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint's bytes, on whichever rank; empty if nothing is. Every rank must call it."""
-    ranks = {name: int(found[1]) if (found := _WRITER.search(name)) else 0 for name in checkpoint.files}
-    own = [name for name, rank in ranks.items() if rank % ranks.world_size() == ranks.rank()]
+    writers = {name: int(found[1]) if (found := _WRITER.search(name)) else 0 for name in checkpoint.files}
+    own = [name for name, rank in writers.items() if rank % ranks.world_size() == ranks.rank()]
     found = damage(checkpoint.path, checkpoint.files, checksums=True, only=own)
     return [text for texts in ranks.gather_objects(found) for text in texts]
 
@@ -294,12 +294,12 @@ def load_checkpoint(policy: Any, checkpoint: Checkpoint, moving: MovingReference
     """
     from dpo_scale.checkpoint.deepspeed_files import load_file, own_file
 
-    path, ranks = checkpoint.path, checkpoint.identity.world_size
+    path, saved_ranks = checkpoint.path, checkpoint.identity.world_size
     with _named_errors(path):
         load_weights(policy, checkpoint)
         if moving is not None:
-            moving.restore([load_file(path / own_file("reference", rank), mmap=True) for rank in range(ranks)])
-        if ranks == ranks.world_size():
+            moving.restore([load_file(path / own_file("reference", rank), mmap=True) for rank in range(saved_ranks)])
+        if saved_ranks == ranks.world_size():
             restore_random_state(load_file(path / own_file("random")))
         else:
             seed_everything(checkpoint.state.step)
