@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,10 +30,9 @@ from dpo_scale.disk.sealed import damage, read_manifest, write_manifest
 from dpo_scale.distributed import ranks
 from dpo_scale.distributed.random_state import random_state, restore_random_state, seed_everything
 from dpo_scale.errors import CheckpointError
+from dpo_scale.models.scorer import Policy
+from dpo_scale.reference.protocol import Reference
 from dpo_scale.settings.tree import CHECKPOINTS_DIR, MANIFEST_FILE
-
-if TYPE_CHECKING:
-    from dpo_scale.reference.moving import MovingReference
 
 FORMAT_VERSION = 2
 _STEP_DIR = re.compile(r"step-(\d+)")
@@ -201,13 +200,13 @@ def require_whole(checkpoint: Checkpoint) -> None:
 
 
 def save_checkpoint(
-    policy: Any,
+    policy: Policy,
     state: TrainState,
     identity: Identity,
     run_dir: Path,
     *,
     keep: int | None,
-    moving: MovingReference | None = None,
+    reference: Reference,
 ) -> Path | None:
     """Save the run's state as `checkpoints/step-N/`, then drop the oldest beyond `keep` (the best one stays).
 
@@ -231,8 +230,8 @@ def save_checkpoint(
     # scripts have no place among checkpoints, and an error in copying them would leave the other ranks in a barrier
     policy._copy_recovery_script = lambda folder: None
     policy.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True)
-    if moving is not None:
-        files.save(moving.state(), str(temporary / own_file("reference")))
+    if kept := reference.state():
+        files.save(kept, str(temporary / own_file("reference")))
     files.save(random_state(), str(temporary / own_file("random")))
     unread = [] if files.error else damage(temporary, files.written, checksums=True)
     problem = _reason(files.error) if files.error else _listed(unread) if unread else None
@@ -280,14 +279,14 @@ def remove_leftovers(run_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(policy: Any, checkpoint: Checkpoint, moving: MovingReference | None = None) -> None:
+def load_checkpoint(policy: Policy, checkpoint: Checkpoint, reference: Reference) -> None:
     """Load weights, optimizer and random state into the policy's engine. Every rank must call it.
 
     With another number of ranks than the checkpoint's the random state can't be taken over; dropout then draws anew.
 
     Args:
         checkpoint: verified (`choose_checkpoint`).
-        moving: takes its place again too, if the run has one.
+        reference: takes back what it keeps in checkpoints, if anything.
 
     Raises:
         CheckpointError: if DeepSpeed can't load it.
@@ -297,15 +296,14 @@ def load_checkpoint(policy: Any, checkpoint: Checkpoint, moving: MovingReference
     path, saved_ranks = checkpoint.path, checkpoint.identity.world_size
     with _named_errors(path):
         load_weights(policy, checkpoint)
-        if moving is not None:
-            moving.restore([load_file(path / own_file("reference", rank), mmap=True) for rank in range(saved_ranks)])
+        reference.load_state(load_file(path / own_file("reference", rank), mmap=True) for rank in range(saved_ranks))
         if saved_ranks == ranks.world_size():
             restore_random_state(load_file(path / own_file("random")))
         else:
             seed_everything(checkpoint.state.step)
 
 
-def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
+def load_weights(policy: Policy, checkpoint: Checkpoint) -> None:
     """Load weights and optimizer state, whatever number of ranks and stage they were saved at. Every rank must call it.
 
     Raises:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ import torch.distributed as dist
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
 from dpo_scale.settings.deepspeed import with_fitting_buckets
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 def check_dtype(dtype: str) -> None:
@@ -81,7 +84,9 @@ def trained_parameters(module: torch.nn.Module) -> list[list[tuple[str, torch.nn
     return [[pair for pair, matrix in zip(trained, is_matrix, strict=True) if matrix is kind] for kind in (True, False)]
 
 
-def initialize_policy(module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float) -> Any:
+def initialize_policy(
+    module: torch.nn.Module, deepspeed_config: dict[str, Any], weight_decay: float
+) -> DeepSpeedEngine:
     """A DeepSpeed engine that trains `module`; norms and biases are exempt from weight decay, as usual.
 
     Raises:
@@ -120,7 +125,7 @@ def say_if_one_thread_is_left() -> None:
         )
 
 
-def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, Any]) -> Any:
+def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
     """A DeepSpeed engine without an optimizer that runs `module` forward only (stage 0 or 3)."""
     import deepspeed
 
@@ -131,7 +136,7 @@ def initialize_reference(module: torch.nn.Module, deepspeed_config: dict[str, An
     return engine
 
 
-def release(engine: Any) -> None:
+def release(engine: DeepSpeedEngine) -> None:
     """Give back the memory of an engine that is not needed any more."""
     import gc
 
@@ -156,7 +161,7 @@ def loss_scale_for_mean(global_batch_pairs: int) -> float:
     return ranks.world_size() / global_batch_pairs
 
 
-def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
+def backward(engine: DeepSpeedEngine, loss: torch.Tensor, *, last_micro_step: bool) -> None:
     """One micro-step's backward pass; gradients are reduced where the stage does so, at the latest at the last.
 
     A loss that is not finite makes the whole gradient NaN, which `optimizer_step` never applies; its own gradient may
@@ -166,7 +171,7 @@ def backward(engine: Any, loss: torch.Tensor, *, last_micro_step: bool) -> None:
     engine.backward(loss * (1.0 + 0.0 * loss.detach()), scale_wrt_gas=False)
 
 
-def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
+def optimizer_step(engine: DeepSpeedEngine, learning_rate: float, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
     """Clip, update the weights, clear the gradients. A gradient that is not finite on any rank changes nothing.
 
     Returns:
@@ -191,7 +196,7 @@ def optimizer_step(engine: Any, learning_rate: float, max_grad_norm: float) -> t
     return norm, overflowed
 
 
-def consolidated_state_dict(engine: Any, *, trained_only: bool = False) -> dict[str, torch.Tensor] | None:
+def consolidated_state_dict(engine: DeepSpeedEngine, *, trained_only: bool = False) -> dict[str, torch.Tensor] | None:
     """The whole model's weights in the engine's precision, by the names of the engine's module; None off rank 0.
 
     Every rank must call it: at stage 3 the weights are gathered layer by layer onto rank 0's host memory.
@@ -225,7 +230,7 @@ def own_slice(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.ds_tensor.detach()[:length]
 
 
-def write_slices(engine: Any, slices: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_slices(engine: DeepSpeedEngine, slices: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Replace parameters of a forward-only engine's module by the ranks' slices of new values.
 
     Every rank must call it. At stage 3 each rank writes its own shards and nothing is sent; a replicated parameter is

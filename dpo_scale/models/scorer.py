@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -153,6 +153,32 @@ class PairScorer(nn.Module):
             hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
         scored = hidden.flatten(0, 1).index_select(0, score_index)
         return head(scored, score_targets, by_products, pair_loss)
+
+
+class Scorer(Protocol):
+    """What runs a `PairScorer`: a DeepSpeed engine around it, called as it is. At stage 3 every rank calls together."""
+
+    @property
+    def module(self) -> PairScorer: ...
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def zero_optimization_stage(self) -> int: ...
+
+
+class Policy(Scorer, Protocol):
+    """A scorer that is trained; `distributed.engine` has its backward pass and its optimizer step."""
+
+    checkpoint_engine: Any
+    _copy_recovery_script: Any
+
+    def save_checkpoint(self, save_dir: str, **named: Any) -> Any: ...
+
+    def load_checkpoint(self, load_dir: str, **named: Any) -> Any: ...
 
 
 @contextmanager

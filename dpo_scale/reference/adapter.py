@@ -6,25 +6,21 @@ in training, at every ZeRO stage.
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-import torch
-
+from dpo_scale.data.layout import PairBatch
 from dpo_scale.models.lora import in_reference_state
+from dpo_scale.reference.live import LiveReference
 
 
-class AdapterReference:
-    """Stands where a reference's engine would: called with a batch's tensors, returns its log-probs."""
+class AdapterReference(LiveReference):
+    """A live reference inside the policy, whose engine it is made with."""
 
-    def __init__(self, policy: Any) -> None:
-        """Args: policy, the engine around a `PairScorer` of a peft model."""
-        self.policy = policy
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        module = self.policy.module
+    def token_logps(self, batch: PairBatch) -> Tensor:
+        module = self.scorer.module
         was_training = module.training
-        self.policy.eval()  # a reference has no dropout
-        with torch.no_grad(), in_reference_state(module.model):
-            scored = self.policy(*inputs, **named)
-        self.policy.train(was_training)
+        self.scorer.eval()  # a reference has no dropout
+        with in_reference_state(module.model):
+            scored = super().token_logps(batch)
+        self.scorer.train(was_training)
         return scored

@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpo_scale.data.cache import tokenize_source
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.errors import DataError
 from dpo_scale.reference.exchange import COLUMNS, column_values
+from dpo_scale.reference.protocol import KnownReference
 from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below, merge
 from dpo_scale.settings.data import DataSettings
-from dpo_scale.settings.loss import LossSettings
 
 
-class ColumnReference:
+class ColumnReference(KnownReference):
     """The reference of a run as the columns `ref_chosen_logps` and `ref_rejected_logps` of its data files.
 
     Args:
@@ -59,9 +60,11 @@ class ColumnReference:
         values = self._values(dataset, np.arange(len(dataset)))
         return hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()
 
-    def logps(self, dataset: PairDataset, indices: np.ndarray, settings: LossSettings) -> torch.Tensor:
-        """Summed reference log-probs of pairs, fp32 [P, 2]."""
-        assert settings.ld_alpha is None, "the config refuses it: columns hold sums, not tokens"
+    def look_up(self, dataset: PairDataset, indices: np.ndarray) -> Tensor:
+        return self.logps(dataset, indices)
+
+    def logps(self, dataset: PairDataset, indices: np.ndarray, ld_alpha: float | None = None) -> Tensor:
+        assert ld_alpha is None, "the config refuses it: columns hold sums, not tokens"
         return torch.from_numpy(self._values(dataset, indices))
 
     def _values(self, dataset: PairDataset, indices: np.ndarray) -> np.ndarray:

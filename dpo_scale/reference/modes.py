@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.disk.cache import cache_folder
@@ -16,12 +15,14 @@ from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ModelError, StoreError
 from dpo_scale.models.layouts import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
+from dpo_scale.models.scorer import Policy, Scorer
 from dpo_scale.reference.adapter import AdapterReference
-from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.fingerprint import weights_fingerprint
+from dpo_scale.reference.live import LiveReference
 from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.numerics import numerics_of
+from dpo_scale.reference.protocol import KnownReference, NoReference, Reference
 from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.stored import StoredReference, fill, missing_rows, verify
 from dpo_scale.settings.tree import Config
@@ -74,9 +75,9 @@ def fill_for(
     Returns:
         The number of rows computed.
     """
-    held: list[Any] = []
+    held: list[Scorer] = []
 
-    def load() -> Any:
+    def load() -> Scorer:
         held.append(load_reference(config, choice))
         return held[-1]
 
@@ -121,41 +122,40 @@ def stored_reference(
         fill_for(config, book, datasets, pad_token_id, choice)
     else:
         ranks.log(f"reference store {book.folder}: all {sum(map(len, datasets))} pairs are there")
-    return StoredReference(book)
+    return StoredReference(book, config.loss.ld_alpha)
 
 
-def make_reference(
-    config: Config, policy: Any, stored: StoredReference | ColumnReference | None, choice: LayoutChoice
-) -> Any:
-    """What the policy's log-ratios are taken against, by `reference.mode`; None if the loss needs none.
+def make_reference(config: Config, policy: Policy, known: KnownReference | None, choice: LayoutChoice) -> Reference:
+    """What the policy's log-ratios are taken against, by `reference.mode`.
 
     Args:
-        policy: the policy's engine.
-        stored: the filled store in mode `store`, the data's columns in mode `columns`.
+        known: the filled store in mode `store`, the data's columns in mode `columns`.
         choice: of the run's layout. If a reference that is loaded fails its check, the policy follows.
     """
     if not config.loss.needs_reference:
-        return None
-    if config.reference.mode in ("store", "columns"):
-        assert stored is not None
-        return stored
-    if config.reference.mode == "adapter":
-        return AdapterReference(policy)
-    reference = load_reference(config, choice, beside=[policy])
-    if config.reference.sync_steps is not None:
-        return MovingReference(reference, policy, config.reference.sync_mixup)
-    return reference
+        return NoReference()
+    if known is not None:
+        return known
+    settings, ld_alpha = config.reference, config.loss.ld_alpha
+    if settings.mode == "adapter":
+        return AdapterReference(policy, ld_alpha)
+    scorer = load_reference(config, choice, beside=[policy])
+    if settings.sync_steps is not None:
+        return MovingReference(
+            scorer, policy, mixup=settings.sync_mixup, sync_steps=settings.sync_steps, ld_alpha=ld_alpha
+        )
+    return LiveReference(scorer, ld_alpha)
 
 
 def verify_start(
     config: Config,
-    stored: StoredReference | ColumnReference,
-    policy: Any,
+    known: KnownReference,
+    policy: Policy,
     dataset: PairDataset,
     pad_token_id: int,
     choice: LayoutChoice,
 ) -> None:
-    """Let the policy, which is the reference before the first step, compute some stored rows again.
+    """Let the policy, which is the reference before the first step, compute some known values again.
 
     Where the policy starts from elsewhere the reference itself is loaded for it, if `reference.verify_with_model`.
     """
@@ -166,11 +166,11 @@ def verify_start(
     if policy_source(config) == reference_source(config):
         was_training = policy.module.training
         policy.eval()
-        verify(stored, policy, dataset, rows, **settings)
+        verify(known, policy, dataset, rows, **settings)
         policy.train(was_training)
     elif config.reference.verify_with_model:
         reference = load_reference(config, choice, beside=[policy])
-        verify(stored, reference, dataset, rows, **settings)
+        verify(known, reference, dataset, rows, **settings)
         engine.release(reference)
     else:
         ranks.log(

@@ -10,30 +10,37 @@ step of a weight would be lost in the rounding, every time, and the reference wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ModelError
+from dpo_scale.models.scorer import Policy, Scorer
 from dpo_scale.progress import noting_activity
+from dpo_scale.reference.live import LiveReference
 
 
-class MovingReference:
-    """A reference engine and what moves it; called like the engine, returns its log-probs."""
+class MovingReference(LiveReference):
+    """A live reference, and what moves it."""
 
-    def __init__(self, reference: Any, policy: Any, mixup: float) -> None:
+    def __init__(
+        self, reference: Scorer, policy: Policy, *, mixup: float, sync_steps: int, ld_alpha: float | None = None
+    ) -> None:
         """Check that the models fit each other. Takes memory only where a mix has to be kept in fp32.
 
         Args:
-            reference, policy: engines around `PairScorer`s, at any stage each, before training or resuming.
+            reference, policy: engines, at any stage each, before training or resuming.
             mixup: a, the policy's share, above 0 and at most 1.
+            sync_steps: optimizer steps from one move to the next.
+            ld_alpha: as of `LiveReference`.
 
         Raises:
             ModelError: if the reference is of another architecture than the policy.
         """
-        self.reference, self.policy, self.mixup = reference, policy, mixup
+        super().__init__(reference, ld_alpha)
+        self.policy, self.mixup, self.sync_steps = policy, mixup, sync_steps
         ours, theirs = (_shapes(model) for model in (policy, reference))
         if ours != theirs:
             name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
@@ -48,17 +55,18 @@ class MovingReference:
             for name, parameter in reference.module.named_parameters()
         }
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        return self.reference(*inputs, **named)
+    def after_step(self, step: int) -> None:
+        if step % self.sync_steps == 0:
+            self.move()
 
     @torch.no_grad()
     def move(self) -> None:
         """One update of the reference. Every rank must call it, after the policy's optimizer step."""
-        engine.write_slices(self.reference, self._moved_slices())
+        engine.write_slices(self.scorer, self._moved_slices())
 
-    def _moved_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _moved_slices(self) -> Iterator[tuple[str, Tensor]]:
         policy = dict(self.policy.module.named_parameters())
-        for name, parameter in self.reference.module.named_parameters():
+        for name, parameter in self.scorer.module.named_parameters():
             towards = engine.own_slice(policy[name])
             if self.mixup == 1:
                 yield name, towards
@@ -68,28 +76,28 @@ class MovingReference:
                 kept = engine.own_slice(parameter).clone()
             yield name, kept.lerp_(towards.to(kept.device, torch.float32), self.mixup)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """This rank's slices of the reference, on the host, for a checkpoint."""
         slices = {}
-        for name, parameter in noting_activity(self.reference.module.named_parameters()):
+        for name, parameter in noting_activity(self.scorer.module.named_parameters()):
             kept = self._kept[name]
             slices[name] = (engine.own_slice(parameter) if kept is None else kept).cpu().clone()
         return slices
 
     @torch.no_grad()
-    def restore(self, states: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Take what `state` gave on all ranks, as many as there were, at any stage. Every rank must call it.
+    def load_state(self, states: Iterable[dict[str, Tensor]]) -> None:
+        """Take the slices of all ranks, as many as there were, saved at any stage. Every rank must call it.
 
         Raises:
-            KeyError, RuntimeError: if it is of another model.
+            KeyError, RuntimeError: if they are of another model.
         """
-        engine.write_slices(self.reference, self._restored_slices(states))
+        engine.write_slices(self.scorer, self._restored_slices(list(states)))
 
-    def _restored_slices(self, states: Sequence[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in noting_activity(self.reference.module.named_parameters()):
+    def _restored_slices(self, states: Sequence[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in noting_activity(self.scorer.module.named_parameters()):
             yield name, self._restored(name, len(engine.own_slice(parameter)), states)
 
-    def _restored(self, name: str, length: int, states: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def _restored(self, name: str, length: int, states: Sequence[dict[str, Tensor]]) -> Tensor:
         if len(states) == ranks.world_size():
             slice_ = states[ranks.rank()][name]
         else:
@@ -102,5 +110,5 @@ class MovingReference:
         return slice_ if kept is None else kept.copy_(slice_)
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Scorer) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.module.named_parameters()}

@@ -11,11 +11,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpo_scale.data.batching import MicroBatch, forward_batches
 from dpo_scale.data.dataset import PairDataset
@@ -24,11 +23,11 @@ from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import StoreError
 from dpo_scale.losses import sum_token_logps
+from dpo_scale.models.scorer import Scorer
 from dpo_scale.progress import heartbeat
-from dpo_scale.reference.columns import ColumnReference
+from dpo_scale.reference.protocol import KnownReference
 from dpo_scale.reference.store import Book
 from dpo_scale.reference.upkeep import TARGET_SHARD_BYTES, compact_book
-from dpo_scale.settings.loss import LossSettings
 
 # What the composition of a batch alone may change in a log-prob summed over n tokens, divided by sqrt(n): rounding of
 # activations moves each token to either side, so sums drift apart as a random walk does. In bf16 the steps have a
@@ -40,26 +39,28 @@ MAX_SMALL_SHARDS = 32  # more are compacted after a fill
 GRACE_HOURS = 24.0
 
 
-@dataclass(frozen=True)
-class StoredReference:
-    """The reference of a run as values of a book; several threads may ask at once (training and evaluation)."""
+class StoredReference(KnownReference):
+    """The reference of a run as values of a book; several threads may ask at once (training and evaluation).
 
-    book: Book
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    Args:
+        ld_alpha: LD-DPO's weight of the tokens beyond the shorter completion, which `look_up` applies.
+    """
 
-    @property
-    def origin(self) -> str:
-        """Where the values come from, for messages."""
-        return str(self.book.folder)
+    def __init__(self, book: Book, ld_alpha: float | None = None) -> None:
+        self.book, self.origin = book, str(book.folder)
+        self._ld_alpha, self._lock = ld_alpha, threading.Lock()
 
-    def logps(self, dataset: PairDataset, indices: np.ndarray, settings: LossSettings) -> torch.Tensor:
-        """Summed reference log-probs of pairs, fp32 [P, 2], LD-DPO's weights applied where the loss has them.
+    def look_up(self, dataset: PairDataset, indices: np.ndarray) -> Tensor:
+        return self.logps(dataset, indices, self._ld_alpha)
+
+    def logps(self, dataset: PairDataset, indices: np.ndarray, ld_alpha: float | None = None) -> Tensor:
+        """As of `KnownReference`.
 
         Raises:
             StoreError: if a row is not in the store; the run filled it, so someone has taken it away since.
         """
         keys = dataset.pair_keys[indices]
-        if settings.ld_alpha is None:
+        if ld_alpha is None:
             with self._lock:
                 found, sums, counts = self.book.lookup(keys)
             # a row with other token counts is another row, whatever its key says
@@ -72,7 +73,7 @@ class StoredReference:
         lengths = np.diff(offsets)
         segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
         counts = torch.from_numpy(lengths.reshape(-1, 2))
-        return sum_token_logps(torch.from_numpy(values), segments, len(indices), counts, ld_alpha=settings.ld_alpha)
+        return sum_token_logps(torch.from_numpy(values), segments, len(indices), counts, ld_alpha=ld_alpha)
 
     def _all_found(self, found: np.ndarray, dataset: PairDataset, indices: np.ndarray) -> None:
         if not found.all():
@@ -104,7 +105,7 @@ def missing_rows(book: Book, datasets: Sequence[PairDataset], *, tokens: bool) -
 def fill(
     book: Book,
     datasets: Sequence[PairDataset],
-    load_reference: Callable[[], Any],
+    load_reference: Callable[[], Scorer],
     *,
     pad_token_id: int,
     max_tokens: int,
@@ -189,20 +190,20 @@ def _batches(
 
 
 @torch.no_grad()
-def _score(model: Any, batch: PairBatch) -> torch.Tensor:
+def _score(model: Scorer, batch: PairBatch) -> Tensor:
     """Per-token log-probs of a batch's completions on the host, fp32, row by row, chosen before rejected."""
     return model(**batch.to(ranks.device()).scorer_inputs).cpu()
 
 
-def _sums(values: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+def _sums(values: Tensor, counts: np.ndarray) -> Tensor:
     lengths = torch.from_numpy(counts.astype(np.int64))
     segments = torch.from_numpy(np.repeat(np.arange(counts.size), counts.ravel()))
     return sum_token_logps(values, segments, len(counts), lengths)
 
 
 def verify(
-    stored: StoredReference | ColumnReference,
-    model: Any,
+    stored: KnownReference,
+    model: Scorer,
     dataset: PairDataset,
     rows: int,
     *,
@@ -223,7 +224,6 @@ def verify(
     if rows == 0:
         return
     drawn = np.random.default_rng(seed).choice(len(dataset), size=min(rows, len(dataset)), replace=False)
-    plain = LossSettings()
     worst = (-1.0, 0.0, 0.0, "")
     plan = forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=ranks.world_size())
     micro_batches = [of_ranks[ranks.rank()] for of_ranks in plan]
@@ -233,7 +233,7 @@ def verify(
         index = int(own.indices[0])
         counts = dataset.lengths[own.indices, 1:]
         computed = _sums(_score(model, batch), counts)[0]
-        kept = stored.logps(dataset, own.indices, plain)[0]
+        kept = stored.logps(dataset, own.indices)[0]
         shown = (
             f"{dataset.describe(index)}: stored chosen {kept[0]:.4f}, rejected {kept[1]:.4f}; "
             f"computed {computed[0]:.4f}, {computed[1]:.4f}"

@@ -3,20 +3,25 @@
 A queue may start a job again while the ranks of the last try are still saving, and a person may start it twice. So
 rank 0 holds a lock on `logs/lock` for as long as its process lives; the kernel gives it back whatever happens to the
 process. Across nodes it works where the file system has `flock` (NFS does, Lustre if it is mounted with it).
+
+A run that is refused before its first step takes the folder that it made away again.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from dpo_scale.checkpoint.save_load import Checkpoint, find_checkpoints
 from dpo_scale.distributed import ranks
-from dpo_scale.errors import ConfigError
+from dpo_scale.errors import ConfigError, UserError
 from dpo_scale.run.rank_files import LOGS_DIR
 from dpo_scale.settings.tree import CONFIG_FILE, Config
 
@@ -24,6 +29,7 @@ LOCK_FILE = "lock"
 POLL_SECONDS = 0.2
 
 _held: tuple[Path, IO[str]] | None = None
+_made: list[Path] = []  # the folders that this process has made for its run, the outermost first
 
 
 def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Checkpoint]]:
@@ -65,6 +71,7 @@ def hold_run_dir(run_dir: Path, wait_seconds: float) -> None:
         _held[1].close()
         _held = None
     try:
+        _made[:] = [path for path in (*reversed(run_dir.parents), run_dir) if not path.exists()]
         (run_dir / LOGS_DIR).mkdir(parents=True, exist_ok=True)
         file = open(run_dir / LOGS_DIR / LOCK_FILE, "a+")  # noqa: SIM115 (open while the run lasts)
     except OSError as error:
@@ -88,3 +95,28 @@ def _try(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def removed_if_refused(run_dir: Path) -> Iterator[None]:
+    """Take the run folder away again if this launch made it and a `UserError` ends what is done inside."""
+    try:
+        yield
+    except UserError:
+        if run_dir in _made:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            for path in reversed(_made[: _made.index(run_dir)]):
+                try:
+                    path.rmdir()
+                except OSError:  # something else is in it by now
+                    break
+        raise
+
+
+@contextmanager
+def writing_into(run_dir: Path) -> Iterator[None]:
+    """Rank 0's writes of its first files: an `OSError` becomes a `ConfigError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"output_dir = {str(run_dir)!r}: cannot be written: {error.strerror}") from None

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
-from dpo_scale.data.dataset import PairDataset, load_pairs
+from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
-from dpo_scale.distributed import engine, ranks
-from dpo_scale.models.load import (
-    check_liger,
-    check_logprobs,
-    check_vocabulary,
-    load_reference,
-    load_scoring_model,
-    load_tokenizers,
-    policy_source,
-    resolve_layout,
-)
+from dpo_scale.distributed import ranks
+from dpo_scale.models.load import load_reference, load_scoring_model, policy_source
+from dpo_scale.models.scorer import Scorer
 from dpo_scale.observe.metrics import MetricSums
 from dpo_scale.progress import heartbeat
-from dpo_scale.reference.values import ReferenceValues
+from dpo_scale.reference.live import LiveReference
+from dpo_scale.reference.protocol import NoReference, Reference
 from dpo_scale.settings.tree import Config
 from dpo_scale.training.batches import load_batch, mean_chosen_tokens
 from dpo_scale.training.objective import objective_without_gradient
+from dpo_scale.training.prepare import prepare, start
 
 
 @torch.no_grad()
 def evaluate(
-    policy: Any,
-    reference: Any,
+    policy: Scorer,
+    reference: Reference,
     dataset: PairDataset,
     config: Config,
     pad_token_id: int,
@@ -54,17 +47,16 @@ def evaluate(
     policy.eval()
     sums = MetricSums()
     chosen_tokens = mean_chosen_tokens(pairs, lengths)
-    values, loss_of = ReferenceValues(reference, config.loss), objective_without_gradient(config.loss)
+    loss_of = objective_without_gradient(config.loss)
     plan = evaluation_plan(config, pairs, lengths)
     to_come = (
-        load_batch(dataset, of_ranks[ranks.rank()], pad_token_id, reference, config.loss, policy.module.layout)
-        for of_ranks in plan
+        load_batch(dataset, of_ranks[ranks.rank()], pad_token_id, reference, policy.module.layout) for of_ranks in plan
     )
     broken_off, stops = False, torch.zeros(1, device=ranks.device())
     with Prefetcher(to_come, BATCHES_AHEAD) as batches:
         for k, (of_ranks, batch) in enumerate(zip(plan, batches, strict=True)):
             heartbeat(f"evaluation, micro-batch {k + 1} of {len(plan)}")
-            batch = values.attach(batch.to(ranks.device()))
+            batch = reference.attach(batch.to(ranks.device()))
             counts = counted_pairs(of_ranks)
             _, losses, metrics = loss_of(policy, batch, config.loss, chosen_tokens, counts)
             sums.add({"loss": losses, **metrics}, batch.weights)
@@ -105,18 +97,12 @@ def evaluate_model(config: Config) -> dict[str, float]:
     Both models run forward only, under the engine that the reference has in training (`reference.stage` decides
     how they are sharded).
     """
-    ranks.init_distributed(config.deepspeed.timeout_minutes)
-    ranks.quiet_libraries()
-    engine.check_dtype(config.model.dtype)
-    check_logprobs(config)
-    check_liger(config)
-    tokenizer, model_config = load_tokenizers(config)
-    check_vocabulary(tokenizer, model_config)
-    choice = resolve_layout(config)
-    settings = replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0)
-    data = ranks.main_first(lambda: load_pairs(settings, tokenizer, seed=config.train.seed, log=ranks.log)).train
-    policy = load_scoring_model(config, policy_source(config), choice)
-    reference = load_reference(config, choice, beside=[policy]) if config.loss.needs_reference else None
-    metrics = evaluate(policy, reference, data, config, tokenizer.pad_token_id)
+    start(config)
+    prepared = prepare(config, replace(config.data, train=config.data.eval, eval=[], eval_fraction=0.0))
+    policy = load_scoring_model(config, policy_source(config), prepared.layout)
+    reference: Reference = NoReference()
+    if config.loss.needs_reference:
+        reference = LiveReference(load_reference(config, prepared.layout, beside=[policy]), config.loss.ld_alpha)
+    metrics = evaluate(policy, reference, prepared.data.train, config, prepared.pad_token_id)
     assert metrics is not None
     return metrics

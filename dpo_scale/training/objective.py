@@ -20,7 +20,7 @@ Shapes: P pairs of a micro-batch, column 0 chosen, 1 rejected.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from dpo_scale.data.layout import PairBatch
 from dpo_scale.distributed import ranks
 from dpo_scale.logprobs.pair_loss import PairLoss
 from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
-from dpo_scale.models.scorer import backbone_and_head
+from dpo_scale.models.scorer import Policy, Scorer, backbone_and_head
 from dpo_scale.settings.loss import LossSettings
 from dpo_scale.settings.tree import Config
 
@@ -41,7 +41,7 @@ class Objective(Protocol):
 
     def __call__(
         self,
-        policy: Any,
+        policy: Scorer,
         batch: PairBatch,
         settings: LossSettings,
         mean_chosen_tokens: float,
@@ -50,14 +50,13 @@ class Objective(Protocol):
         """Losses and metrics of one micro-batch.
 
         Args:
-            policy: an engine around a `PairScorer`.
             batch: with `reference_logps`, if the loss needs them.
             mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
             pairs_of_ranks: how many pairs that count each rank has in this micro-step.
         """
 
 
-def choose_objective(config: Config, policy: Any) -> tuple[Objective, str]:
+def choose_objective(config: Config, policy: Policy) -> tuple[Objective, str]:
     """How training takes loss and gradient (`logprobs.pair_loss`), and why, for the log."""
     if config.loss.needs_batch:
         return across_ranks, "over the pairs of all ranks: the loss sorts them"
@@ -70,7 +69,7 @@ def objective_without_gradient(settings: LossSettings) -> Objective:
     return across_ranks if settings.needs_batch else from_logps
 
 
-def _takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
+def _takes_loss_by_pair(config: Config, policy: Scorer) -> tuple[bool, str]:
     option, implementation = config.logprobs.pair_loss, config.logprobs.implementation
     if option != "auto":
         return option == "fused", "asked for by name"
@@ -85,7 +84,7 @@ def _takes_loss_by_pair(config: Config, policy: Any) -> tuple[bool, str]:
 
 
 def from_logps(
-    policy: Any,
+    policy: Scorer,
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
@@ -98,7 +97,7 @@ def from_logps(
 
 
 def fused_by_pair(
-    policy: Any,
+    policy: Scorer,
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
@@ -118,7 +117,7 @@ def fused_by_pair(
 
 
 def across_ranks(
-    policy: Any,
+    policy: Scorer,
     batch: PairBatch,
     settings: LossSettings,
     mean_chosen_tokens: float,
@@ -156,7 +155,7 @@ def across_ranks(
     return total, losses[own], {name: values[own] for name, values in metrics.items()}
 
 
-def _policy_sums(policy: Any, batch: PairBatch, settings: LossSettings) -> tuple[Tensor, Tensor | None]:
+def _policy_sums(policy: Scorer, batch: PairBatch, settings: LossSettings) -> tuple[Tensor, Tensor | None]:
     """The policy's summed completion log-probs [P, 2], fp32, and the pairs' WPO weights [P] if the loss uses them."""
     by_products = ("log_sum_p2",) if settings.use_weighting else ()
     scored = policy(**batch.scorer_inputs, by_products=by_products)

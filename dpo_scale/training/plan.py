@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.distributed import ranks
+from dpo_scale.reference.protocol import Reference
 from dpo_scale.settings.tree import Config
 from dpo_scale.training.batches import load_batch
 
@@ -212,15 +212,13 @@ def micro_steps_of_run(
     schedule: Schedule,
     dataset: PairDataset,
     steps: range,
-    *,
     pad_token_id: int,
-    reference: Any,
-    config: Config,
+    reference: Reference,
 ) -> Iterator[MicroStep]:
-    """This rank's micro-steps of the optimizer steps `steps` (from 0), in order; values of a store come with them."""
+    """This rank's micro-steps of the optimizer steps `steps` (from 0), in order, with known reference values."""
 
     def load(micro_batch: MicroBatch) -> PairBatch:
-        return load_batch(dataset, micro_batch, pad_token_id, reference, config.loss, planner.layout)
+        return load_batch(dataset, micro_batch, pad_token_id, reference, planner.layout)
 
     rank, epoch, order = ranks.rank(), -1, np.empty(0, dtype=np.int64)
     for step in steps:

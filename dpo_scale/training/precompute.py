@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dpo_scale.data.dataset import load_pairs
-from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
-from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, resolve_layout
 from dpo_scale.reference.modes import fill_for, open_book
 from dpo_scale.settings.tree import Config
+from dpo_scale.training.prepare import prepare, start
 
 
 def precompute(config: Config) -> int:
@@ -23,18 +22,12 @@ def precompute(config: Config) -> int:
         raise ConfigError(
             f"loss.loss_type = {config.loss.loss_type!r}: uses no reference, so there is nothing to store"
         )
-    ranks.init_distributed(config.deepspeed.timeout_minutes)
-    ranks.quiet_libraries()
-    engine.check_dtype(config.model.dtype)
-    check_logprobs(config)
-    check_liger(config)
-    tokenizer, model_config = load_tokenizers(config)
-    check_vocabulary(tokenizer, model_config)
-    choice = resolve_layout(config)
-    data = ranks.main_first(lambda: load_pairs(config.data, tokenizer, seed=config.train.seed, log=ranks.log))
+    start(config)
+    prepared = prepare(config)
+    data = prepared.data
     datasets = [data.train] if data.eval is None else [data.train, data.eval]
     book = open_book(config)
-    computed = fill_for(config, book, datasets, tokenizer.pad_token_id, choice)
+    computed = fill_for(config, book, datasets, prepared.pad_token_id, prepared.layout)
     pairs = sum(map(len, datasets))
     ranks.log(f"reference store {book.folder}: {computed} pairs computed, {pairs - computed} were there")
     return computed

@@ -18,7 +18,7 @@ from dpo_scale.distributed import ranks
 from dpo_scale.models import load
 from dpo_scale.observe.timing import StepTimer
 from dpo_scale.progress import progress
-from dpo_scale.reference.values import ReferenceValues
+from dpo_scale.reference.live import LiveReference
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training import loop as trainer
@@ -52,7 +52,7 @@ def with_all_sharded(make):
 
 
 def count_in_phases() -> None:
-    real_phase, real_step, real_score = StepTimer.phase, trainer.train_step, ReferenceValues.score
+    real_phase, real_step, real_score = StepTimer.phase, trainer.train_step, LiveReference.score
 
     @contextmanager
     def phase(self, name):
@@ -80,7 +80,7 @@ def count_in_phases() -> None:
         gathered["passes"] += 1
         real_score(self, batch)
 
-    StepTimer.phase, trainer.train_step, ReferenceValues.score = phase, train_step, score
+    StepTimer.phase, trainer.train_step, LiveReference.score = phase, train_step, score
 
 
 def count_collectives() -> None:

@@ -39,27 +39,27 @@ def main() -> None:
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         config = load_config(None, [*job["overrides"], "data.layout=padded"])
         policy, reference = load_policy(config, micro_steps=1), load_reference(config)
-        moving = MovingReference(reference, policy, config.reference.sync_mixup)
+        moving = MovingReference(reference, policy, mixup=config.reference.sync_mixup, sync_steps=1)
         seen = {}
         for move in range(job["moves"]):
             engine.backward(policy, score(policy).sum() * (1 + ranks.rank()), last_micro_step=True)
             engine.optimizer_step(policy, 0.01 * (move + 1), 1.0)
             with torch.no_grad():
-                score(moving)  # small weights stay gathered after a pass at stage 3
-            moving.move()
+                score(reference)  # small weights stay gathered after a pass at stage 3
+            moving.after_step(move + 1)
             seen |= whole(policy, f"policy.{move}.") | whole(reference, f"reference.{move}.")
         with torch.no_grad():
-            seen |= {"ids": IDS, "logps": score(moving)}
+            seen |= {"ids": IDS, "logps": score(reference)}
         state = moving.state()
         assert sum(tensor.numel() for tensor in state.values()) <= sum(  # a share of it, not the model
             getattr(p, "ds_numel", p.numel()) for p in reference.module.parameters()
         ) // ranks.world_size() + len(state)
         config.reference.stage = 3 - config.reference.stage
         other = load_reference(config)
-        restored = MovingReference(other, policy, config.reference.sync_mixup)
+        restored = MovingReference(other, policy, mixup=config.reference.sync_mixup, sync_steps=1)
         with torch.no_grad():
-            score(restored)
-        restored.restore(ranks.gather_objects(state))
+            score(other)
+        restored.load_state(ranks.gather_objects(state))
         seen |= whole(other, "restored.")
         restored.move()
         moving.move()

@@ -45,11 +45,11 @@ def watched_run(overrides: list[str]) -> dict:
     cuda, found = EmulatedCuda(), {}
     train_step = trainer.train_step
 
-    def watched(run, state, batches, timer):
+    def watched(run, batches, timer):
         cuda.waits.clear(), cuda.races.clear()
         # the thread that made the batch is not watched: where it would be on a machine with a GPU is said here
-        result = train_step(run, state, pinned(cuda, batches), timer)
-        if state.step < WATCHED_STEP:
+        result = train_step(run, pinned(cuda, batches), timer)
+        if run.state.step < WATCHED_STEP:
             return result
         found.update(waits=[dataclasses.astuple(wait) for wait in cuda.waits], races=list(cuda.races))
         raise BrokenOffError

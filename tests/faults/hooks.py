@@ -208,10 +208,10 @@ class HangAtStep:
 
         real = trainer.train_step
 
-        def train_step(run, state, *more):
-            if state.step + 1 == self.step:
+        def train_step(run, *more):
+            if run.state.step + 1 == self.step:
                 time.sleep(10_000)
-            return real(run, state, *more)
+            return real(run, *more)
 
         trainer.train_step = train_step
 
@@ -292,14 +292,14 @@ class BadNumbers:
             return
         import torch
 
-        from dpo_scale.training import loop as trainer
+        from dpo_scale.training import loop, setup
 
         at = {"step": 0}
-        real_step, real_choice = trainer.train_step, trainer.choose_objective
+        real_step, real_choice = loop.train_step, setup.choose_objective
 
-        def train_step(run, state, *more):
-            at["step"] = state.step + 1
-            return real_step(run, state, *more)
+        def train_step(run, *more):
+            at["step"] = run.state.step + 1
+            return real_step(run, *more)
 
         def choose_objective(config, policy):
             loss_of, reason = real_choice(config, policy)
@@ -325,4 +325,4 @@ class BadNumbers:
             def backward(ctx, gradient):
                 return gradient * float("inf")
 
-        trainer.train_step, trainer.choose_objective = train_step, choose_objective
+        loop.train_step, setup.choose_objective = train_step, choose_objective

@@ -25,6 +25,7 @@ from dpo_scale.checkpoint.save_load import (
 )
 from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.models.load import load_model_config
+from dpo_scale.reference.protocol import NoReference
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training.run_identity import identity_of
 
@@ -47,7 +48,9 @@ class FakeEngine:
 
 
 def save(run_dir, step, keep=None, **state):
-    return save_checkpoint(FakeEngine(), TrainState(step=step, **state), IDENTITY, run_dir, keep=keep)
+    return save_checkpoint(
+        FakeEngine(), TrainState(step=step, **state), IDENTITY, run_dir, keep=keep, reference=NoReference()
+    )
 
 
 def steps(run_dir):
@@ -384,7 +387,7 @@ def test_a_run_is_not_resumed_with_other_weights_behind_the_references_path(
     def identity():
         return identity_of(config, load_model_config(config.model.path), SimpleNamespace(fingerprint="data"))
 
-    save_checkpoint(FakeEngine(), TrainState(step=1), identity(), tmp_path, keep=None)
+    save_checkpoint(FakeEngine(), TrainState(step=1), identity(), tmp_path, keep=None, reference=NoReference())
     candidates = find_checkpoints("latest", tmp_path)
     assert choose_checkpoint(candidates, identity(), []).state.step == 1
     save_model(tmp_path / overwritten, seed=1)

@@ -13,7 +13,7 @@ from dpo_scale.distributed import engine, ranks
 from dpo_scale.models.activations import offloaded_checkpoint
 from dpo_scale.observe.metrics import MetricSums
 from dpo_scale.observe.timing import StepTimer
-from dpo_scale.settings.loss import LossSettings
+from dpo_scale.reference.protocol import NoReference
 from dpo_scale.training.batches import load_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="emulates a device where there is none")
@@ -76,7 +76,7 @@ def test_a_norm_on_the_host_is_not_taken_to_the_device_and_back(cuda):
 def make_loaded_batch():
     pairs = [Pair(np.arange(5), np.arange(4), np.arange(3), b"", i) for i in range(2)]
     micro_batch = MicroBatch(np.array([0, 1]), np.ones(2, dtype=np.float32))
-    return load_batch(pairs, micro_batch, 0, None, LossSettings(), "shared_prefix")
+    return load_batch(pairs, micro_batch, 0, NoReference(), "shared_prefix")
 
 
 def tensors_of(batch):

@@ -13,8 +13,8 @@ from dpo_scale.data.dataset import Pair
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import make_batch, slots
 from dpo_scale.data.packing import pack_among_ranks
-from dpo_scale.reference.values import ReferenceValues
-from dpo_scale.settings.loss import LossSettings
+from dpo_scale.reference.live import LiveReference
+from dpo_scale.reference.protocol import NoReference
 from dpo_scale.training.plan import Planner
 
 LAYOUTS = ["padded", "packed", "shared_prefix"]
@@ -138,11 +138,11 @@ def sums_of(index, ld_alpha=1.0):
 @pytest.mark.parametrize("ld_alpha", [None, 0.25])
 def test_values_scored_in_passes_come_to_the_batches_of_their_pairs(ld_alpha):
     model = Model()
-    values = ReferenceValues(model, LossSettings(ld_alpha=ld_alpha))
-    for scored in (batch_of(3, 1, 4), batch_of(5, 9), batch_of(2)):  # the last is a filler
-        values.score(scored)
+    reference = LiveReference(model, ld_alpha)
+    passes = [batch_of(3, 1, 4), batch_of(5, 9), batch_of(2)]  # the last is a filler
     for indices in ((3, 1), (4, 5, 9)):
-        attached = values.attach(batch_of(*indices)).reference_logps
+        attached = reference.attach(batch_of(*indices), passes).reference_logps
+        passes = []
         expected = [sums_of(index, 1.0 if ld_alpha is None else ld_alpha) for index in indices]
         torch.testing.assert_close(attached, torch.tensor(expected, dtype=torch.float32), atol=1e-5, rtol=1e-6)
     assert model.passes == 3, "nothing is scored twice"
@@ -150,16 +150,16 @@ def test_values_scored_in_passes_come_to_the_batches_of_their_pairs(ld_alpha):
 
 def test_a_batch_that_was_not_scored_is_scored_when_it_comes():
     model = Model()
-    values = ReferenceValues(model, LossSettings())
+    reference = LiveReference(model)
     for index in (7, 8):
-        attached = values.attach(batch_of(index)).reference_logps
+        attached = reference.attach(batch_of(index)).reference_logps
         torch.testing.assert_close(attached, torch.tensor([sums_of(index)]).float(), atol=1e-5, rtol=1e-6)
     assert model.passes == 2
 
 
 def test_no_reference_leaves_the_batch_alone():
     batch = replace(batch_of(1), reference_logps=torch.zeros(1, 2))
-    assert ReferenceValues(None, LossSettings()).attach(batch) is batch
+    assert NoReference().attach(batch) is batch
 
 
 def test_micro_batches_of_unequal_ranks_make_as_many_passes():

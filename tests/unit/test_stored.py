@@ -32,7 +32,7 @@ def verified(pairs, apart, dtype, token_logp=-2.0):
         def __call__(self, score_index, **inputs):
             return torch.full((len(score_index),), token_logp)
 
-    def logps(dataset, indices, settings):
+    def logps(dataset, indices):
         tokens = torch.from_numpy(dataset.lengths[indices, 1:].astype(np.float32))
         return tokens * -2.0 + torch.tensor([[apart(n) for n in row] for row in tokens.tolist()])
 
