@@ -109,6 +109,12 @@ def refusals(folder, common):
     return dict(zip(names, run_jobs(folder, listed, ranks=1), strict=True))
 
 
+def test_a_refused_run_leaves_no_folder_and_one_that_began_does(folder, refusals):
+    assert len(refusals) > 10
+    assert [path.name for path in (folder / "refused").iterdir()] == ["learning rate"]  # it failed in a step
+    assert (folder / "a-run" / "model").is_dir(), "refused only as the second run of its folder"
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
