@@ -41,8 +41,8 @@ from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.distributed import ranks
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_reference, load_tokenizers
+from dpo_scale.reference.compute import fill
 from dpo_scale.reference.modes import open_book
-from dpo_scale.reference.stored import fill
 from dpo_scale.settings.tree import Config, load_config
 
 QUICK_PAIRS = 24

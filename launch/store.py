@@ -138,9 +138,9 @@ def _verify_against_model(arguments: argparse.Namespace) -> None:
 
     from dpo_scale.distributed import ranks
     from dpo_scale.models.load import load_reference
+    from dpo_scale.reference.compute import verify as compute_again
+    from dpo_scale.reference.from_store import StoredReference
     from dpo_scale.reference.modes import open_book
-    from dpo_scale.reference.stored import StoredReference
-    from dpo_scale.reference.stored import verify as compute_again
 
     config = _config(arguments)
     ranks.init_distributed(config.deepspeed.timeout_minutes)

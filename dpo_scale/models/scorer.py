@@ -20,7 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from dpo_scale.data.layout import Layout, Segment
+from dpo_scale.data.batching import MicroBatch
+from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.layout import Layout, PairBatch, Segment, make_batch
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
@@ -179,6 +182,13 @@ class Policy(Scorer, Protocol):
     def save_checkpoint(self, save_dir: str, **named: Any) -> Any: ...
 
     def load_checkpoint(self, load_dir: str, **named: Any) -> Any: ...
+
+
+def host_batch(dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int, layout: Layout) -> PairBatch:
+    """A micro-batch on the host, ready to be copied to the device."""
+    pairs = [dataset[int(i)] for i in micro_batch.indices]
+    batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
+    return batch.pinned() if ranks.device().type == "cuda" else batch
 
 
 @contextmanager

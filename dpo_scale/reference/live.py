@@ -32,7 +32,7 @@ class LiveReference(Reference):
 
     def __init__(self, scorer: Scorer, ld_alpha: float | None = None) -> None:
         self.scorer, self._ld_alpha = scorer, ld_alpha
-        self._scored: Tensor | None = None  # [n, 2] of pairs whose batches are still to come
+        self._scored: Tensor | None = None  # [n, 2] of pairs whose batches are still to come in this step
 
     def attach(self, batch: PairBatch, passes: Sequence[PairBatch] = ()) -> PairBatch:
         for k, scored in enumerate(passes):
@@ -44,6 +44,9 @@ class LiveReference(Reference):
         values, rest = self._scored.tensor_split([batch.num_pairs])
         self._scored = rest if len(rest) else None
         return replace(batch, reference_logps=values)
+
+    def after_step(self, step: int) -> None:
+        self._scored = None  # a rank with fewer pairs than others has scored some of them again
 
     @torch.no_grad()
     def score(self, batch: PairBatch) -> None:

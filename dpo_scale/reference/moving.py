@@ -56,6 +56,7 @@ class MovingReference(LiveReference):
         }
 
     def after_step(self, step: int) -> None:
+        super().after_step(step)
         if step % self.sync_steps == 0:
             self.move()
 

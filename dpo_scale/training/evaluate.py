@@ -19,8 +19,8 @@ from dpo_scale.progress import heartbeat
 from dpo_scale.reference.live import LiveReference
 from dpo_scale.reference.protocol import NoReference, Reference
 from dpo_scale.settings.tree import Config
-from dpo_scale.training.batches import load_batch, mean_chosen_tokens
 from dpo_scale.training.objective import objective_without_gradient
+from dpo_scale.training.plan import load_batch
 from dpo_scale.training.prepare import prepare, start
 
 
@@ -46,7 +46,7 @@ def evaluate(
     was_training = policy.module.training
     policy.eval()
     sums = MetricSums()
-    chosen_tokens = mean_chosen_tokens(pairs, lengths)
+    chosen_tokens = float(lengths[:, 1].mean())
     loss_of = objective_without_gradient(config.loss)
     plan = evaluation_plan(config, pairs, lengths)
     to_come = (

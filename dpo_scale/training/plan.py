@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.distributed import ranks
+from dpo_scale.models.scorer import host_batch
 from dpo_scale.reference.protocol import Reference
 from dpo_scale.settings.tree import Config
-from dpo_scale.training.batches import load_batch
 
 # Steps whose plans are summed up at the start of a run.
 STEPS_DESCRIBED = 100
@@ -230,3 +230,12 @@ def micro_steps_of_run(
         for k, of_ranks in enumerate(plan.micro_steps):
             yield MicroStep(plan, load(of_ranks[rank]), passes, counted_pairs(of_ranks), k == len(plan.micro_steps) - 1)
             passes = []
+
+
+def load_batch(
+    dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int, reference: Reference, layout: Layout
+) -> PairBatch:
+    """One rank's micro-batch on the host, with the reference values that are known beforehand."""
+    batch = host_batch(dataset, micro_batch, pad_token_id, layout)
+    known = reference.look_up(dataset, micro_batch.indices)
+    return batch if known is None else replace(batch, reference_logps=known)

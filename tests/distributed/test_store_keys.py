@@ -15,8 +15,8 @@ from tiny import launch, preference_rows, run_overrides, save_adapter, save_shar
 
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.load import load_tokenizers
+from dpo_scale.reference.compute import missing_rows
 from dpo_scale.reference.modes import open_book
-from dpo_scale.reference.stored import missing_rows
 from dpo_scale.settings.tree import load_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -25,8 +25,8 @@ from tiny import read_metrics, run_named_jobs, run_overrides, save_model
 
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.load import load_tokenizers
+from dpo_scale.reference.compute import TOLERANCE_PER_ROOT_TOKEN
 from dpo_scale.reference.store import ReferenceStore
-from dpo_scale.reference.stored import TOLERANCE_PER_ROOT_TOKEN
 from dpo_scale.settings.tree import load_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -14,7 +14,7 @@ from dpo_scale.models.activations import offloaded_checkpoint
 from dpo_scale.observe.metrics import MetricSums
 from dpo_scale.observe.timing import StepTimer
 from dpo_scale.reference.protocol import NoReference
-from dpo_scale.training.batches import load_batch
+from dpo_scale.training.plan import load_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="emulates a device where there is none")
 CUDA = torch.device("cuda", 0)

@@ -146,6 +146,10 @@ def test_values_scored_in_passes_come_to_the_batches_of_their_pairs(ld_alpha):
         expected = [sums_of(index, 1.0 if ld_alpha is None else ld_alpha) for index in indices]
         torch.testing.assert_close(attached, torch.tensor(expected, dtype=torch.float32), atol=1e-5, rtol=1e-6)
     assert model.passes == 3, "nothing is scored twice"
+    reference.after_step(1)
+    attached = reference.attach(batch_of(6)).reference_logps
+    expected = torch.tensor([sums_of(6, 1.0 if ld_alpha is None else ld_alpha)], dtype=torch.float32)
+    torch.testing.assert_close(attached, expected, atol=1e-5, rtol=1e-6)  # not what the filler left
 
 
 def test_a_batch_that_was_not_scored_is_scored_when_it_comes():

@@ -21,8 +21,8 @@ from tiny import preference_rows, save_adapter, save_model, save_sharded, save_t
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.load import load_tokenizers
 from dpo_scale.reference import numerics
+from dpo_scale.reference.compute import missing_rows
 from dpo_scale.reference.modes import open_book
-from dpo_scale.reference.stored import missing_rows
 from dpo_scale.settings.tree import load_config
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}"

@@ -10,7 +10,7 @@ from tiny import preference_rows, save_tokenizer, write_rows
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.errors import StoreError
-from dpo_scale.reference.stored import verify
+from dpo_scale.reference.compute import verify
 from dpo_scale.settings.data import DataSettings, SourceSettings
 
 

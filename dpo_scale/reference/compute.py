@@ -1,4 +1,4 @@
-"""Reference log-probs out of the store: served to batches, filled where rows are missing, checked on use.
+"""Reference values computed: a store filled where rows are missing, and known values checked on use.
 
 Filling is the forward half of training with the reference's weights: pairs are sorted by length, laid out by a token
 budget, spread over the ranks, and each rank adds its own rows to the store as it goes. Nothing here depends on which
@@ -8,9 +8,8 @@ run asks: a row's key is what the model saw, a book's key is the model and the n
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from dpo_scale.data.batching import MicroBatch, forward_batches
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import StoreError
 from dpo_scale.losses import sum_token_logps
-from dpo_scale.models.scorer import Scorer
+from dpo_scale.models.scorer import Scorer, host_batch
 from dpo_scale.progress import heartbeat
 from dpo_scale.reference.protocol import KnownReference
 from dpo_scale.reference.store import Book
@@ -37,48 +35,6 @@ from dpo_scale.reference.upkeep import TARGET_SHARD_BYTES, compact_book
 TOLERANCE_PER_ROOT_TOKEN = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 0.25}
 MAX_SMALL_SHARDS = 32  # more are compacted after a fill
 GRACE_HOURS = 24.0
-
-
-class StoredReference(KnownReference):
-    """The reference of a run as values of a book; several threads may ask at once (training and evaluation).
-
-    Args:
-        ld_alpha: LD-DPO's weight of the tokens beyond the shorter completion, which `look_up` applies.
-    """
-
-    def __init__(self, book: Book, ld_alpha: float | None = None) -> None:
-        self.book, self.origin = book, str(book.folder)
-        self._ld_alpha, self._lock = ld_alpha, threading.Lock()
-
-    def look_up(self, dataset: PairDataset, indices: np.ndarray) -> Tensor:
-        return self.logps(dataset, indices, self._ld_alpha)
-
-    def logps(self, dataset: PairDataset, indices: np.ndarray, ld_alpha: float | None = None) -> Tensor:
-        """As of `KnownReference`.
-
-        Raises:
-            StoreError: if a row is not in the store; the run filled it, so someone has taken it away since.
-        """
-        keys = dataset.pair_keys[indices]
-        if ld_alpha is None:
-            with self._lock:
-                found, sums, counts = self.book.lookup(keys)
-            # a row with other token counts is another row, whatever its key says
-            found &= (counts == dataset.lengths[indices, 1:]).all(axis=1)
-            self._all_found(found, dataset, indices)
-            return torch.from_numpy(sums)
-        with self._lock:
-            found, values, offsets = self.book.lookup_tokens(keys)
-        self._all_found(found, dataset, indices)
-        lengths = np.diff(offsets)
-        segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-        counts = torch.from_numpy(lengths.reshape(-1, 2))
-        return sum_token_logps(torch.from_numpy(values), segments, len(indices), counts, ld_alpha=ld_alpha)
-
-    def _all_found(self, found: np.ndarray, dataset: PairDataset, indices: np.ndarray) -> None:
-        if not found.all():
-            row = int(np.asarray(indices)[~found][0])
-            raise StoreError(f"{self.book.folder}: {dataset.describe(row)} is not in the reference store (any more)")
 
 
 def missing_rows(book: Book, datasets: Sequence[PairDataset], *, tokens: bool) -> list[np.ndarray]:
@@ -130,29 +86,28 @@ def fill(
     total = sum(map(len, missing))
     if total == 0:
         return 0
-    reference = load_reference()
-    layout = reference.module.layout
-    started, done, last_said = time.monotonic(), 0, time.monotonic()
+    reference, started = load_reference(), time.monotonic()
+    done, last_said = 0, started
     with book.writer(tokens=tokens, seconds_per_shard=seconds_per_shard) as writer:
         for dataset, rows in zip(datasets, missing, strict=True):
             if len(rows) == 0:
                 continue
             plan = forward_batches(
-                rows, dataset.lengths, max_tokens=max_tokens, world_size=ranks.world_size(), layout=layout
+                rows,
+                dataset.lengths,
+                max_tokens=max_tokens,
+                world_size=ranks.world_size(),
+                layout=reference.module.layout,
             )
-            own = [of_ranks[ranks.rank()] for of_ranks in plan]
-            with Prefetcher(_batches(dataset, own, pad_token_id, layout), BATCHES_AHEAD) as batches:
-                for k, (of_ranks, micro_batch, batch) in enumerate(zip(plan, own, batches, strict=True)):
-                    heartbeat(f"reference log-probs, micro-batch {k + 1} of {len(plan)}")
-                    values = _score(reference, batch)
-                    if micro_batch.weights.any():
-                        keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
-                        writer.add(keys, _sums(values, counts).numpy(), counts, values.numpy() if tokens else None)
-                    done += sum(int(micro.weights.sum()) for micro in of_ranks)
-                    if time.monotonic() - last_said > 10:
-                        last_said = time.monotonic()
-                        left = (last_said - started) / done * (total - done)
-                        ranks.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
+            for of_ranks, micro_batch, values in _scored(reference, dataset, plan, pad_token_id):
+                if micro_batch.weights.any():
+                    keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
+                    writer.add(keys, _sums(values, counts).numpy(), counts, values.numpy() if tokens else None)
+                done += sum(int(micro.weights.sum()) for micro in of_ranks)
+                if time.monotonic() - last_said > 10:
+                    last_said = time.monotonic()
+                    left = (last_said - started) / done * (total - done)
+                    ranks.log(f"reference log-probs: {done} of {total} pairs, {left:.0f} s left")
     ranks.barrier()  # every rank's shards are on the disk
     if ranks.is_main():
         book.refresh()
@@ -179,20 +134,22 @@ def _compact_if_scattered(book: Book) -> None:
     ranks.log(f"reference store: {done.shards_before} shards compacted into {done.shards}")
 
 
-def _batches(
-    dataset: PairDataset, micro_batches: Iterable[MicroBatch], pad_token_id: int, layout: Layout
-) -> Iterator[PairBatch]:
-    """Micro-batches on the host, ready to be copied."""
-    for micro_batch in micro_batches:
-        pairs = [dataset[int(i)] for i in micro_batch.indices]
-        batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
-        yield batch.pinned() if ranks.device().type == "cuda" else batch
+Scored = tuple[list[MicroBatch], MicroBatch, Tensor]
 
 
-@torch.no_grad()
-def _score(model: Scorer, batch: PairBatch) -> Tensor:
-    """Per-token log-probs of a batch's completions on the host, fp32, row by row, chosen before rejected."""
-    return model(**batch.to(ranks.device()).scorer_inputs).cpu()
+def _scored(
+    scorer: Scorer, dataset: PairDataset, plan: Sequence[list[MicroBatch]], pad_token_id: int
+) -> Iterator[Scored]:
+    """Of each entry of a plan: the micro-batches of all ranks, this rank's, and what the model gives it.
+
+    The last are the log-probs of the completions' tokens on the host, fp32, row by row, chosen before rejected.
+    """
+    own = [of_ranks[ranks.rank()] for of_ranks in plan]
+    made = (host_batch(dataset, micro_batch, pad_token_id, scorer.module.layout) for micro_batch in own)
+    with Prefetcher(made, BATCHES_AHEAD) as batches, torch.no_grad():
+        for k, (of_ranks, micro_batch, batch) in enumerate(zip(plan, own, batches, strict=True)):
+            heartbeat(f"reference log-probs, micro-batch {k + 1} of {len(plan)}")
+            yield of_ranks, micro_batch, scorer(**batch.to(ranks.device()).scorer_inputs).cpu()
 
 
 def _sums(values: Tensor, counts: np.ndarray) -> Tensor:
@@ -226,13 +183,10 @@ def verify(
     drawn = np.random.default_rng(seed).choice(len(dataset), size=min(rows, len(dataset)), replace=False)
     worst = (-1.0, 0.0, 0.0, "")
     plan = forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=ranks.world_size())
-    micro_batches = [of_ranks[ranks.rank()] for of_ranks in plan]
-    batches = _batches(dataset, micro_batches, pad_token_id, model.module.layout)
-    for k, (own, batch) in enumerate(zip(micro_batches, batches, strict=True)):
-        heartbeat(f"the check of stored log-probs, row {k + 1} of {len(plan)} of each rank")
+    for _, own, values in _scored(model, dataset, plan, pad_token_id):
         index = int(own.indices[0])
         counts = dataset.lengths[own.indices, 1:]
-        computed = _sums(_score(model, batch), counts)[0]
+        computed = _sums(values, counts)[0]
         kept = stored.logps(dataset, own.indices)[0]
         shown = (
             f"{dataset.describe(index)}: stored chosen {kept[0]:.4f}, rejected {kept[1]:.4f}; "
