@@ -102,9 +102,13 @@ def removed_if_refused(run_dir: Path) -> Iterator[None]:
     """Take the run folder away again if this launch made it and a `UserError` ends what is done inside."""
     try:
         yield
+        _made.clear()
     except UserError:
-        if run_dir in _made:
-            shutil.rmtree(run_dir, ignore_errors=True)
+        if run_dir in _made and not (run_dir / CONFIG_FILE).exists():
+            for _ in range(10):  # another rank may write its position meanwhile
+                shutil.rmtree(run_dir, ignore_errors=True)
+                if not run_dir.exists():
+                    break
             for path in reversed(_made[: _made.index(run_dir)]):
                 try:
                     path.rmdir()

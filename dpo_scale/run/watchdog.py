@@ -214,6 +214,8 @@ class Watchdog:
         self._mates = [rank for rank in self._mates if rank not in {p.rank for p in gone if p.last_word is not None}]
         if not lost:
             return
+        if not self._files.folder.is_dir():  # rank 0 has refused the run, said why, and taken its folder away
+            os._exit(EXIT_USER_ERROR)
         now = time.monotonic()
         self._loss_found = self._loss_found or now
         # the others wait for what the first one says, and say it themselves if it does not come

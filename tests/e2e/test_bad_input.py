@@ -154,6 +154,7 @@ def test_malformed_row_17_under_deepspeed(folder, common):
     (folder / "row17.jsonl").write_text("\n".join(lines))
     done = launch("launch/train.py", *common, f"data.train={folder / 'row17.jsonl'}", f"output_dir={folder / 'out1'}")
     the_error(done, f"{folder / 'row17.jsonl'} row 17: malformed JSON")
+    assert not (folder / "out1").exists()
 
 
 def test_a_loss_that_is_not_finite_names_its_row_and_saves_nothing(folder, common):
