@@ -30,7 +30,7 @@ from dpo_scale.disk.sealed import damage, read_manifest, write_manifest
 from dpo_scale.distributed import ranks
 from dpo_scale.distributed.random_state import random_state, restore_random_state, seed_everything
 from dpo_scale.errors import CheckpointError
-from dpo_scale.settings.tree import CHECKPOINTS_DIR, MANIFEST_FILE
+from dpo_scale.settings.resume import CHECKPOINTS_DIR, MANIFEST_FILE
 
 if TYPE_CHECKING:
     from dpo_scale.reference.moving import MovingReference

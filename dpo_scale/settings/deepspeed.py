@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.fields import setting
+from dpo_scale.settings.reader import build
 
 if TYPE_CHECKING:
     from dpo_scale.settings.tree import Config
@@ -56,6 +59,40 @@ OPTIMIZERS = {
         *("SGD", "RMSprop", "NAdam", "RAdam", "Adamax"),
     )
 }
+
+
+@dataclass
+class DeepspeedSettings:
+    """ZeRO stage and offloads; anything else of DeepSpeed's goes through `config`."""
+
+    stage: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; null: what `config` says, else 2")
+    offload_optimizer: Literal["none", "cpu"] | None = setting(
+        None, "cpu: optimizer states in host memory; null: what `config` says, else none"
+    )
+    offload_param: Literal["none", "cpu"] | None = setting(
+        None, "cpu: weights in host memory, at stage 3; null: what `config` says, else none"
+    )
+    bf16_optimizer_states: bool | None = setting(
+        None,
+        "Adam's moments and the weights it updates in bf16, without fp32 copies; null: what `config` says, else false",
+    )
+    config: str | dict[str, Any] | None = setting(None, "a DeepSpeed JSON (path or mapping), merged with the settings")
+    timeout_minutes: float = setting(30.0, "a collective that takes longer ends the run", unit="minutes", above=0)
+
+    def resolve(self) -> None:
+        """Read the DeepSpeed JSON into the tree, and take from it what the settings leave open."""
+        if isinstance(self.config, str):
+            self.config = read_deepspeed_json(self.config)
+        if self.config is not None:
+            self.config = clean_user_config(self.config)
+        stated = zero_settings_of(self.config or {})
+        build(DeepspeedSettings, stated, "deepspeed.config: deepspeed")  # refuses impossible values
+        defaults = {"stage": 2, "offload_optimizer": "none", "offload_param": "none", "bf16_optimizer_states": False}
+        for name, value in (defaults | stated).items():
+            if value is None:
+                raise ConfigError(f"deepspeed.config: deepspeed.{name} = None: leave it out, or say which")
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:

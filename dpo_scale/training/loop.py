@@ -64,7 +64,8 @@ from dpo_scale.run.folder import agree_on_run_dir
 from dpo_scale.run.nonfinite import record_nonfinite_step
 from dpo_scale.run.rank_files import this_process
 from dpo_scale.run.watchdog import Watchdog, unmark_lost
-from dpo_scale.settings.tree import CONFIG_FILE, Config
+from dpo_scale.settings.resume import CONFIG_FILE
+from dpo_scale.settings.tree import Config
 from dpo_scale.training.evaluate import evaluate
 from dpo_scale.training.learning_rate import learning_rate
 from dpo_scale.training.objective import Objective, choose_objective
