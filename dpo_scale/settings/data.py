@@ -67,7 +67,7 @@ class DataSettings:
     chosen_column: str | None = setting(None, "the file's name for `chosen`")
     rejected_column: str | None = setting(None, "the file's name for `rejected`")
     chat_template: str | None = setting(None, "a jinja file or its text; none: plain text; null: the tokenizer's")
-    chat_template_kwargs: dict[str, Any] = setting({}, "of the template: {enable_thinking: false}")
+    chat_template_kwargs: dict[str, Any] = setting({}, "arguments of the template, e.g. {enable_thinking: false}")
     max_length: int | None = setting(
         1024, "limit of the prompt and the longer completion together; null: no limit", unit="tokens", at_least=2
     )

@@ -1,10 +1,10 @@
-"""DeepSpeed's JSON out of our settings, and a user's own JSON merged into it. Pure functions, no torch.
+"""The `deepspeed:` section, and DeepSpeed's JSON made from our settings and a user's own JSON. No torch.
 
-DeepSpeed accepts unknown top-level keys in silence, fills gaps with defaults that change training
-(`gradient_clipping` 1.0), and knows a second place for most of what our settings say. So: the settings are the one
-place for what they cover (`binding`), a user's JSON may set everything else and override our mere defaults, the
-same fact said twice must be said alike, and a key that DeepSpeed does not know is refused. "auto", which is how
-Hugging Face's Trainer marks a value it fills in, counts as not said.
+DeepSpeed accepts unknown top-level keys in silence. It fills gaps with defaults that change training
+(`gradient_clipping` 1.0). And its JSON is a second place for most of what our settings say. So the settings decide
+what they cover (`binding`); a user's JSON may set everything else and override what is only a default of ours. Where
+both say the same thing they must agree, and a key that DeepSpeed does not know is refused. "auto", by which Hugging
+Face's Trainer marks a value that it fills in, counts as not said.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KNOWN_KEYS = frozenset(
     use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
 )
-# What another part of the program owns; in a user's JSON these could only contradict it.
+# What our settings decide alone; a user's JSON could only contradict them.
 OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size",
     "scheduler": "train.lr_scheduler_type, train.warmup_ratio, train.warmup_steps",
@@ -51,7 +51,7 @@ OWNED_KEYS = {
     "nebula": "checkpoint.*; files are written and read by our own engine",
     "hybrid_engine": "nothing: no text is generated while training",
 }
-# `train.optim` in lower case -> the spelling that DeepSpeed takes; it looks a name it does not know up in torch.optim
+# `train.optim` in lower case -> DeepSpeed's spelling. A name that DeepSpeed does not know, it looks up in torch.optim.
 OPTIMIZERS = {
     name.lower(): name
     for name in (
@@ -148,8 +148,8 @@ def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) 
 
     Args:
         config: a validated config, its `deepspeed.stage` and offloads resolved.
-        micro_steps: most micro-steps an optimizer step can take; DeepSpeed sizes offload buffers by it.
-        device_type: what the engine runs on, e.g. "cuda"; anything but "cpu" gets at host memory by copies.
+        micro_steps: the most micro-steps an optimizer step can take; DeepSpeed sizes offload buffers by it.
+        device_type: what the engine runs on, e.g. "cuda"; anything but "cpu" reads host memory by copies.
 
     Raises:
         ConfigError: where `deepspeed.config` says otherwise than the settings; both places are named.
@@ -199,7 +199,7 @@ def reference_deepspeed_config(config: Config, device_type: str) -> dict[str, An
 
 
 def _pins(device_type: str) -> bool:
-    """Whether host memory is page-locked: a device copies it several times as fast, and while it computes."""
+    """Whether to page-lock host memory: a device copies such memory several times as fast, and while it computes."""
     return device_type != "cpu"
 
 
@@ -230,16 +230,6 @@ _OPTIMIZER_KEYS = {
 }
 
 
-def known_optimizer(name: str) -> bool:
-    """Whether `train.optim` names one of ours, DeepSpeed's or torch's optimizers, in any case."""
-    return name.lower() in OPTIMIZERS
-
-
-def optimizer_names() -> list[str]:
-    """What `train.optim` may be, for messages."""
-    return list(OPTIMIZERS.values())
-
-
 def _optimizer(config: Config) -> tuple[str, dict[str, Any]]:
     train = config.train
     name = OPTIMIZERS[train.optim.lower()]
@@ -265,10 +255,10 @@ def _precision(dtype: str) -> tuple[dict[tuple[str, ...], tuple[Any, str]], dict
 
 
 def _compiled_defaults(config: Config, stage: int | None) -> dict[tuple[str, ...], Any]:
-    """What compiled layers at stage 3 want of DeepSpeed: torch's own linear function.
+    """Torch's own linear function for compiled layers at stage 3.
 
-    DeepSpeed's keeps gathered weights from staying until the backward pass, as compiled layers do by themselves, and
-    looks at each weight's number, by which torch 2.11 would compile every layer anew.
+    DeepSpeed's lets gathered weights go before the backward pass, which compiled layers do by themselves. It also looks
+    at each weight's number, which makes torch 2.11 compile every layer anew.
     """
     return {("zero_optimization", "memory_efficient_linear"): False} if config.model.compile and stage == 3 else {}
 

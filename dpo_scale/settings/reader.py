@@ -161,7 +161,8 @@ def describe_type(hint: Any) -> str:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(repr(item) for item in arguments)
     if origin in (typing.Union, types.UnionType):
         ordered = sorted(arguments, key=lambda item: item is not type(None))
-        return " or ".join(describe_type(item) for item in ordered)
+        *words, last = (describe_type(item) for item in ordered)
+        return f"{', '.join(words)} or {last}"
     if origin is list:
         return f"a list of {describe_type(arguments[0]).removeprefix('a ')}s"
     if origin is dict or hint is dict:
@@ -259,6 +260,8 @@ def _join(prefix: str, name: object) -> str:
 def _describe(value: Any) -> str:
     if value is None:
         return "nothing (null)"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number that is not finite"
     names = {
         bool: "true/false",
         int: "a whole number",

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dpo_scale.errors import ConfigError
-from dpo_scale.settings.deepspeed import known_optimizer, optimizer_names, policy_deepspeed_config
+from dpo_scale.settings.deepspeed import OPTIMIZERS, policy_deepspeed_config
 from dpo_scale.settings.metric_names import STEP_METRICS
 from dpo_scale.settings.resume import RATE_SETTINGS, may_be_allowed
 
@@ -104,8 +104,8 @@ def _train(config: Config) -> Broken:
             "train.micro_batch_size",
             "no value with train.max_tokens_per_micro_batch, which decides how many pairs go together",
         )
-    if not known_optimizer(train.optim):
-        yield "train.optim", f"one of {', '.join(optimizer_names())}"
+    if train.optim.lower() not in OPTIMIZERS:
+        yield "train.optim", f"one of {', '.join(OPTIMIZERS.values())}"
     if train.optim.lower() in ("muadam", "muadamw", "musgd") and find_spec("mup") is None:
         yield "train.optim", "the package mup to be installed with it (pip install mup)"
     if config.logprobs.pair_loss == "fused" and not config.loss.is_pairwise:

@@ -33,12 +33,16 @@ class ModelSettings:
     path: str = setting("", "Hugging Face folder, hub id, or `builtin:` name")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
     tokenizer: str | None = setting(None, "folder or hub id; null: the model's own")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "of the weights in a forward pass")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "bfloat16", "precision of the weights in a forward pass"
+    )
     attn_implementation: str | None = setting(None, "sdpa, flash_attention_2, ...; null: the run chooses")
     gradient_checkpointing: bool = setting(
         False, "keep only the layers' inputs; compute activations again in the backward pass"
     )
-    gradient_checkpointing_offload: bool = setting(False, "keep those inputs in host memory")
+    gradient_checkpointing_offload: bool = setting(
+        False, "keep the inputs that gradient_checkpointing keeps in host memory"
+    )
     compile: bool = setting(False, "torch.compile of the layers")
     liger: bool | Literal["auto"] = setting(
         "auto", "Liger's RMSNorm, rotary embedding and SwiGLU; auto: where they are available"
@@ -54,7 +58,7 @@ class LoraSettings:
     r: int | None = setting(None, "rank of a new adapter; null: train all weights", at_least=1)
     alpha: float = setting(16.0, "a new adapter's updates are scaled by alpha / r", above=0)
     target_modules: str | list[str] = setting("all-linear", "layers of a new adapter, by peft's names; never the head")
-    adapter: str | None = setting(None, "instead of a new one: an existing adapter (folder or hub id) to train further")
+    adapter: str | None = setting(None, "an existing adapter (folder or hub id) to train further, instead of a new one")
     dropout: float = setting(0.0, "share of the adapter's inputs dropped while training", at_least=0, below=1)
     merge: bool = setting(True, "write model/ with the adapter merged into the weights; false: the adapter alone")
 
@@ -113,7 +117,7 @@ class LogprobSettings:
         "auto", "auto: the first that fits the device"
     )
     pair_loss: Literal["auto", "fused", "tokens"] = setting(
-        "auto", "fused: loss and gradient pair by pair; tokens: by way of each token's log-prob"
+        "auto", "fused: loss and gradient pair by pair; tokens: log-probs first, then the loss"
     )
 
 
@@ -126,29 +130,34 @@ class TrainSettings:
     )
     micro_batch_size: int = setting(1, "how many are in one forward pass on one rank", unit="pairs", at_least=1)
     max_tokens_per_micro_batch: int | None = setting(
-        None, "instead: size of one forward pass, as data.layout computes it", unit="tokens", at_least=1
+        None,
+        "instead of micro_batch_size: size of one forward pass, as data.layout computes it",
+        unit="tokens",
+        at_least=1,
     )
     eval_micro_batch_size: int | None = setting(
         None, "how many are in one forward pass on held-out data; null: as in training", unit="pairs", at_least=1
     )
-    num_train_epochs: float = setting(1.0, "times that the training data is gone through", above=0)
+    num_train_epochs: float = setting(1.0, "how many times the training data is gone through", above=0)
     max_steps: int | None = setting(
         None, "length of the training; overrides num_train_epochs", unit="steps", at_least=1
     )
-    drop_last: bool = setting(False, "drop an epoch's last, incomplete global batch instead of using it")
+    drop_last: bool = setting(False, "leave out an epoch's last, incomplete global batch")
     shuffle: bool = setting(True, "a new order in each epoch, drawn from the seed")
-    learning_rate: float = setting(1.0e-6, "the highest one, after the warm-up", at_least=0)
+    learning_rate: float = setting(1.0e-6, "the highest rate, reached after the warm-up", at_least=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
-        "linear", "how the rate falls after the warm-up"
+        "linear", "how the learning rate falls after the warm-up"
     )
-    warmup_ratio: float = setting(0.0, "share of the steps over which the rate rises from 0", at_least=0, at_most=1)
+    warmup_ratio: float = setting(
+        0.0, "share of the steps over which the learning rate rises from 0", at_least=0, at_most=1
+    )
     warmup_steps: int | None = setting(None, "length of the warm-up; overrides warmup_ratio", unit="steps", at_least=0)
     min_lr_ratio: float = setting(
         0.0, "share of the learning rate left at the end of cosine and linear", at_least=0, at_most=1
     )
-    optim: str = setting("adamw_torch", "PyTorch's AdamW; or the name of any DeepSpeed optimizer")
+    optim: str = setting("adamw_torch", "adamw_torch: PyTorch's AdamW; or any optimizer of DeepSpeed, by name")
     optim_args: dict[str, Any] = setting({}, "further arguments of that optimizer")
-    weight_decay: float = setting(0.0, "of matrices; norms and biases have none", at_least=0)
+    weight_decay: float = setting(0.0, "decay of matrices; norms and biases have none", at_least=0)
     adam_beta1: float = setting(0.9, "decay of Adam's mean of gradients", at_least=0, below=1)
     adam_beta2: float = setting(0.999, "decay of Adam's mean of squared gradients", at_least=0, below=1)
     adam_epsilon: float = setting(1.0e-8, "added to Adam's denominator", above=0)
@@ -158,13 +167,15 @@ class TrainSettings:
         "dtype in which gradients are summed over the ranks; null: what deepspeed.config says, else model.dtype",
     )
     seed: int = setting(
-        42, "of the order of pairs, fractions of sources, dropout and new adapters", at_least=0, below=2**63
+        42, "decides the order of pairs, fractions of sources, dropout and new adapters", at_least=0, below=2**63
     )
     eval_steps: int | None = setting(
         None, "how often to evaluate; null: at the end only, if there is held-out data", unit="steps", at_least=1
     )
     eval_on_start: bool = setting(False, "also evaluate before the first step")
-    on_nonfinite: Literal["stop", "skip"] = setting("stop", "skip: leave out a step that is not finite")
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop", "what a loss or gradient that is not finite does to the run; skip: leave the step out"
+    )
     max_nonfinite: int = setting(
         10, "how many `skip` may leave out in the whole run; one more stops it", unit="steps", at_least=1
     )
@@ -183,12 +194,12 @@ class CheckpointSettings:
     save_steps: int | None = setting(
         None, "how often to save a checkpoint; null: at the end only", unit="steps", at_least=1
     )
-    save_at_end: bool = setting(True, "a checkpoint of the last step")
+    save_at_end: bool = setting(True, "also save a checkpoint of the last step")
     save_total_limit: int | None = setting(
         2, "how many of the newest are kept, beside the best one; null: all", unit="checkpoints", at_least=1
     )
     metric_for_best_model: str | None = setting(None, "a metric of the held-out data, e.g. rewards/accuracies")
-    greater_is_better: bool = setting(True, "of metric_for_best_model; set it false for a loss")
+    greater_is_better: bool = setting(True, "whether a greater metric_for_best_model is better; false for a loss")
     load_best_model_at_end: bool = setting(False, "write model/ from the best checkpoint, not from the last step")
     preempt_grace_seconds: float = setting(
         100.0, "time to save after SIGTERM or SIGUSR1; then the run ends, saved or not", unit="seconds", above=0
@@ -209,7 +220,7 @@ class LoggingSettings:
     console_metrics: list[str] = setting(
         ["loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate"], "metrics of a console line"
     )
-    report_to: list[str] = setting([], "tensorboard, wandb, mlflow, ... (accelerate's names)")
+    report_to: list[str] = setting([], "trackers, by accelerate's names: tensorboard, wandb, mlflow, ...")
     project_name: str = setting("dpo_scale", "the project's name in the trackers")
     progress_bar: bool = setting(True, "show one; only where the console is a terminal")
     peak_tflops: float | None = setting(
@@ -222,7 +233,7 @@ class LoggingSettings:
 
 @dataclass
 class Config:
-    """A whole run."""
+    """A whole run, by section."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)

@@ -75,7 +75,10 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
         ("deepspeed.stage=4", ["deepspeed.stage", "4", "0, 1, 2, 3"]),
         ("deepspeed.stage=true", ["deepspeed.stage", "True"]),
         ("model.dtype=bfloat61", ["model.dtype", "bfloat61", "did you mean 'bfloat16'"]),
-        ("train.learning_rate=nan", ["train.learning_rate", "nan"]),
+        (
+            "train.learning_rate=.nan",
+            ["train.learning_rate = nan: expected a number, at least 0, found a number that is"],
+        ),
         ("train.optim=adamw_torhc", ["train.optim", "adamw_torch"]),
         ("loss.loss_type=sigmoyd", ["loss.loss_type", "sigmoyd", "sigmoid"]),
         ("train=5", ["train = 5", "section"]),
@@ -219,7 +222,7 @@ def test_help_is_quick_and_loads_no_torch():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for line in (
-        "  train.learning_rate=1e-06  # the highest one, after the warm-up (a number, at least 0)",
+        "  train.learning_rate=1e-06  # the highest rate, reached after the warm-up (a number, at least 0)",
         "  train.max_steps=null  # length of the training; overrides num_train_epochs "
         "(null or a whole number of steps, at least 1)",
         "  data.train=[]  # sources of training pairs (a list of sources)",
