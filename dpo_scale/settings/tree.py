@@ -33,9 +33,7 @@ class ModelSettings:
     path: str = setting("", "Hugging Face folder, hub id, or `builtin:` name")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
     tokenizer: str | None = setting(None, "folder or hub id; null: the model's own")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "bfloat16", "precision of the weights in a forward pass"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "precision of the weights in a forward pass")
     attn_implementation: str | None = setting(None, "sdpa, flash_attention_2, ...; null: the run chooses")
     gradient_checkpointing: bool = setting(
         False, "keep only the layers' inputs; compute activations again in the backward pass"
