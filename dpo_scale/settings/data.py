@@ -26,9 +26,7 @@ class SourceSettings:
     name: str | None = setting(None, 'a hub data set\'s subset ("config")')
     split: str = setting("train", "the split of a hub data set or of a saved `DatasetDict`")
     schema: Schema = setting("auto", "what a row looks like; auto: as data.schema says")
-    weight: float = setting(
-        1.0, "times that each pair appears in an epoch; 0.5 is a seeded half of the pairs", above=0, at_most=1000
-    )
+    weight: float = setting(1.0, "how often a pair appears in an epoch; 0.5: a seeded half", above=0, at_most=1000)
     prompt_column: str | None = setting(None, "the file's name for `prompt`; null: data.prompt_column")
     chosen_column: str | None = setting(None, "the file's name for `chosen`; null: data.chosen_column")
     rejected_column: str | None = setting(None, "the file's name for `rejected`; null: data.rejected_column")
@@ -57,13 +55,9 @@ class DataSettings:
 
     train: list[SourceSettings] = setting([], "sources of training pairs")
     eval: list[SourceSettings] = setting([], "sources of held-out pairs")
-    eval_fraction: float = setting(
-        0.0, "share held out of train by a hash of the prompt: a growing file moves no pair across", at_least=0, below=1
-    )
+    eval_fraction: float = setting(0.0, "share of train held out, by a hash of the prompt", at_least=0, below=1)
     schema: Schema = setting("auto", "what a row looks like; auto: detected and reported")
-    prompt_column: str | None = setting(
-        None, "the file's name for `prompt` (or for `conversations`, in ShareGPT files)"
-    )
+    prompt_column: str | None = setting(None, "the file's name for `prompt`, or ShareGPT's `conversations`")
     chosen_column: str | None = setting(None, "the file's name for `chosen`")
     rejected_column: str | None = setting(None, "the file's name for `rejected`")
     chat_template: str | None = setting(None, "a jinja file or its text; none: plain text; null: the tokenizer's")
@@ -71,23 +65,13 @@ class DataSettings:
     max_length: int | None = setting(
         1024, "limit of the prompt and the longer completion together; null: no limit", unit="tokens", at_least=2
     )
-    max_prompt_length: int | None = setting(
-        None, "limit of the prompt; null: half of max_length", unit="tokens", at_least=1
-    )
-    truncation_mode: Literal["keep_end", "keep_start"] = setting(
-        "keep_end", "what is kept of a prompt that is too long"
-    )
-    overlong: Literal["truncate", "drop", "error"] = setting(
-        "truncate", "what to do about a pair that is still too long"
-    )
+    max_prompt_length: int | None = setting(None, "prompt limit; null: half of max_length", unit="tokens", at_least=1)
+    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "what is kept of an overlong prompt")
+    overlong: Literal["truncate", "drop", "error"] = setting("truncate", "what to do about a pair still too long")
     on_bad_row: Literal["error", "skip"] = setting("error", "skip: leave bad rows out and list them in bad_rows.jsonl")
-    num_proc: int | None = setting(
-        None, "how many tokenize; null: one for small data, else one a core", unit="processes", at_least=1
-    )
+    num_proc: int | None = setting(None, "how many tokenize; null: by the data's size", unit="processes", at_least=1)
     cache_dir: str | None = setting(None, "folder of tokenized data; null: $DPO_SCALE_CACHE, else ~/.cache/dpo_scale")
-    layout: Literal["auto", "padded", "packed", "shared_prefix"] = setting(
-        "auto", "how pairs become rows of a forward pass"
-    )
+    layout: Literal["auto", "padded", "packed", "shared_prefix"] = setting("auto", "how pairs are laid out in rows")
 
     def for_source(self, source: SourceSettings) -> SourceSettings:
         """The source with the section's schema and columns where it names none itself."""

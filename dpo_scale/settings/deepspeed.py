@@ -66,12 +66,8 @@ class DeepspeedSettings:
     """ZeRO stage and offloads; anything else of DeepSpeed's goes through `config`."""
 
     stage: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; null: what `config` says, else 2")
-    offload_optimizer: Literal["none", "cpu"] | None = setting(
-        None, "cpu: optimizer states in host memory; null: what `config` says, else none"
-    )
-    offload_param: Literal["none", "cpu"] | None = setting(
-        None, "cpu: weights in host memory, at stage 3; null: what `config` says, else none"
-    )
+    offload_optimizer: Literal["none", "cpu"] | None = setting(None, "cpu: in host memory; null: as in `config`")
+    offload_param: Literal["none", "cpu"] | None = setting(None, "cpu: in host memory; null: as in `config`")
     bf16_optimizer_states: bool | None = setting(
         None,
         "Adam's moments and the weights it updates in bf16, without fp32 copies; null: what `config` says, else false",
@@ -171,7 +167,8 @@ def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) 
         device = getattr(settings, name)
         if device != "none":
             binding[("zero_optimization", name, "device")] = (device, f"deepspeed.{name}")
-            defaults[("zero_optimization", name, "pin_memory")] = _pins(device_type)
+            # a device copies page-locked memory several times as fast, and while it computes
+            defaults[("zero_optimization", name, "pin_memory")] = device_type != "cpu"
     if config.train.reduce_dtype is not None:
         binding[("communication_data_type",)] = (_SHORT_DTYPES[config.train.reduce_dtype], "train.reduce_dtype")
     if settings.bf16_optimizer_states:
@@ -190,17 +187,12 @@ def reference_deepspeed_config(config: Config, device_type: str) -> dict[str, An
     binding, defaults = _precision(config.model.dtype)
     zero: dict[str, Any] = {"stage": config.reference.stage}
     if config.reference.offload_param == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": _pins(device_type)}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device_type != "cpu"}
     stated = (config.deepspeed.config or {}).get("zero_optimization", {})
     if config.reference.stage == 3 and MAX_LIVE in stated:  # which also decides how it is gathered (`models.zero3`)
         zero[MAX_LIVE] = stated[MAX_LIVE]
     defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, config.reference.stage)
     return _merge({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}, binding, defaults)
-
-
-def _pins(device_type: str) -> bool:
-    """Whether to page-lock host memory: a device copies such memory several times as fast, and while it computes."""
-    return device_type != "cpu"
 
 
 def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) -> dict[str, Any]:

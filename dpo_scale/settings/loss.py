@@ -69,9 +69,7 @@ class LossSettings:
     loss_type: str | list[str] = setting("sigmoid", "name of a loss, or a list of names for a weighted sum")
     loss_weights: list[float] | None = setting(None, "one weight per loss of the list; null: 1.0 each")
     beta: float = setting(0.1, "strength of the pull towards the reference; scales the logged rewards too", above=0)
-    label_smoothing: float = setting(
-        0.0, "assumed share of swapped labels (sigmoid, robust, exo_pair, aot, aot_unpaired)", at_least=0, below=1
-    )
+    label_smoothing: float = setting(0.0, "assumed share of swapped labels", at_least=0, below=1)
     f_divergence: Divergence = setting("reverse_kl", "divergence from the reference; for losses of D (docs/losses.md)")
     f_alpha_divergence_coef: float = setting(0.5, "alpha of `f_divergence: alpha`")
     ld_alpha: float | None = setting(
@@ -83,9 +81,7 @@ class LossSettings:
     use_weighting: bool = setting(False, "WPO's weighting of pairs by how likely the policy itself was to write them")
     discopop_tau: float = setting(0.05, "DiscoPOP's temperature of the blend of its two losses", above=0, at_most=1)
     simpo_gamma: float = setting(0.5, "SimPO's margin between the mean log-probs of chosen and rejected, times beta")
-    orpo_lambda: float = setting(
-        0.1, "ORPO's weight of the odds ratio beside the likelihood of the chosen completion", at_least=0
-    )
+    orpo_lambda: float = setting(0.1, "ORPO's weight of the odds ratio beside the likelihood", at_least=0)
     cpo_alpha: float = setting(1.0, "CPO's weight of the likelihood of the chosen completion", at_least=0)
 
     @property
@@ -141,10 +137,10 @@ class LossSettings:
     def _check_names_and_weights(self) -> None:
         names, weights = self.loss_types, self.loss_weights
         if not names:
-            self._refuse("loss_type", f"give at least one of: {_listed(LOSSES)}")
+            self._refuse("loss_type", f"give at least one of: {', '.join(LOSSES)}")
         for name in names:
             if name not in LOSSES:
-                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {_listed(LOSSES)}")
+                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {', '.join(LOSSES)}")
             if names.count(name) > 1:
                 self._refuse("loss_type", f"{name!r} is given twice; give it once, with its weight")
         if weights is not None and len(weights) != len(names):
@@ -171,7 +167,7 @@ class LossSettings:
         others = [name for name in self.loss_types if LOSSES[name].needs_reference and name not in of_d]
         if others or not self.needs_reference:
             named = ", ".join(others or self.loss_types)
-            self._refuse("f_divergence", f"has no meaning for {named}; it can be used with: {_listed(of_d)}")
+            self._refuse("f_divergence", f"has no meaning for {named}; it can be used with: {', '.join(of_d)}")
 
     def _check_token_options(self) -> None:
         if self.ld_alpha is not None:
@@ -191,11 +187,7 @@ class LossSettings:
             if getattr(self, field) != default:
                 readers = [name for name, info in LOSSES.items() if field in info.reads]
                 named = ", ".join(self.loss_types)
-                self._refuse(field, f"{named} does not read it ({_listed(readers)} would); leave it at {default!r}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+                self._refuse(field, f"{named} does not read it ({', '.join(readers)} would); leave it at {default!r}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -50,21 +50,14 @@ def _model(config: Config) -> Broken:
     model = config.model
     if not model.path:
         yield "model.path", "a model folder, hub id or builtin: name"
-    if model.gradient_checkpointing_offload and not model.gradient_checkpointing:
-        yield (
-            "model.gradient_checkpointing_offload",
-            "model.gradient_checkpointing=true with it: it moves what that keeps",
-        )
-    if model.gradient_checkpointing_offload and model.compile:
-        yield (
-            "model.gradient_checkpointing_offload",
-            "false with model.compile: a compiled layer decides itself what it keeps",
-        )
+    if model.gradient_checkpointing_offload:
+        key = "model.gradient_checkpointing_offload"
+        if not model.gradient_checkpointing:
+            yield key, "model.gradient_checkpointing=true with it: it moves what that keeps"
+        if model.compile:
+            yield key, "false with model.compile: a compiled layer decides itself what it keeps"
     if model.compile and model.liger is True:
-        yield (
-            "model.liger",
-            "auto or false with model.compile, which fuses the layers' elementwise operations by itself",
-        )
+        yield "model.liger", "auto or false with model.compile, which fuses the same operations by itself"
 
 
 def _lora(config: Config) -> Broken:
@@ -91,19 +84,13 @@ def _data(config: Config) -> Broken:
     if data.eval and data.eval_fraction > 0:
         yield "data.eval_fraction", "0 where data.eval names the held-out data"
     if data.max_length is not None and (data.max_prompt_length or 0) >= data.max_length:
-        yield (
-            "data.max_prompt_length",
-            f"less than data.max_length = {data.max_length}, so that completions have room",
-        )
+        yield "data.max_prompt_length", f"less than data.max_length = {data.max_length}: completions need room"
 
 
 def _train(config: Config) -> Broken:
     train = config.train
     if train.max_tokens_per_micro_batch is not None and train.micro_batch_size != 1:
-        yield (
-            "train.micro_batch_size",
-            "no value with train.max_tokens_per_micro_batch, which decides how many pairs go together",
-        )
+        yield "train.micro_batch_size", "no value with train.max_tokens_per_micro_batch, which decides in its place"
     if train.optim.lower() not in OPTIMIZERS:
         yield "train.optim", f"one of {', '.join(OPTIMIZERS.values())}"
     if train.optim.lower() in ("muadam", "muadamw", "musgd") and find_spec("mup") is None:
@@ -132,10 +119,7 @@ def _deepspeed(config: Config) -> Broken:
         if dtype != "bfloat16":
             yield "model.dtype", f"bfloat16 with {key}"
         if settings.stage not in (2, 3):
-            yield (
-                "deepspeed.stage",
-                f"2 or 3 with {key}: at stage 1 DeepSpeed's optimizer for bf16 keeps fp32 copies all the same",
-            )
+            yield "deepspeed.stage", f"2 or 3 with {key}: at stage 1 DeepSpeed keeps fp32 copies all the same"
         offloads = settings.offload_optimizer == "cpu"
         names = ("Adam", "AdamW") if offloads else ("adamw_torch", "Adam", "AdamW")
         if config.train.optim.lower() not in (name.lower() for name in names):

@@ -36,15 +36,11 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "precision of the weights in a forward pass")
     attn_implementation: str | None = setting(None, "sdpa, flash_attention_2, ...; null: the run chooses")
     gradient_checkpointing: bool = setting(
-        False, "keep only the layers' inputs; compute activations again in the backward pass"
+        False, "keep only the layers' inputs; the backward pass computes the rest again"
     )
-    gradient_checkpointing_offload: bool = setting(
-        False, "keep the inputs that gradient_checkpointing keeps in host memory"
-    )
+    gradient_checkpointing_offload: bool = setting(False, "keep those inputs in host memory")
     compile: bool = setting(False, "torch.compile of the layers")
-    liger: bool | Literal["auto"] = setting(
-        "auto", "Liger's RMSNorm, rotary embedding and SwiGLU; auto: where they are available"
-    )
+    liger: bool | Literal["auto"] = setting("auto", "Liger's RMSNorm, rotary embedding, SwiGLU; auto: where possible")
     disable_dropout: bool = setting(True, "turn off the model's own dropout; lora.dropout is apart")
     trust_remote_code: bool = setting(False, "run Python code that lies in the model's folder")
 
@@ -79,19 +75,10 @@ class ReferenceSettings:
     stage: Literal[0, 3] = setting(0, "0: a copy on each rank; 3: sharded over the ranks")
     offload_param: Literal["none", "cpu"] = setting("none", "cpu: weights in host memory; needs reference.stage 3")
     store: str | None = setting(None, "folder of the reference store; null: one in the cache folder, for all runs")
-    on_missing: Literal["compute", "error"] = setting(
-        "compute", "mode store: what to do about rows that the store lacks"
-    )
-    verify: int = setting(
-        8,
-        "how many are computed again at the start and compared (modes store, columns); 0: none",
-        unit="rows",
-        at_least=0,
-    )
+    on_missing: Literal["compute", "error"] = setting("compute", "what to do about rows that the store lacks")
+    verify: int = setting(8, "how many to compute again and compare at the start; 0: none", unit="rows", at_least=0)
     verify_with_model: bool = setting(False, "load the reference to verify, where the policy does not start from it")
-    max_tokens_per_micro_batch: int = setting(
-        16384, "size of a pass, in a step or filling the store", unit="token slots", at_least=1
-    )
+    max_tokens_per_micro_batch: int = setting(16384, "size of a forward pass", unit="token slots", at_least=1)
     seconds_per_shard: float = setting(
         60.0,
         "how often a rank saves what it computed: what a kill can cost; 0: after every micro-batch",
@@ -111,9 +98,7 @@ class ReferenceSettings:
 class LogprobSettings:
     """How token log-probs are computed from hidden states (see `dpo_scale.logprobs`)."""
 
-    implementation: Literal["auto", "naive", "chunked", "triton"] = setting(
-        "auto", "auto: the first that fits the device"
-    )
+    implementation: Literal["auto", "naive", "chunked", "triton"] = setting("auto", "auto: what fits the device")
     pair_loss: Literal["auto", "fused", "tokens"] = setting(
         "auto", "fused: loss and gradient pair by pair; tokens: log-probs first, then the loss"
     )
@@ -123,9 +108,7 @@ class LogprobSettings:
 class TrainSettings:
     """The optimization: batches counted in preference pairs, steps in optimizer steps."""
 
-    global_batch_size: int = setting(
-        64, "how many an optimizer step sees, over all ranks and micro-steps", unit="pairs", at_least=1
-    )
+    global_batch_size: int = setting(64, "how many an optimizer step sees, over all ranks", unit="pairs", at_least=1)
     micro_batch_size: int = setting(1, "how many are in one forward pass on one rank", unit="pairs", at_least=1)
     max_tokens_per_micro_batch: int | None = setting(
         None,
@@ -137,22 +120,14 @@ class TrainSettings:
         None, "how many are in one forward pass on held-out data; null: as in training", unit="pairs", at_least=1
     )
     num_train_epochs: float = setting(1.0, "how many times the training data is gone through", above=0)
-    max_steps: int | None = setting(
-        None, "length of the training; overrides num_train_epochs", unit="steps", at_least=1
-    )
+    max_steps: int | None = setting(None, "length of training; overrides num_train_epochs", unit="steps", at_least=1)
     drop_last: bool = setting(False, "leave out an epoch's last, incomplete global batch")
     shuffle: bool = setting(True, "a new order in each epoch, drawn from the seed")
     learning_rate: float = setting(1.0e-6, "the highest rate, reached after the warm-up", at_least=0)
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
-        "linear", "how the learning rate falls after the warm-up"
-    )
-    warmup_ratio: float = setting(
-        0.0, "share of the steps over which the learning rate rises from 0", at_least=0, at_most=1
-    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting("linear", "how the rate falls after warm-up")
+    warmup_ratio: float = setting(0.0, "share of the steps over which the rate rises from 0", at_least=0, at_most=1)
     warmup_steps: int | None = setting(None, "length of the warm-up; overrides warmup_ratio", unit="steps", at_least=0)
-    min_lr_ratio: float = setting(
-        0.0, "share of the learning rate left at the end of cosine and linear", at_least=0, at_most=1
-    )
+    min_lr_ratio: float = setting(0.0, "share of the rate left at the end of cosine and linear", at_least=0, at_most=1)
     optim: str = setting("adamw_torch", "adamw_torch: PyTorch's AdamW; or any optimizer of DeepSpeed, by name")
     optim_args: dict[str, Any] = setting({}, "further arguments of that optimizer")
     weight_decay: float = setting(0.0, "decay of matrices; norms and biases have none", at_least=0)
@@ -161,25 +136,14 @@ class TrainSettings:
     adam_epsilon: float = setting(1.0e-8, "added to Adam's denominator", above=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this 2-norm; 0: no clipping", at_least=0)
     reduce_dtype: Literal["float32", "bfloat16"] | None = setting(
-        None,
-        "dtype in which gradients are summed over the ranks; null: what deepspeed.config says, else model.dtype",
+        None, "dtype in which gradients are summed over the ranks; null: what deepspeed.config says, else model.dtype"
     )
-    seed: int = setting(
-        42, "decides the order of pairs, fractions of sources, dropout and new adapters", at_least=0, below=2**63
-    )
-    eval_steps: int | None = setting(
-        None, "how often to evaluate; null: at the end only, if there is held-out data", unit="steps", at_least=1
-    )
+    seed: int = setting(42, "for pair order, fractions of sources, dropout, new adapters", at_least=0, below=2**63)
+    eval_steps: int | None = setting(None, "how often to evaluate; null: at the end only", unit="steps", at_least=1)
     eval_on_start: bool = setting(False, "also evaluate before the first step")
-    on_nonfinite: Literal["stop", "skip"] = setting(
-        "stop", "what a loss or gradient that is not finite does to the run; skip: leave the step out"
-    )
-    max_nonfinite: int = setting(
-        10, "how many `skip` may leave out in the whole run; one more stops it", unit="steps", at_least=1
-    )
-    max_hours: float | None = setting(
-        None, "save and exit, to be resumed, after this time; null: no limit", unit="hours", above=0
-    )
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", "skip: leave out a step that is not finite")
+    max_nonfinite: int = setting(10, "how many `skip` may leave out; one more stops the run", unit="steps", at_least=1)
+    max_hours: float | None = setting(None, "save and exit after this time; null: no limit", unit="hours", above=0)
     hang_timeout_minutes: float | None = setting(
         20.0, "end a run that makes no progress for this long; null: never", unit="minutes", above=0
     )
@@ -189,19 +153,13 @@ class TrainSettings:
 class CheckpointSettings:
     """When a run's state is saved, what is kept, and which state becomes the final model."""
 
-    save_steps: int | None = setting(
-        None, "how often to save a checkpoint; null: at the end only", unit="steps", at_least=1
-    )
+    save_steps: int | None = setting(None, "how often to save; null: at the end only", unit="steps", at_least=1)
     save_at_end: bool = setting(True, "also save a checkpoint of the last step")
-    save_total_limit: int | None = setting(
-        2, "how many of the newest are kept, beside the best one; null: all", unit="checkpoints", at_least=1
-    )
+    save_total_limit: int | None = setting(2, "newest checkpoints kept beside the best one; null: all", at_least=1)
     metric_for_best_model: str | None = setting(None, "a metric of the held-out data, e.g. rewards/accuracies")
     greater_is_better: bool = setting(True, "whether a greater metric_for_best_model is better; false for a loss")
     load_best_model_at_end: bool = setting(False, "write model/ from the best checkpoint, not from the last step")
-    preempt_grace_seconds: float = setting(
-        100.0, "time to save after SIGTERM or SIGUSR1; then the run ends, saved or not", unit="seconds", above=0
-    )
+    preempt_grace_seconds: float = setting(100.0, "time to save after SIGTERM or SIGUSR1", unit="seconds", above=0)
     allow_changes: list[str] = setting([], "settings that may differ from the checkpoint's on resume")
 
 
@@ -209,12 +167,7 @@ class CheckpointSettings:
 class LoggingSettings:
     """Where the metrics go besides `metrics.jsonl`, which always gets every step."""
 
-    logging_steps: int = setting(
-        1,
-        "how often the console and the trackers get a line; metrics.jsonl has every step",
-        unit="steps",
-        at_least=1,
-    )
+    logging_steps: int = setting(1, "how often the console and the trackers get a line", unit="steps", at_least=1)
     console_metrics: list[str] = setting(
         ["loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate"], "metrics of a console line"
     )
@@ -222,10 +175,7 @@ class LoggingSettings:
     project_name: str = setting("dpo_scale", "the project's name in the trackers")
     progress_bar: bool = setting(True, "show one; only where the console is a terminal")
     peak_tflops: float | None = setting(
-        None,
-        "peak of one rank's device, for mfu; null: by the device's name, where it is known",
-        unit="TFLOP/s",
-        above=0,
+        None, "peak of a rank's device, for mfu; null: by its name", unit="TFLOP/s", above=0
     )
 
 

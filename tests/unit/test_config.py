@@ -108,7 +108,7 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
         ("checkpoint.allow_changes=train.seed", ["checkpoint.allow_changes[0] = 'train.seed'", "a setting of loss"]),
         (
             "logging.peak_tflops=0",
-            ["logging.peak_tflops = 0: expected null or a number of TFLOP/s, above 0 (peak of one rank's device"],
+            ["logging.peak_tflops = 0: expected null or a number of TFLOP/s, above 0 (peak of a rank's device"],
         ),
         ("noequals", ["noequals", "section.key=value"]),
     ],
@@ -223,7 +223,7 @@ def test_help_is_quick_and_loads_no_torch():
     lines = done.stdout.splitlines()
     for line in (
         "  train.learning_rate=1e-06  # the highest rate, reached after the warm-up (a number, at least 0)",
-        "  train.max_steps=null  # length of the training; overrides num_train_epochs "
+        "  train.max_steps=null  # length of training; overrides num_train_epochs "
         "(null or a whole number of steps, at least 1)",
         "  data.train=[]  # sources of training pairs (a list of sources)",
     ):
