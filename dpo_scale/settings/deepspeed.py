@@ -61,16 +61,18 @@ OPTIMIZERS = {
 }
 
 
+Offload = Literal["none", "cpu"]
+
+
 @dataclass
 class DeepspeedSettings:
     """ZeRO stage and offloads; anything else of DeepSpeed's goes through `config`."""
 
     stage: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; null: what `config` says, else 2")
-    offload_optimizer: Literal["none", "cpu"] | None = setting(None, "cpu: in host memory; null: as in `config`")
-    offload_param: Literal["none", "cpu"] | None = setting(None, "cpu: in host memory; null: as in `config`")
+    offload_optimizer: Offload | None = setting(None, "cpu: optimizer states in host memory; null: as in `config`")
+    offload_param: Offload | None = setting(None, "cpu: weights in host memory, at stage 3; null: as in `config`")
     bf16_optimizer_states: bool | None = setting(
-        None,
-        "Adam's moments and the weights it updates in bf16, without fp32 copies; null: what `config` says, else false",
+        None, "Adam's moments and the weights it updates in bf16, without fp32 copies; null: as in `config`"
     )
     config: str | dict[str, Any] | None = setting(None, "a DeepSpeed JSON (path or mapping), merged with the settings")
     timeout_minutes: float = setting(30.0, "a collective that takes longer ends the run", unit="minutes", above=0)
@@ -86,7 +88,7 @@ class DeepspeedSettings:
         defaults = {"stage": 2, "offload_optimizer": "none", "offload_param": "none", "bf16_optimizer_states": False}
         for name, value in (defaults | stated).items():
             if value is None:
-                raise ConfigError(f"deepspeed.config: deepspeed.{name} = None: leave it out, or say which")
+                raise ConfigError(f"deepspeed.config: deepspeed.{name} = None: leave it out, or give a value")
             if getattr(self, name) is None:
                 setattr(self, name, value)
 

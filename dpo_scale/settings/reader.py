@@ -96,13 +96,14 @@ def build(cls: type, value: Any, key: str = "", root: type | None = None) -> Any
     if not isinstance(value, dict):
         raise ConfigError(f"{key} = {value!r}: expected a section with keys, found {_describe(value)}")
     hints = typing.get_type_hints(cls)
-    descriptions = {field.name: described(field) for field in dataclasses.fields(cls)}
+    known = {field.name: field for field in dataclasses.fields(cls)}
     for name in value:
-        if name not in descriptions:
+        if name not in known:
             raise ConfigError(_unknown_key(_join(key, name), root))
-    return cls(
-        **{name: _read(hints[name], item, _join(key, name), root, descriptions[name]) for name, item in value.items()}
-    )
+    read = {}
+    for name, item in value.items():
+        read[name] = _read(hints[name], item, _join(key, name), root, described(known[name]))
+    return cls(**read)
 
 
 def to_mapping(value: Any) -> Any:
@@ -176,17 +177,16 @@ def describe_type(hint: Any) -> str:
 def _read(hint: Any, value: Any, key: str, root: type, about: Setting) -> Any:
     """A field's value, of its type and in its range."""
     converted = _try_convert(hint, value, key, root)
-    if converted is _MISMATCH:
-        close = ""
-        if typing.get_origin(hint) is typing.Literal and isinstance(value, str):
-            nearest = difflib.get_close_matches(value, [str(item) for item in typing.get_args(hint)], n=1)
-            close = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        expected = about.expected(describe_type(hint))
-        raise ConfigError(f"{key} = {value!r}: expected {expected}, found {_describe(value)}{close}")
-    if not about.allows(converted):
-        expected = about.expected(describe_type(hint))
-        raise ConfigError(f"{key} = {value!r}: expected {expected} ({about.meaning})")
-    return converted
+    if converted is not _MISMATCH and about.allows(converted):
+        return converted
+    message = f"{key} = {value!r}: expected {about.expected(describe_type(hint))}"
+    if converted is not _MISMATCH:
+        raise ConfigError(f"{message} ({about.meaning})")
+    message += f", found {_describe(value)}"
+    if typing.get_origin(hint) is typing.Literal and isinstance(value, str):
+        nearest = difflib.get_close_matches(value, [str(item) for item in typing.get_args(hint)], n=1)
+        message += f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ConfigError(message)
 
 
 _MISMATCH = object()
@@ -262,12 +262,5 @@ def _describe(value: Any) -> str:
         return "nothing (null)"
     if isinstance(value, float) and not math.isfinite(value):
         return "a number that is not finite"
-    names = {
-        bool: "true/false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a mapping",
-    }
-    return names.get(type(value), type(value).__name__)
+    names = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return "a mapping" if isinstance(value, dict) else names.get(type(value), type(value).__name__)
