@@ -167,8 +167,9 @@ def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) 
         binding[("optimizer", "params", name)] = (value, _OPTIMIZER_KEYS.get(name, "train.optim and train.optim_args"))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(settings, name)
-        if device != "none":
+        if device != "none" or name in zero_settings_of(settings.config or {}):
             binding[("zero_optimization", name, "device")] = (device, f"deepspeed.{name}")
+        if device != "none":
             # a device copies page-locked memory several times as fast, and while it computes
             defaults[("zero_optimization", name, "pin_memory")] = device_type != "cpu"
     if config.train.reduce_dtype is not None:

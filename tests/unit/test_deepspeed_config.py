@@ -88,6 +88,13 @@ def test_stage_said_twice_must_agree(tmp_path):
         load(tmp_path, user, "deepspeed.stage=3")
 
 
+def test_an_offload_of_the_json_is_not_kept_against_a_setting_that_turns_it_off(tmp_path):
+    user = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert load(tmp_path, user).deepspeed.offload_optimizer == "cpu"
+    with pytest.raises(ConfigError, match="device = 'cpu' contradicts deepspeed.offload_optimizer = 'none'"):
+        load(tmp_path, user, "deepspeed.offload_optimizer=none")
+
+
 def test_broken_json_is_named(tmp_path):
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(ConfigError, match="ds.json"):
