@@ -23,6 +23,7 @@ class LossInfo:
     """What one loss needs, and where it comes from.
 
     needs_reference: it reads the reference model's log-probs.
+    uses_lengths: it reads the numbers of completion tokens.
     separable: a pair's loss depends on that pair alone; if not, all pairs of a micro-step are needed at once.
     of_d: it reads the log-ratios only through D = score(L_c) - score(L_r), so an f-divergence can replace D.
     reads: the optional settings that it reads; giving one to losses that read it nowhere is refused.
@@ -30,6 +31,7 @@ class LossInfo:
 
     source: str
     needs_reference: bool = True
+    uses_lengths: bool = False
     separable: bool = True
     of_d: bool = False
     reads: tuple[str, ...] = ()
@@ -41,7 +43,7 @@ LOSSES: dict[str, LossInfo] = {
     "sigmoid": LossInfo("DPO, arXiv 2305.18290; cDPO, E. Mitchell's note", of_d=True, reads=_SMOOTHED),
     "robust": LossInfo("robust DPO, arXiv 2403.00409", of_d=True, reads=_SMOOTHED),
     "hinge": LossInfo("SLiC, arXiv 2305.10425", of_d=True),
-    "ipo": LossInfo("IPO, arXiv 2310.12036"),
+    "ipo": LossInfo("IPO, arXiv 2310.12036", uses_lengths=True),
     "exo_pair": LossInfo("EXO, arXiv 2402.00856", of_d=True, reads=_SMOOTHED),
     "nca_pair": LossInfo("NCA, arXiv 2402.05369"),
     "bco_pair": LossInfo("BCO, arXiv 2404.04656"),
@@ -51,11 +53,11 @@ LOSSES: dict[str, LossInfo] = {
     "apo_zero": LossInfo("APO, arXiv 2408.06266"),
     "apo_down": LossInfo("APO, arXiv 2408.06266"),
     "discopop": LossInfo("DiscoPOP, arXiv 2406.08414", of_d=True, reads=("discopop_tau",)),
-    "sigmoid_norm": LossInfo("length-normalised DPO, arXiv 2411.15124"),
-    "sft": LossInfo("RPO, arXiv 2404.19733", needs_reference=False),
-    "simpo": LossInfo("SimPO, arXiv 2405.14734", needs_reference=False, reads=("simpo_gamma",)),
-    "orpo": LossInfo("ORPO, arXiv 2403.07691", needs_reference=False, reads=("orpo_lambda",)),
-    "cpo": LossInfo("CPO, arXiv 2401.08417", needs_reference=False, reads=("cpo_alpha",)),
+    "sigmoid_norm": LossInfo("length-normalised DPO, arXiv 2411.15124", uses_lengths=True),
+    "sft": LossInfo("RPO, arXiv 2404.19733", needs_reference=False, uses_lengths=True),
+    "simpo": LossInfo("SimPO, arXiv 2405.14734", needs_reference=False, uses_lengths=True, reads=("simpo_gamma",)),
+    "orpo": LossInfo("ORPO, arXiv 2403.07691", needs_reference=False, uses_lengths=True, reads=("orpo_lambda",)),
+    "cpo": LossInfo("CPO, arXiv 2401.08417", needs_reference=False, uses_lengths=True, reads=("cpo_alpha",)),
 }
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
