@@ -32,7 +32,7 @@ from dpo_scale.distributed.random_state import random_state, restore_random_stat
 from dpo_scale.errors import CheckpointError
 from dpo_scale.models.scorer import Policy
 from dpo_scale.reference.protocol import Reference
-from dpo_scale.settings.tree import CHECKPOINTS_DIR, MANIFEST_FILE
+from dpo_scale.settings.resume import CHECKPOINTS_DIR, MANIFEST_FILE
 
 FORMAT_VERSION = 2
 _STEP_DIR = re.compile(r"step-(\d+)")

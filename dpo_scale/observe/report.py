@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_scale.errors import UserError
-from dpo_scale.settings.tree import CONFIG_FILE, Config, load_config
+from dpo_scale.settings.resume import CONFIG_FILE
+from dpo_scale.settings.tree import Config, load_config
 
 WIDTH = 90
 # Where in the held-out data the prompts stand that are answered: the same ones in every report.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dpo_scale.settings.tree import PHASES
+from dpo_scale.settings.metric_names import PHASES
 
 _COMPUTING = ("reference", "forward", "backward")
 

@@ -17,7 +17,7 @@ import yaml
 from dpo_scale.errors import EXIT_USER_ERROR, UserError
 from dpo_scale.run import preemption
 from dpo_scale.run.watchdog import Watchdog
-from dpo_scale.settings.reader import list_keys, to_mapping
+from dpo_scale.settings.reader import list_sections, to_mapping
 from dpo_scale.settings.tree import Config
 
 SECONDS_TO_SPEAK_FIRST = 5.0
@@ -26,11 +26,10 @@ MAX_KEPT = 2**16  # characters of the console
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
-    """A parser for `--config FILE section.key=value ...`; its help lists every option with type and default."""
-    options = "\n".join(f"  {key} ({kind}; default {default!r})" for key, kind, default in list_keys(Config))
+    """A parser for `--config FILE section.key=value ...`; its help has a line for every option."""
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=f"options, in the file or as section.key=value:\n{options}",
+        epilog=_options_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; without one, the defaults and the overrides")
@@ -39,6 +38,15 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     # the launchers of torch and DeepSpeed add this one; ranks are read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _options_help() -> str:
+    """Every option with its default, meaning, type, unit and range, section by section."""
+    lines = ["settings, in the file or as section.key=value, with their defaults:"]
+    for name, summary, options in list_sections(Config):
+        lines += ["", f"{name}: {summary}" if name else summary]
+        lines += [f"  {key}={default}  # {meaning} ({expected})" for key, expected, default, meaning in options]
+    return "\n".join(lines)
 
 
 def print_config(config: Config) -> None:

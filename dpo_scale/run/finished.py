@@ -14,7 +14,7 @@ from dpo_scale import __version__
 from dpo_scale.disk.atomic import write_atomically
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError
-from dpo_scale.settings.tree import FINISHED_FILE
+from dpo_scale.settings.resume import FINISHED_FILE
 
 
 def mark_finished(run_dir: Path, step: int, model: Path) -> None:

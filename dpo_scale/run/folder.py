@@ -23,7 +23,8 @@ from dpo_scale.checkpoint.save_load import Checkpoint, find_checkpoints
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, UserError
 from dpo_scale.run.rank_files import LOGS_DIR
-from dpo_scale.settings.tree import CONFIG_FILE, Config
+from dpo_scale.settings.resume import CONFIG_FILE
+from dpo_scale.settings.tree import Config
 
 LOCK_FILE = "lock"
 POLL_SECONDS = 0.2

@@ -1,20 +1,23 @@
-"""DeepSpeed's JSON out of our settings, and a user's own JSON merged into it. Pure functions, no torch.
+"""The `deepspeed:` section, and DeepSpeed's JSON made from our settings and a user's own JSON. No torch.
 
-DeepSpeed accepts unknown top-level keys in silence, fills gaps with defaults that change training
-(`gradient_clipping` 1.0), and knows a second place for most of what our settings say. So: the settings are the one
-place for what they cover (`binding`), a user's JSON may set everything else and override our mere defaults, the
-same fact said twice must be said alike, and a key that DeepSpeed does not know is refused. "auto", which is how
-Hugging Face's Trainer marks a value it fills in, counts as not said.
+DeepSpeed accepts unknown top-level keys in silence. It fills gaps with defaults that change training
+(`gradient_clipping` 1.0). And its JSON is a second place for most of what our settings say. So the settings decide
+what they cover (`binding`); a user's JSON may set everything else and override what is only a default of ours. Where
+both say the same thing they must agree, and a key that DeepSpeed does not know is refused. "auto", by which Hugging
+Face's Trainer marks a value that it fills in, counts as not said.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.fields import setting
+from dpo_scale.settings.reader import build
 
 if TYPE_CHECKING:
     from dpo_scale.settings.tree import Config
@@ -32,7 +35,7 @@ KNOWN_KEYS = frozenset(
     use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
 )
-# What another part of the program owns; in a user's JSON these could only contradict it.
+# What our settings decide alone; a user's JSON could only contradict them.
 OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size",
     "scheduler": "train.lr_scheduler_type, train.warmup_ratio, train.warmup_steps",
@@ -48,7 +51,7 @@ OWNED_KEYS = {
     "nebula": "checkpoint.*; files are written and read by our own engine",
     "hybrid_engine": "nothing: no text is generated while training",
 }
-# `train.optim` in lower case -> the spelling that DeepSpeed takes; it looks a name it does not know up in torch.optim
+# `train.optim` in lower case -> DeepSpeed's spelling. A name that DeepSpeed does not know, it looks up in torch.optim.
 OPTIMIZERS = {
     name.lower(): name
     for name in (
@@ -56,6 +59,38 @@ OPTIMIZERS = {
         *("SGD", "RMSprop", "NAdam", "RAdam", "Adamax"),
     )
 }
+
+
+Offload = Literal["none", "cpu"]
+
+
+@dataclass
+class DeepspeedSettings:
+    """ZeRO stage and offloads; anything else of DeepSpeed's goes through `config`."""
+
+    stage: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; null: what `config` says, else 2")
+    offload_optimizer: Offload | None = setting(None, "cpu: optimizer states in host memory; null: as in `config`")
+    offload_param: Offload | None = setting(None, "cpu: weights in host memory, at stage 3; null: as in `config`")
+    bf16_optimizer_states: bool | None = setting(
+        None, "Adam's moments and the weights it updates in bf16, without fp32 copies; null: as in `config`"
+    )
+    config: str | dict[str, Any] | None = setting(None, "a DeepSpeed JSON (path or mapping), merged with the settings")
+    timeout_minutes: float = setting(30.0, "a collective that takes longer ends the run", unit="minutes", above=0)
+
+    def resolve(self) -> None:
+        """Read the DeepSpeed JSON into the tree, and take from it what the settings leave open."""
+        if isinstance(self.config, str):
+            self.config = read_deepspeed_json(self.config)
+        if self.config is not None:
+            self.config = clean_user_config(self.config)
+        stated = zero_settings_of(self.config or {})
+        build(DeepspeedSettings, stated, "deepspeed.config: deepspeed")  # refuses impossible values
+        defaults = {"stage": 2, "offload_optimizer": "none", "offload_param": "none", "bf16_optimizer_states": False}
+        for name, value in (defaults | stated).items():
+            if value is None:
+                raise ConfigError(f"deepspeed.config: deepspeed.{name} = None: leave it out, or give a value")
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
@@ -111,8 +146,8 @@ def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) 
 
     Args:
         config: a validated config, its `deepspeed.stage` and offloads resolved.
-        micro_steps: most micro-steps an optimizer step can take; DeepSpeed sizes offload buffers by it.
-        device_type: what the engine runs on, e.g. "cuda"; anything but "cpu" gets at host memory by copies.
+        micro_steps: the most micro-steps an optimizer step can take; DeepSpeed sizes offload buffers by it.
+        device_type: what the engine runs on, e.g. "cuda"; anything but "cpu" reads host memory by copies.
 
     Raises:
         ConfigError: where `deepspeed.config` says otherwise than the settings; both places are named.
@@ -132,9 +167,11 @@ def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) 
         binding[("optimizer", "params", name)] = (value, _OPTIMIZER_KEYS.get(name, "train.optim and train.optim_args"))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(settings, name)
-        if device != "none":
+        if device != "none" or name in zero_settings_of(settings.config or {}):
             binding[("zero_optimization", name, "device")] = (device, f"deepspeed.{name}")
-            defaults[("zero_optimization", name, "pin_memory")] = _pins(device_type)
+        if device != "none":
+            # a device copies page-locked memory several times as fast, and while it computes
+            defaults[("zero_optimization", name, "pin_memory")] = device_type != "cpu"
     if config.train.reduce_dtype is not None:
         binding[("communication_data_type",)] = (_SHORT_DTYPES[config.train.reduce_dtype], "train.reduce_dtype")
     if settings.bf16_optimizer_states:
@@ -153,17 +190,12 @@ def reference_deepspeed_config(config: Config, device_type: str) -> dict[str, An
     binding, defaults = _precision(config.model.dtype)
     zero: dict[str, Any] = {"stage": config.reference.stage}
     if config.reference.offload_param == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": _pins(device_type)}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device_type != "cpu"}
     stated = (config.deepspeed.config or {}).get("zero_optimization", {})
     if config.reference.stage == 3 and MAX_LIVE in stated:  # which also decides how it is gathered (`models.zero3`)
         zero[MAX_LIVE] = stated[MAX_LIVE]
     defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, config.reference.stage)
     return _merge({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}, binding, defaults)
-
-
-def _pins(device_type: str) -> bool:
-    """Whether host memory is page-locked: a device copies it several times as fast, and while it computes."""
-    return device_type != "cpu"
 
 
 def with_fitting_buckets(deepspeed_config: dict[str, Any], num_parameters: int) -> dict[str, Any]:
@@ -193,16 +225,6 @@ _OPTIMIZER_KEYS = {
 }
 
 
-def known_optimizer(name: str) -> bool:
-    """Whether `train.optim` names one of ours, DeepSpeed's or torch's optimizers, in any case."""
-    return name.lower() in OPTIMIZERS
-
-
-def optimizer_names() -> list[str]:
-    """What `train.optim` may be, for messages."""
-    return list(OPTIMIZERS.values())
-
-
 def _optimizer(config: Config) -> tuple[str, dict[str, Any]]:
     train = config.train
     name = OPTIMIZERS[train.optim.lower()]
@@ -228,10 +250,10 @@ def _precision(dtype: str) -> tuple[dict[tuple[str, ...], tuple[Any, str]], dict
 
 
 def _compiled_defaults(config: Config, stage: int | None) -> dict[tuple[str, ...], Any]:
-    """What compiled layers at stage 3 want of DeepSpeed: torch's own linear function.
+    """Torch's own linear function for compiled layers at stage 3.
 
-    DeepSpeed's keeps gathered weights from staying until the backward pass, as compiled layers do by themselves, and
-    looks at each weight's number, by which torch 2.11 would compile every layer anew.
+    DeepSpeed's lets gathered weights go before the backward pass, which compiled layers do by themselves. It also looks
+    at each weight's number, which makes torch 2.11 compile every layer anew.
     """
     return {("zero_optimization", "memory_efficient_linear"): False} if config.model.compile and stage == 3 else {}
 

@@ -10,12 +10,12 @@ be read and refused, and `--help` printed, without waiting for it.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args
 
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.fields import setting
 
 
 @dataclass(frozen=True)
@@ -60,39 +60,31 @@ LOSSES: dict[str, LossInfo] = {
     "cpo": LossInfo("CPO, arXiv 2401.08417", needs_reference=False, uses_lengths=True, reads=("cpo_alpha",)),
 }
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+F_DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 
 
 @dataclass
 class LossSettings:
-    """The `loss:` section of a config. Formulas: the functions of `dpo_scale.losses`.
+    """What is minimised. Formulas: docs/losses.md and the functions of `dpo_scale.losses`."""
 
-    loss_type: name of a loss (`LOSSES`), or a list of names for a weighted sum.
-    loss_weights: one weight per loss of the list; null: 1.0 each.
-    beta: strength of the pull towards the reference; scales the logged rewards too.
-    label_smoothing: assumed share of swapped labels (sigmoid, robust, exo_pair, aot, aot_unpaired).
-    f_divergence: divergence from the reference: reverse_kl, forward_kl, js or alpha; for losses of D.
-    f_alpha_divergence_coef: alpha of `f_divergence: alpha`.
-    ld_alpha: LD-DPO's weight of tokens beyond the shorter completion's length; null: all weigh 1.
-    use_weighting: WPO's weighting of pairs by how likely the policy itself was to write them.
-    discopop_tau: DiscoPOP's temperature of the blend of its two losses.
-    simpo_gamma: SimPO's margin between the mean log-probs of chosen and rejected, times beta.
-    orpo_lambda: ORPO's weight of the odds ratio beside the likelihood of the chosen completion.
-    cpo_alpha: CPO's weight of the likelihood of the chosen completion.
-    """
-
-    loss_type: str | list[str] = "sigmoid"
-    loss_weights: list[float] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: float | None = None
-    use_weighting: bool = False
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    orpo_lambda: float = 0.1
-    cpo_alpha: float = 1.0
+    loss_type: str | list[str] = setting("sigmoid", "name of a loss, or a list of names for a weighted sum")
+    loss_weights: list[float] | None = setting(None, "one weight per loss of the list; null: 1.0 each")
+    beta: float = setting(0.1, "strength of the pull towards the reference; scales the logged rewards too", above=0)
+    label_smoothing: float = setting(0.0, "assumed share of swapped labels", at_least=0, below=1)
+    f_divergence: Divergence = setting("reverse_kl", "divergence from the reference; for losses of D (docs/losses.md)")
+    f_alpha_divergence_coef: float = setting(0.5, "alpha of `f_divergence: alpha`")
+    ld_alpha: float | None = setting(
+        None,
+        "LD-DPO's weight of tokens beyond the shorter completion's length; null: all weigh 1",
+        at_least=0,
+        at_most=1,
+    )
+    use_weighting: bool = setting(False, "WPO's weighting of pairs by how likely the policy itself was to write them")
+    discopop_tau: float = setting(0.05, "DiscoPOP's temperature of the blend of its two losses", above=0, at_most=1)
+    simpo_gamma: float = setting(0.5, "SimPO's margin between the mean log-probs of chosen and rejected, times beta")
+    orpo_lambda: float = setting(0.1, "ORPO's weight of the odds ratio beside the likelihood", at_least=0)
+    cpo_alpha: float = setting(1.0, "CPO's weight of the likelihood of the chosen completion", at_least=0)
 
     @property
     def loss_types(self) -> list[str]:
@@ -134,9 +126,8 @@ class LossSettings:
         return [*names, "accuracy/policy"]
 
     def validate(self) -> None:
-        """Raise `ConfigError` for the first setting that is unknown, impossible or read by no chosen loss."""
+        """Raise `ConfigError` for the first loss that is unknown and the first setting that no chosen loss can take."""
         self._check_names_and_weights()
-        self._check_numbers()
         self._check_smoothing()
         self._check_divergence()
         self._check_token_options()
@@ -146,41 +137,18 @@ class LossSettings:
         raise ConfigError(f"loss.{field} = {getattr(self, field)!r}: {why}")
 
     def _check_names_and_weights(self) -> None:
-        names = self.loss_types
+        names, weights = self.loss_types, self.loss_weights
         if not names:
-            self._refuse("loss_type", f"give at least one of: {_listed(LOSSES)}")
+            self._refuse("loss_type", f"give at least one of: {', '.join(LOSSES)}")
         for name in names:
             if name not in LOSSES:
-                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {_listed(LOSSES)}")
+                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {', '.join(LOSSES)}")
             if names.count(name) > 1:
                 self._refuse("loss_type", f"{name!r} is given twice; give it once, with its weight")
-        if self.loss_weights is None:
-            return
-        if len(self.loss_weights) != len(names):
-            self._refuse("loss_weights", f"{len(names)} weights expected, one per loss of loss.loss_type = {names}")
-        if not all(math.isfinite(w) and w >= 0 for w in self.loss_weights) or not any(self.loss_weights):
-            self._refuse("loss_weights", "weights must be finite and not below 0, and not all of them 0")
-
-    def _check_numbers(self) -> None:
-        ranges = {  # field: (lowest, highest, whether the lowest itself is allowed)
-            "beta": (0.0, math.inf, False),
-            "label_smoothing": (0.0, 1.0, True),
-            "f_alpha_divergence_coef": (-math.inf, math.inf, True),
-            "ld_alpha": (0.0, 1.0, True),
-            "discopop_tau": (0.0, 1.0, False),
-            "simpo_gamma": (-math.inf, math.inf, True),
-            "orpo_lambda": (0.0, math.inf, True),
-            "cpo_alpha": (0.0, math.inf, True),
-        }
-        for field, (low, high, low_allowed) in ranges.items():
-            value = getattr(self, field)
-            if value is None:
-                continue
-            if math.isfinite(value) and low <= value <= high and (low_allowed or value > low):
-                continue
-            lower = "" if low == -math.inf else f" {'at least' if low_allowed else 'above'} {low:g}"
-            upper = "" if high == math.inf else f" and at most {high:g}"
-            self._refuse(field, f"must be a finite number{lower}{upper}")
+        if weights is not None and len(weights) != len(names):
+            self._refuse("loss_weights", f"expected {len(names)}, one weight per loss of loss.loss_type = {names}")
+        if weights is not None and (min(weights) < 0 or not any(weights)):
+            self._refuse("loss_weights", "expected weights of at least 0, and not all of them 0")
 
     def _check_smoothing(self) -> None:
         names, smoothing = self.loss_types, self.label_smoothing
@@ -188,13 +156,8 @@ class LossSettings:
             self._refuse("label_smoothing", "exo_pair takes its logarithm: give a value above 0, e.g. 0.001")
         if "robust" in names and smoothing >= 0.5:
             self._refuse("label_smoothing", "robust divides by 1 - 2 * label_smoothing: give a value below 0.5")
-        if smoothing == 1:
-            self._refuse("label_smoothing", "every label would count as swapped: give a value below 1")
 
     def _check_divergence(self) -> None:
-        if self.f_divergence not in F_DIVERGENCES:
-            hint = _nearest(self.f_divergence, F_DIVERGENCES)
-            self._refuse("f_divergence", f"unknown divergence{hint}; known: {_listed(F_DIVERGENCES)}")
         alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
         if alpha_given and self.f_divergence != "alpha":
             self._refuse("f_alpha_divergence_coef", "is read only with loss.f_divergence = 'alpha'")
@@ -206,7 +169,7 @@ class LossSettings:
         others = [name for name in self.loss_types if LOSSES[name].needs_reference and name not in of_d]
         if others or not self.needs_reference:
             named = ", ".join(others or self.loss_types)
-            self._refuse("f_divergence", f"has no meaning for {named}; it can be used with: {_listed(of_d)}")
+            self._refuse("f_divergence", f"has no meaning for {named}; it can be used with: {', '.join(of_d)}")
 
     def _check_token_options(self) -> None:
         if self.ld_alpha is not None:
@@ -226,11 +189,7 @@ class LossSettings:
             if getattr(self, field) != default:
                 readers = [name for name, info in LOSSES.items() if field in info.reads]
                 named = ", ".join(self.loss_types)
-                self._refuse(field, f"{named} does not read it ({_listed(readers)} would); leave it at {default!r}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+                self._refuse(field, f"{named} does not read it ({', '.join(readers)} would); leave it at {default!r}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Mappings into dataclasses, strictly: every key known, every value of its declared type.
+"""Mappings into dataclasses, strictly: every key known, every value of its declared type and in its range.
 
 Only the types that the settings use are understood: bool, int, float, str, Literal, list, dict, dataclasses and
 unions of these. A dataclass with a `parse` classmethod takes shorthand forms (a plain string for a data source).
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import json
 import math
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.fields import Setting, described
 
 KEY_ALIASES = {
     "model.model_name_or_path": "model.path",
@@ -93,11 +96,14 @@ def build(cls: type, value: Any, key: str = "", root: type | None = None) -> Any
     if not isinstance(value, dict):
         raise ConfigError(f"{key} = {value!r}: expected a section with keys, found {_describe(value)}")
     hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name: field for field in dataclasses.fields(cls)}
     for name in value:
         if name not in known:
             raise ConfigError(_unknown_key(_join(key, name), root))
-    return cls(**{name: _convert(hints[name], item, _join(key, name), root) for name, item in value.items()})
+    read = {}
+    for name, item in value.items():
+        read[name] = _read(hints[name], item, _join(key, name), root, described(known[name]))
+    return cls(**read)
 
 
 def to_mapping(value: Any) -> Any:
@@ -111,47 +117,76 @@ def to_mapping(value: Any) -> Any:
     return value
 
 
-def list_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted key, type as text, default) of every option, in the order of the classes."""
-    hints = typing.get_type_hints(cls)
+class Option(NamedTuple):
+    """One line of `--help` and of the settings page; all text, the default as a config file writes it."""
+
+    key: str
+    expected: str
+    default: str
+    meaning: str
+
+
+def list_sections(root: type) -> Iterator[tuple[str, str, list[Option]]]:
+    """(name, what it is about, its options) of every section, then of the top level under the name ""."""
+    hints = typing.get_type_hints(root)
+    for field in dataclasses.fields(root):
+        section = hints[field.name]
+        if dataclasses.is_dataclass(section):
+            summary = " ".join((inspect.getdoc(section) or "").split("\n\n")[0].split())
+            yield field.name, summary, list_options(section, field.name)
+    yield "", "At the top level.", list_options(root)
+
+
+def list_options(cls: type, section: str = "") -> list[Option]:
+    """The options of one section, in the order of its class."""
+    hints, options = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
-        key = _join(prefix, field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from list_keys(hints[field.name], key)
-        else:
+        if not dataclasses.is_dataclass(hints[field.name]):
             has_factory = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if has_factory else field.default
-            yield key, describe_type(hints[field.name]), default
+            default = json.dumps(field.default_factory() if has_factory else field.default).replace('"', "") or '""'
+            about = described(field)
+            expected = about.expected(describe_type(hints[field.name]))
+            options.append(Option(_join(section, field.name), expected, default, about.meaning))
+    return options
+
+
+def list_keys(root: type) -> list[str]:
+    """The dotted key of every option."""
+    return [option.key for _, _, options in list_sections(root) for option in options]
 
 
 def describe_type(hint: Any) -> str:
-    """A type as a user would name it: `a number`, `one of 'a', 'b'`, `null or text`."""
+    """A type as a user would name it: `a number`, `one of 'a', 'b'`, `null or text`, `a list of texts`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return "one of " + ", ".join(repr(item) for item in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(repr(item) for item in arguments)
     if origin in (typing.Union, types.UnionType):
         ordered = sorted(arguments, key=lambda item: item is not type(None))
-        return " or ".join(describe_type(item) for item in ordered)
+        *words, last = (describe_type(item) for item in ordered)
+        return f"{', '.join(words)} or {last}"
     if origin is list:
-        return f"list of ({describe_type(arguments[0])})"
+        return f"a list of {describe_type(arguments[0]).removeprefix('a ')}s"
     if origin is dict or hint is dict:
-        return "mapping"
+        return "a mapping"
     if dataclasses.is_dataclass(hint):
-        return "mapping with " + ", ".join(field.name for field in dataclasses.fields(hint))
+        return hint.__name__.removesuffix("Settings").lower()
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return names.get(hint, "any value")
 
 
-def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
+def _read(hint: Any, value: Any, key: str, root: type, about: Setting) -> Any:
+    """A field's value, of its type and in its range."""
     converted = _try_convert(hint, value, key, root)
-    if converted is _MISMATCH:
-        allowed = describe_type(hint)
-        close = ""
-        if typing.get_origin(hint) is typing.Literal and isinstance(value, str):
-            nearest = difflib.get_close_matches(value, [str(item) for item in typing.get_args(hint)], n=1)
-            close = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError(f"{key} = {value!r}: expected {allowed}, found {_describe(value)}{close}")
-    return converted
+    if converted is not _MISMATCH and about.allows(converted):
+        return converted
+    message = f"{key} = {value!r}: expected {about.expected(describe_type(hint))}"
+    if converted is not _MISMATCH:
+        raise ConfigError(f"{message} ({about.meaning})")
+    message += f", found {_describe(value)}"
+    if typing.get_origin(hint) is typing.Literal and isinstance(value, str):
+        nearest = difflib.get_close_matches(value, [str(item) for item in typing.get_args(hint)], n=1)
+        message += f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ConfigError(message)
 
 
 _MISMATCH = object()
@@ -173,7 +208,7 @@ def _try_convert(hint: Any, value: Any, key: str, root: type) -> Any:
     if origin is list:
         # one source or metric needs no brackets; null is the empty list
         items = [] if value is None else value if isinstance(value, list) else [value]
-        return [_convert(arguments[0], item, f"{key}[{i}]", root) for i, item in enumerate(items)]
+        return [_read(arguments[0], item, f"{key}[{i}]", root, Setting("")) for i, item in enumerate(items)]
     if origin is dict or hint is dict:
         return {} if value is None else dict(value) if isinstance(value, dict) else _MISMATCH
     if dataclasses.is_dataclass(hint):
@@ -202,7 +237,7 @@ def _to_float(value: Any) -> Any:
 
 
 def _unknown_key(key: str, root: type) -> str:
-    known = [name for name, _, _ in list_keys(root)]
+    known = list_keys(root)
     sections = [field.name for field in dataclasses.fields(root)]
     if key in KEY_ALIASES:
         return f"unknown key {key}: did you mean {KEY_ALIASES[key]}?"
@@ -225,12 +260,7 @@ def _join(prefix: str, name: object) -> str:
 def _describe(value: Any) -> str:
     if value is None:
         return "nothing (null)"
-    names = {
-        bool: "true/false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a mapping",
-    }
-    return names.get(type(value), type(value).__name__)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number that is not finite"
+    names = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return "a mapping" if isinstance(value, dict) else names.get(type(value), type(value).__name__)

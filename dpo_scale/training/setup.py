@@ -31,7 +31,8 @@ from dpo_scale.run import preemption
 from dpo_scale.run.finished import finished_step, unmark_finished
 from dpo_scale.run.folder import writing_into
 from dpo_scale.run.watchdog import unmark_lost
-from dpo_scale.settings.tree import CONFIG_FILE, Config
+from dpo_scale.settings.resume import CONFIG_FILE
+from dpo_scale.settings.tree import Config
 from dpo_scale.training.objective import Objective, choose_objective
 from dpo_scale.training.plan import Planner, make_planner
 from dpo_scale.training.prepare import Prepared, prepare

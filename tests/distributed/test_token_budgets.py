@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import preference_rows, read_metrics, run_jobs, run_overrides, write_rows
 
-from dpo_scale.settings.tree import PHASES
+from dpo_scale.settings.metric_names import PHASES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

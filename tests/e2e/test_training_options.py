@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tiny import ROOT, preference_rows, read_metrics, run_jobs, run_overrides, write_rows
 
 from dpo_scale.settings.loss import LossSettings
-from dpo_scale.settings.tree import STEP_METRICS, load_config
+from dpo_scale.settings.metric_names import STEP_METRICS
+from dpo_scale.settings.tree import load_config
 from dpo_scale.training.learning_rate import learning_rate
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -48,7 +48,7 @@ messages = st.lists(
 fields = ["prompt", "chosen", "rejected", "conversations", "messages", "tools", "system", "question", "other"]
 rows = st.dictionaries(st.sampled_from(fields), texts | messages | values, max_size=5)
 proper_rows = st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts})
-keys = st.sampled_from([key for key, *_ in list_keys(Config)])
+keys = st.sampled_from(list_keys(Config))
 zero_keys = ["stage", "offload_optimizer", "offload_param", "reduce_bucket_size", "overlap_comm", "unknown"]
 deepspeed_jsons = st.dictionaries(
     st.sampled_from(sorted(KNOWN_KEYS)) | st.text(max_size=10),

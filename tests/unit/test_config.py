@@ -4,12 +4,14 @@ import datetime
 import subprocess
 import sys
 import time
+from dataclasses import fields, is_dataclass
 
 import pytest
 import yaml
 
 from dpo_scale.errors import ConfigError
-from dpo_scale.settings.reader import to_mapping
+from dpo_scale.settings.fields import described, setting
+from dpo_scale.settings.reader import build, list_sections, to_mapping
 from dpo_scale.settings.tree import Config, load_config
 
 MINIMAL = ["model.path=some/model", "data.train=pairs.jsonl"]
@@ -73,17 +75,23 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
         ("deepspeed.stage=4", ["deepspeed.stage", "4", "0, 1, 2, 3"]),
         ("deepspeed.stage=true", ["deepspeed.stage", "True"]),
         ("model.dtype=bfloat61", ["model.dtype", "bfloat61", "did you mean 'bfloat16'"]),
-        ("train.learning_rate=nan", ["train.learning_rate", "nan"]),
+        (
+            "train.learning_rate=.nan",
+            ["train.learning_rate = nan: expected a number, at least 0, found a number that is"],
+        ),
         ("train.optim=adamw_torhc", ["train.optim", "adamw_torch"]),
         ("loss.loss_type=sigmoyd", ["loss.loss_type", "sigmoyd", "sigmoid"]),
         ("train=5", ["train = 5", "section"]),
         ("train.eval_steps=5", ["train.eval_steps", "data.eval"]),
         ("deepspeed.offload_param=cpu", ["deepspeed.offload_param", "stage 3"]),
         ("reference.offload_param=cpu", ["reference.offload_param", "reference.stage is 3"]),
-        ("reference.seconds_per_shard=-1", ["reference.seconds_per_shard", "-1", "0 (after every"]),
+        ("reference.seconds_per_shard=-1", ["reference.seconds_per_shard", "-1", "at least 0 (how often"]),
         ("reference.seconds_per_shard=.inf", ["reference.seconds_per_shard", "inf", "number"]),
         ("reference.seconds_per_shard=.nan", ["reference.seconds_per_shard", "nan", "number"]),
-        ("reference.seconds_per_shard=soon", ["reference.seconds_per_shard", "'soon'", "number"]),
+        (
+            "reference.seconds_per_shard=soon",
+            ["reference.seconds_per_shard", "'soon'", "number of seconds, at least 0"],
+        ),
         ("reference.seconds_per_shard=null", ["reference.seconds_per_shard", "None", "number"]),
         ("deepspeed.stage=0", ["deepspeed.stage", "bfloat16"]),
         ("train.max_tokens_per_micro_batch=0", ["train.max_tokens_per_micro_batch", "0", "at least 1"]),
@@ -93,7 +101,15 @@ def test_default_output_folder_is_named_after_the_config_and_the_time(tmp_path):
         ),
         ("train.reduce_dtype=float16", ["train.reduce_dtype", "float16", "'float32', 'bfloat16'"]),
         ("deepspeed.bf16_optimizer_states=1", ["deepspeed.bf16_optimizer_states", "1", "true or false"]),
-        ("logging.peak_tflops=0", ["logging.peak_tflops", "more than 0"]),
+        ("lora.dropout=1", ["lora.dropout = 1: expected a number, at least 0 and below 1 ("]),
+        ("reference.sync_mixup=0", ["reference.sync_mixup = 0: expected a number, above 0 and at most 1 ("]),
+        ("train.seed=9223372036854775808", ["train.seed", "below 9223372036854775808"]),
+        ("logging.console_metrics=[loss, lss]", ["logging.console_metrics[1] = 'lss': expected one of loss, "]),
+        ("checkpoint.allow_changes=train.seed", ["checkpoint.allow_changes[0] = 'train.seed'", "a setting of loss"]),
+        (
+            "logging.peak_tflops=0",
+            ["logging.peak_tflops = 0: expected null or a number of TFLOP/s, above 0 (peak of a rank's device"],
+        ),
         ("noequals", ["noequals", "section.key=value"]),
     ],
 )
@@ -171,11 +187,26 @@ def test_missing_and_binary_files_are_named(tmp_path):
 
 
 def test_every_option_survives_a_round_trip_through_its_type():
-    from dpo_scale.settings.reader import build, list_keys
-
     mapping = to_mapping(Config())
     assert to_mapping(build(Config, mapping)) == mapping
-    assert len({key for key, _, _ in list_keys(Config)}) > 60
+
+
+def test_every_option_is_described_and_its_default_lies_in_its_range():
+    options = [option for _, _, section in list_sections(Config) for option in section]
+    assert len(options) > 90
+    assert [option.key for option in options if not option.meaning] == []
+    for section in fields(Config):
+        holder = getattr(Config(), section.name)
+        for field in fields(holder) if is_dataclass(holder) else ():
+            assert described(field).allows(getattr(holder, field.name)), field.name
+
+
+def test_a_range_holds_at_its_ends_and_not_beyond_them():
+    closed = described(setting(0, "", at_least=0, at_most=1))
+    assert [closed.allows(value) for value in (-1e-9, 0, 1, 1 + 1e-9)] == [False, True, True, False]
+    opened = described(setting(0.5, "", above=0, below=1))
+    assert [opened.allows(value) for value in (0, 1e-9, 1 - 1e-9, 1)] == [False, True, True, False]
+    assert opened.allows(None)
 
 
 def test_help_is_quick_and_loads_no_torch():
@@ -187,6 +218,14 @@ def test_help_is_quick_and_loads_no_torch():
     )
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert time.monotonic() - started < 2  # 0.1 s on a machine that does nothing else
     assert done.returncode == 0, done.stderr
-    assert "train.learning_rate (a number; default 1e-06)" in done.stdout
-    assert time.monotonic() - started < 2
+    lines = done.stdout.splitlines()
+    for line in (
+        "  train.learning_rate=1e-06  # the highest rate, reached after the warm-up (a number, at least 0)",
+        "  train.max_steps=null  # length of training; overrides num_train_epochs "
+        "(null or a whole number of steps, at least 1)",
+        "  data.train=[]  # sources of training pairs (a list of sources)",
+    ):
+        assert line in lines
+    assert len([line for line in lines if "=" in line and "  # " in line]) > 90

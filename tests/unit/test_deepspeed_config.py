@@ -66,7 +66,9 @@ def test_auto_counts_as_not_said(tmp_path):
         ({"optimizer": {"type": "Lamb"}}, ["optimizer.type", "train.optim"]),
         ({"optimizer": {"params": {"lr": 1}}}, ["optimizer.params.lr", "train.learning_rate"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "train.lr_scheduler_type"]),
-        ({"zero_optimization": {"stage": 7}}, ["deepspeed.stage", "7"]),
+        ({"zero_optimization": {"stage": 7}}, ["deepspeed.config: deepspeed.stage = 7", "0, 1, 2, 3"]),
+        ({"zero_optimization": {"stage": True}}, ["deepspeed.config: deepspeed.stage = True"]),
+        ({"zero_optimization": {"offload_param": {"device": None}}}, ["deepspeed.config: deepspeed.offload_param"]),
         ({"zero_optimization": 3}, ["zero_optimization", "object"]),
         ({"bf16": {"bf16_optimizer_states": 1}}, ["deepspeed.bf16_optimizer_states", "1"]),
         ([1], ["JSON object"]),
@@ -84,6 +86,13 @@ def test_stage_said_twice_must_agree(tmp_path):
     assert load(tmp_path, user, "deepspeed.stage=2").deepspeed.stage == 2
     with pytest.raises(ConfigError, match="zero_optimization.stage = 2 contradicts deepspeed.stage = 3"):
         load(tmp_path, user, "deepspeed.stage=3")
+
+
+def test_an_offload_of_the_json_is_not_kept_against_a_setting_that_turns_it_off(tmp_path):
+    user = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert load(tmp_path, user).deepspeed.offload_optimizer == "cpu"
+    with pytest.raises(ConfigError, match="device = 'cpu' contradicts deepspeed.offload_optimizer = 'none'"):
+        load(tmp_path, user, "deepspeed.offload_optimizer=none")
 
 
 def test_broken_json_is_named(tmp_path):

@@ -171,24 +171,6 @@ def test_every_option_has_a_meaning():
     assert [name for name, meaning in rows if not meaning.strip()] == []
 
 
-def test_meanings_come_from_the_comment_behind_above_or_the_docstring(tmp_path, monkeypatch):
-    (tmp_path / "documented.py").write_text(
-        'class Section:\n    """All.\n\n    d: from the\n        docstring.\n    e, f: of both.\n    """\n\n'
-        "    a: int = 1  # behind\n    # above, on\n    # two lines\n    b: int = 2\n    c: int = 3\n    d: int = 4\n"
-        "    e: int = 5\n    f: list = (\n        6  # inside\n    )\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    section = __import__("documented").Section
-    assert load(ROOT / "docs" / "site" / "settings_page.py").meanings(section) == {
-        "a": "behind",
-        "b": "above, on two lines",
-        "c": "",
-        "d": "from the docstring",
-        "e": "of both",
-        "f": "inside",
-    }
-
-
 def test_the_readme_is_a_door_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 1300

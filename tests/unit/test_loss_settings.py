@@ -9,6 +9,7 @@ import pytest
 
 from dpo_scale.errors import ConfigError
 from dpo_scale.settings.loss import LOSSES, LossSettings
+from dpo_scale.settings.reader import build
 
 REFUSALS = [
     (
@@ -19,27 +20,33 @@ REFUSALS = [
     (dict(loss_type="zzz"), "unknown loss 'zzz'; known: sigmoid, robust, hinge"),
     (dict(loss_type=[]), "give at least one of: sigmoid"),
     (dict(loss_type=["hinge", "hinge"]), "'hinge' is given twice"),
-    (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "loss.loss_weights = [1.0]: 2 weights expected"),
-    (dict(loss_weights=[1.0, 2.0]), "1 weights expected"),
-    (dict(loss_weights=[-1.0]), "not below 0"),
+    (
+        dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]),
+        "loss.loss_weights = [1.0]: expected 2, one weight per loss",
+    ),
+    (dict(loss_weights=[1.0, 2.0]), "expected 1, one weight per loss"),
+    (dict(loss_weights=[-1.0]), "expected weights of at least 0"),
     (dict(loss_weights=[0.0]), "not all of them 0"),
-    (dict(loss_weights=[float("nan")]), "must be finite"),
-    (dict(beta=0.0), "loss.beta = 0.0: must be a finite number above 0"),
+    (dict(loss_weights=[float("nan")]), "loss.loss_weights[0] = nan: expected a number"),
+    (dict(beta=0.0), "loss.beta = 0.0: expected a number, above 0 (strength of the pull towards the reference"),
     (dict(beta=-0.1), "loss.beta = -0.1"),
     (dict(beta=float("inf")), "loss.beta = inf"),
     (dict(beta=float("nan")), "loss.beta = nan"),
     (
         dict(label_smoothing=-0.1),
-        "loss.label_smoothing = -0.1: must be a finite number at least 0 and at most 1",
+        "loss.label_smoothing = -0.1: expected a number, at least 0 and below 1",
     ),
-    (dict(label_smoothing=1.0), "loss.label_smoothing = 1.0: every label would count as swapped"),
+    (dict(label_smoothing=1.0), "loss.label_smoothing = 1.0: expected a number, at least 0 and below 1"),
     (dict(loss_type="exo_pair"), "loss.label_smoothing = 0.0: exo_pair takes its logarithm"),
     (dict(loss_type="robust", label_smoothing=0.5), "loss.label_smoothing = 0.5: robust divides by"),
     (
         dict(loss_type="hinge", label_smoothing=0.1),
         "loss.label_smoothing = 0.1: hinge does not read it (sigmoid,",
     ),
-    (dict(f_divergence="forward-kl"), "unknown divergence; did you mean 'forward_kl'?; known: reverse_kl"),
+    (
+        dict(f_divergence="forward-kl"),
+        "loss.f_divergence = 'forward-kl': expected one of 'reverse_kl', 'forward_kl', 'js', 'alpha'",
+    ),
     (dict(loss_type="ipo", f_divergence="js"), "loss.f_divergence = 'js': has no meaning for ipo"),
     (
         dict(loss_type=["sigmoid", "apo_down"], f_divergence="js"),
@@ -52,7 +59,7 @@ REFUSALS = [
     ),
     (dict(f_alpha_divergence_coef=0.3), "is read only with loss.f_divergence = 'alpha'"),
     (dict(f_divergence="js", f_alpha_divergence_coef=0.3), "is read only with loss.f_divergence = 'alpha'"),
-    (dict(ld_alpha=1.1), "loss.ld_alpha = 1.1: must be a finite number at least 0 and at most 1"),
+    (dict(ld_alpha=1.1), "loss.ld_alpha = 1.1: expected null or a number, at least 0 and at most 1"),
     (dict(ld_alpha=-0.1), "loss.ld_alpha = -0.1"),
     (
         dict(loss_type=["sigmoid", "sft"], ld_alpha=0.5),
@@ -61,12 +68,12 @@ REFUSALS = [
     (dict(loss_type="aot", use_weighting=True), "loss.use_weighting = True: aot sorts values over pairs"),
     (
         dict(loss_type="discopop", discopop_tau=0.0),
-        "loss.discopop_tau = 0.0: must be a finite number above 0",
+        "loss.discopop_tau = 0.0: expected a number, above 0 and at most 1",
     ),
     (dict(loss_type="discopop", discopop_tau=2.0), "at most 1"),
     (dict(discopop_tau=0.1), "loss.discopop_tau = 0.1: sigmoid does not read it (discopop would)"),
     (dict(loss_type="sft", simpo_gamma=1.0), "loss.simpo_gamma = 1.0: sft does not read it"),
-    (dict(loss_type="simpo", simpo_gamma=float("inf")), "loss.simpo_gamma = inf: must be a finite number"),
+    (dict(loss_type="simpo", simpo_gamma=float("inf")), "loss.simpo_gamma = inf: expected a number"),
     (dict(orpo_lambda=0.2), "loss.orpo_lambda = 0.2: sigmoid does not read it"),
     (dict(loss_type="orpo", orpo_lambda=-1.0), "loss.orpo_lambda = -1.0"),
     (dict(cpo_alpha=0.2), "loss.cpo_alpha = 0.2: sigmoid does not read it"),
@@ -77,7 +84,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("given", "message"), REFUSALS, ids=[str(given) for given, _ in REFUSALS])
 def test_impossible_settings_are_refused_by_name(given, message):
     with pytest.raises(ConfigError) as error:
-        LossSettings(**given).validate()
+        build(LossSettings, given, "loss").validate()
     assert message in str(error.value)
 
 
@@ -96,7 +103,7 @@ ALLOWED = [
 
 @pytest.mark.parametrize("given", ALLOWED, ids=str)
 def test_possible_settings_pass(given):
-    LossSettings(**given).validate()
+    build(LossSettings, given, "loss").validate()
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -17,6 +17,7 @@ from dpo_scale.data import json_rows
 from dpo_scale.data.sources import RowProblem, Unreadable, find_files, parse_record
 from dpo_scale.errors import ConfigError, DataError
 from dpo_scale.settings.data import SourceSettings
+from dpo_scale.settings.tree import load_config
 
 ROWS = [
     {"prompt": 'a,b\n"c"', "chosen": "ü {[", "rejected": "]} \\ 'x'"},
@@ -284,6 +285,6 @@ def test_a_source_is_parsed_from_a_plain_name_and_checked():
     with pytest.raises(ConfigError, match="data source 3"):
         SourceSettings.parse(3)
     with pytest.raises(ConfigError, match=r"data.train\[0\].weight = 0"):
-        SourceSettings("a", weight=0).validate("data.train[0]")
+        load_config(None, ["model.path=m", "data.train=[{path: a, weight: 0}]"])
     with pytest.raises(ConfigError, match=r"data.eval\[1\].path = ''"):
-        SourceSettings("").validate("data.eval[1]")
+        load_config(None, ["model.path=m", "data.train=a", "data.eval=[b, '']"])

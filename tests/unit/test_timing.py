@@ -9,7 +9,7 @@ import torch
 from dpo_scale.errors import ConfigError
 from dpo_scale.observe.profiler import StepProfiler, parse_steps
 from dpo_scale.observe.timing import StepTimer
-from dpo_scale.settings.tree import PHASES
+from dpo_scale.settings.metric_names import PHASES
 
 
 def compute(seconds):

@@ -21,6 +21,7 @@ from dpo_scale.data.sources import RowProblem
 from dpo_scale.data.tokenize import Dropped, PairTokenizer, load_tokenizer, pair_key
 from dpo_scale.errors import ConfigError, DataError, ModelError
 from dpo_scale.settings.data import DataSettings, SourceSettings
+from dpo_scale.settings.tree import load_config
 
 UNCUT = DataSettings(max_length=None, max_prompt_length=None)
 
@@ -275,7 +276,6 @@ def folder(tmp_path):
 def load(folder, *sources, tokenizer=None, lines=None, seed=0, **changes):
     train = [SourceSettings(str(folder / "train.jsonl"))] if not sources else list(sources)
     given = DataSettings(train=train, cache_dir=str(folder / "cache"), **changes)
-    given.validate()
     log = (lines if lines is not None else []).append
     return load_pairs(given, tokenizer or byte_level(), seed=seed, log=log, report_dir=folder)
 
@@ -440,15 +440,15 @@ def test_a_named_schema_or_column_that_the_file_lacks_is_named(folder):
 
 def test_impossible_settings_are_refused_by_name():
     for changes, key in (
-        ({"max_prompt_length": 1024}, "data.max_prompt_length = 1024: expected less than data.max_length"),
-        ({"max_length": 1, "max_prompt_length": None}, "data.max_length = 1"),
-        ({"eval_fraction": 1.0}, "data.eval_fraction = 1.0"),
-        ({"eval_fraction": 0.1, "eval": [SourceSettings("a")]}, "data.eval_fraction = 0.1: expected 0 where"),
-        ({"num_proc": 0}, "data.num_proc = 0"),
-        ({"train": [SourceSettings("a", weight=-1)]}, "data.train.0..weight"),
+        (["data.max_prompt_length=1024"], "data.max_prompt_length = 1024: expected less than data.max_length"),
+        (["data.max_length=1"], "data.max_length = 1: expected null or a whole number of tokens, at least 2"),
+        (["data.eval_fraction=1.0"], "data.eval_fraction = 1.0: expected a number, at least 0 and below 1"),
+        (["data.eval_fraction=0.1", "data.eval=a"], "data.eval_fraction = 0.1: expected 0 where"),
+        (["data.num_proc=0"], "data.num_proc = 0"),
+        (["data.train=[{path: a, weight: -1}]"], "data.train.0..weight = -1"),
     ):
         with pytest.raises(ConfigError, match=key):
-            DataSettings(**changes).validate()
+            load_config(None, ["model.path=m", "data.train=a", *changes])
 
 
 # --- the cache
