@@ -39,6 +39,7 @@ from common import accelerator, circumstances, cores, describe_circumstances, ma
 
 from dpo_scale.data.dataset import PairDataset, load_pairs
 from dpo_scale.distributed import ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_reference, load_tokenizers
 from dpo_scale.reference.compute import fill
@@ -196,7 +197,7 @@ def pairs_of(job: dict[str, Any]) -> PairDataset:
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     """Fill an empty store, then once more."""
     config = config_of(job)
-    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    join(config.deepspeed.timeout_minutes, config.deepspeed.start_timeout_minutes)
     ranks.quiet_libraries()
     dataset, pad_token_id = pairs_of(job), load_tokenizers(config)[0].pad_token_id
     book, reference = open_book(config), load_reference(config)

@@ -14,6 +14,7 @@ import torch
 
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.distributed import ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.load import load_causal_lm, load_tokenizers, resolve_layout
 from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
@@ -87,7 +88,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     )
     job["data"]["path"] = rows
     config = config_of(job)
-    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    join(config.deepspeed.timeout_minutes, config.deepspeed.start_timeout_minutes)
     tokenizer = load_tokenizers(config)[0]
     data = load_pairs(config.data, tokenizer, seed=config.train.seed, log=lambda line: None).train
     if len(data) < wanted:

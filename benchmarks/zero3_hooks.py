@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from common import accelerator, circumstances, describe_circumstances, markdown_table, processor, write_results
 
 from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.models.activations import enable_checkpointing
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     os.environ.setdefault("DS_ACCELERATOR", arguments.device)
     torch.set_num_threads(1)
-    ranks.init_distributed(timeout_minutes=5)
+    join(timeout_minutes=5)
     passes = {REFERENCE: reference_passes(arguments.layers), POLICY: policy_passes(arguments.layers)}
     seconds = {name: take_turns(arms, arguments.repeats) for name, arms in passes.items()}
     report = {"layers": arguments.layers, "clock": clock().__name__, "seconds": seconds, **machine}

@@ -137,13 +137,14 @@ def _verify_against_model(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from dpo_scale.distributed import ranks
+    from dpo_scale.distributed.join import join
     from dpo_scale.models.load import load_reference
     from dpo_scale.reference.compute import verify as compute_again
     from dpo_scale.reference.from_store import StoredReference
     from dpo_scale.reference.modes import open_book
 
     config = _config(arguments)
-    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    join(config.deepspeed.timeout_minutes, config.deepspeed.start_timeout_minutes)
     ranks.quiet_libraries()
     config.reference.store = arguments.store
     book = open_book(config)

@@ -83,7 +83,7 @@ def tokenize_source(
     began = time.monotonic()
     source = settings.for_source(source)
     files = find_files(source)
-    folder = _cache_root(settings) / _cache_key(source, files, tokenizer)
+    folder = tokenized_folder(settings) / _cache_key(source, files, tokenizer)
     result = _open(folder, files, log, began, cached=True)
     if result is None:
         with _building_folder(folder) as building:
@@ -97,7 +97,7 @@ def tokenize_source(
     return result
 
 
-def _cache_root(settings: DataSettings) -> Path:
+def tokenized_folder(settings: DataSettings) -> Path:
     root = Path(settings.cache_dir).expanduser() if settings.cache_dir else cache_folder()
     return root / "tokenized"
 

@@ -5,10 +5,8 @@ Only this room knows that there is more than one process.
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,50 +15,6 @@ import torch
 import torch.distributed as dist
 
 Result = TypeVar("Result")
-
-
-def init_distributed(timeout_minutes: float) -> None:
-    """Join the process group; `deepspeed`, `torchrun` and plain `python` (one rank) all end up here.
-
-    Args:
-        timeout_minutes: a collective that one rank waits in for longer raises on that rank, which ends the run.
-    """
-    if "RANK" not in os.environ:  # plain python: without these DeepSpeed would look for MPI
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    use_expandable_segments(get_accelerator().device_name())
-    if get_accelerator().device_name() == "cpu":
-        # gloo alone is right and starts at once; the shared-memory op would be compiled first (about 20 s)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(local_rank())
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
-
-
-# What torch 2.11 to 2.13 read the settings of CUDA's allocator from, the first that is set, when CUDA starts.
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-
-
-def use_expandable_segments(device_name: str) -> None:
-    """Let CUDA's allocator grow its segments, unless one of its variables is set. Before anything is on the device.
-
-    Micro-batches of ever other lengths and the gathers of ZeRO-3 otherwise leave memory in pieces that nothing fits.
-    """
-    is_nvidia = device_name == "cuda" and torch.version.hip is None  # torch 2.11 ignores it on ROCm
-    if is_nvidia and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def quiet_libraries() -> None:
@@ -87,6 +41,12 @@ def local_rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_of_this_machine() -> int:
+    """How many ranks the launcher has started here; torchrun and DeepSpeed's launcher call it differently."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), world_size())
 
 
 def is_main() -> bool:
@@ -176,9 +136,8 @@ def from_main(value: Result) -> Result:
     return holder[0]
 
 
-def main_first(work: Callable[[], Result]) -> Result:
-    """Run `work` on each node's first rank, then on its others, which find the caches it left."""
-    first = local_rank() == 0
-    result = work() if first else None
+def first_then_others(work: Callable[[], Result], *, is_first: bool) -> Result:
+    """Run `work` on the ranks that are first, then on the others, which find the caches that those left."""
+    result = work() if is_first else None
     barrier()
-    return result if first else work()
+    return work() if result is None else result

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.disk.cache import cache_folder
 from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.folders import require_shared
 from dpo_scale.errors import ModelError, StoreError
 from dpo_scale.models.layouts import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
@@ -61,6 +63,7 @@ def open_book(config: Config) -> Book:
     source = reference_source(config)
     fingerprint = source_fingerprint(config, source)
     folder = config.reference.store or str(cache_folder() / "reference_store")
+    require_shared(Path(folder).expanduser(), "reference.store", may_be_read_only=True)
     described = {name: value for name, value in asdict(source).items() if value is not None}
     return ReferenceStore(folder).book(BookKey(fingerprint, numerics_of(config)), model=described)
 

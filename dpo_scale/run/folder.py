@@ -21,6 +21,7 @@ from typing import IO
 
 from dpo_scale.checkpoint.save_load import Checkpoint, find_checkpoints
 from dpo_scale.distributed import ranks
+from dpo_scale.distributed.folders import require_shared
 from dpo_scale.errors import ConfigError, UserError
 from dpo_scale.run.rank_files import LOGS_DIR
 from dpo_scale.settings.resume import CONFIG_FILE
@@ -52,7 +53,8 @@ def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Che
                 f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
             )
         hold_run_dir(run_dir, grace if continues else 0.0)
-    ranks.barrier()
+    with removed_if_refused(run_dir):
+        require_shared(run_dir, "output_dir")
     return run_dir, found
 
 

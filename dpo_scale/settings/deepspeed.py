@@ -76,6 +76,7 @@ class DeepspeedSettings:
     )
     config: str | dict[str, Any] | None = setting(None, "a DeepSpeed JSON (path or mapping), merged with the settings")
     timeout_minutes: float = setting(30.0, "a collective that takes longer ends the run", unit="minutes", above=0)
+    start_timeout_minutes: float = setting(10.0, "ranks that do not meet by then end", unit="minutes", above=0)
 
     def resolve(self) -> None:
         """Read the DeepSpeed JSON into the tree, and take from it what the settings leave open."""

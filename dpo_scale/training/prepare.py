@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_scale.data.cache import tokenized_folder
 from dpo_scale.data.dataset import LoadedData, load_pairs
 from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.folders import sees_folder_of_main
+from dpo_scale.distributed.join import join
 from dpo_scale.models.layouts import LayoutChoice
 from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, resolve_layout
 from dpo_scale.settings.data import DataSettings
@@ -16,6 +19,9 @@ from dpo_scale.settings.tree import Config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+# A cache that is taken for each machine's own, though it is shared, is filled several times; nothing else is lost.
+CACHE_LAG_SECONDS = 3.0
+
 
 def start(config: Config) -> None:
     """Let the ranks meet, and refuse what this machine cannot do. Every entry point calls it first.
@@ -23,7 +29,7 @@ def start(config: Config) -> None:
     Raises:
         ConfigError: naming the setting and what the device or the installed packages lack for it.
     """
-    ranks.init_distributed(config.deepspeed.timeout_minutes)
+    join(config.deepspeed.timeout_minutes, config.deepspeed.start_timeout_minutes)
     ranks.quiet_libraries()
     engine.check_dtype(config.model.dtype)
     check_logprobs(config)
@@ -50,6 +56,15 @@ class Prepared:
         return self.tokenizer.pad_token_id
 
 
+def _tokenizes_for_others(cache: Path) -> bool:
+    """Whether this rank tokenizes first: rank 0 into a cache that all share, else the first rank of each machine."""
+    try:
+        is_shared = all(sees_folder_of_main(cache, CACHE_LAG_SECONDS))
+    except OSError:
+        is_shared = False  # the tokenizing says what is wrong with it
+    return ranks.is_main() if is_shared else ranks.local_rank() == 0
+
+
 def prepare(config: Config, data: DataSettings | None = None, report_dir: Path | None = None) -> Prepared:
     """Load tokenizer and pairs, and resolve `data.layout` in the config. Every rank calls it, after `start`.
 
@@ -64,5 +79,9 @@ def prepare(config: Config, data: DataSettings | None = None, report_dir: Path |
     check_vocabulary(tokenizer, model_config)
     layout = resolve_layout(config)
     settings, seed = config.data if data is None else data, config.train.seed
-    pairs = ranks.main_first(lambda: load_pairs(settings, tokenizer, seed=seed, log=ranks.log, report_dir=report_dir))
+    reported = report_dir if ranks.is_main() else None
+    pairs = ranks.first_then_others(
+        lambda: load_pairs(settings, tokenizer, seed=seed, log=ranks.log, report_dir=reported),
+        is_first=_tokenizes_for_others(tokenized_folder(settings)),
+    )
     return Prepared(tokenizer, model_config, layout, pairs)

@@ -3,12 +3,13 @@
 import torch
 
 from dpo_scale.distributed import ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.errors import DataError
 from dpo_scale.run.cli import run
 
 
 def main() -> None:
-    ranks.init_distributed(timeout_minutes=2)
+    join(timeout_minutes=2)
     if ranks.rank() == 1:
         raise DataError("pairs.jsonl row 3: seen by rank 1 alone")
     ranks.sum_over_ranks(torch.ones(1))

@@ -13,7 +13,8 @@ from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed import engine
+from dpo_scale.distributed.join import join
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.load import switch_off_dropout
 from dpo_scale.models.scorer import PairScorer, causal_lm
@@ -34,7 +35,7 @@ SHAPES = [(2, 17), (3, 40), (1, 33), (1, 64)]
 
 
 def main() -> None:
-    ranks.init_distributed(timeout_minutes=5)
+    join(timeout_minutes=5)
     results = {name: measure(set(traits)) for name, traits in ARMS.items()}
     Path(sys.argv[1]).write_text(json.dumps(results))
 

@@ -18,6 +18,7 @@ import liger_stand_in
 from tiny import save_model
 
 from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.models.activations import enable_checkpointing
 from dpo_scale.models.liger import take_kernels
 from dpo_scale.models.load import load_causal_lm
@@ -39,9 +40,9 @@ class Whole(torch.nn.Module):
 
 def main():
     out = Path(next(argument for argument in sys.argv[1:] if argument.endswith(".json")))
-    ranks.init_distributed(5)
+    join(5)
     folder = out.parent / "model"
-    ranks.main_first(lambda: folder.exists() or save_model(folder))
+    ranks.first_then_others(lambda: folder.exists() or save_model(folder), is_first=ranks.local_rank() == 0)
     plain = Whole(load_causal_lm(str(folder), dtype="float32"))
     expected = plain(IDS)
     expected.backward()

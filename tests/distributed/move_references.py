@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.models.load import load_policy, load_reference
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.run.cli import run
@@ -34,7 +35,7 @@ def whole(model, prefix: str) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
-    ranks.init_distributed(5)
+    join(5)
     ranks.quiet_libraries()
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         config = load_config(None, [*job["overrides"], "data.layout=padded"])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dpo_scale.distributed import ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training.precompute import precompute
@@ -17,7 +18,7 @@ from dpo_scale.training.precompute import precompute
 
 def main() -> None:
     path = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))
-    ranks.init_distributed(5)
+    join(5)
     computed = []
     for job in json.loads(Path(path).read_text()):
         if job["copy"] and ranks.is_main():

@@ -14,6 +14,7 @@ from deepspeed.comm import comm
 from deepspeed.utils import safe_get_full_fp32_param
 
 from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.run.cli import run
 from dpo_scale.settings.deepspeed import policy_deepspeed_config
 from dpo_scale.settings.tree import load_config
@@ -100,7 +101,7 @@ def measure(stage, reduce_dtype, offload):
 
 
 def main():
-    ranks.init_distributed(5)
+    join(5)
     measured = [{"case": case, **measure(*case)} for case in CASES]
     if ranks.is_main():
         out = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from dpo_scale.data.layout import PairBatch
 from dpo_scale.distributed import ranks
+from dpo_scale.distributed.join import join
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training import loop as trainer
@@ -32,7 +33,7 @@ class BrokenOffError(Exception):
 
 def main() -> None:
     path = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))
-    ranks.init_distributed(timeout_minutes=5)
+    join(timeout_minutes=5)
     found = {}
     for name, overrides in json.loads(Path(path).read_text()).items():
         found[name] = watched_run(overrides)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed import engine
+from dpo_scale.distributed.join import ALLOCATOR_VARIABLES, use_expandable_segments
 from dpo_scale.errors import ModelError
 from dpo_scale.models.load import _prepare_layers
 from dpo_scale.models.zero3 import decoder_layers, limit_gathers, make_leaves
@@ -218,11 +219,11 @@ def test_the_weights_of_no_more_layers_are_held_than_the_host_may_be_ahead(kind,
     ],
 )
 def test_cudas_allocator_grows_its_segments_unless_the_user_set_it(monkeypatch, device, hip, already, expected):
-    for name in ranks.ALLOCATOR_VARIABLES:
+    for name in ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in already.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.version, "hip", hip)
-    ranks.use_expandable_segments(device)
+    use_expandable_segments(device)
     assert engine.os.environ.get("PYTORCH_ALLOC_CONF") == expected
     assert {name: engine.os.environ[name] for name in already} == already
