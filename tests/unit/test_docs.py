@@ -174,6 +174,15 @@ def test_the_walk_notices_a_result_that_is_no_longer_what_it_says():
     assert walk.run(walk.write(page.replace("0.67", ""), walk.run(page))) == walk.run(page)
 
 
+def test_the_picture_of_throughput_is_that_of_the_stored_results():
+    drawn = load(ROOT / "docs" / "site" / "throughput_picture.py")
+    assert drawn.PICTURE.read_text() == drawn.picture(drawn.ratios()), "run: python docs/site/throughput_picture.py"
+    text = (ROOT / "README.md").read_text()
+    assert "docs/images/throughput.svg" in text
+    first, second, *_ = (f"{ratio:.1f}" for _, ratio in drawn.ratios())
+    assert f"{second} times as fast as TRL" in text and f"and {first} times" in text
+
+
 def test_every_option_has_a_meaning():
     page = (ROOT / "docs" / "settings.md").read_text()
     rows = re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", page, re.MULTILINE)
@@ -202,7 +211,7 @@ def test_meanings_come_from_the_comment_behind_above_or_the_docstring(tmp_path, 
 def test_the_readme_is_a_door_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 1300
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    targets = [target for target in re.findall(r"\]\(([^)#]+)[)#]", text) if "://" not in target]
     assert len(targets) > 15
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
