@@ -16,7 +16,7 @@ FATES = {
     r"mkdocs build": "tests/unit/test_docs.py",
     r"bash benchmarks/gpu_suite.sh.* --dry-run": "tests/unit/test_gpu_suite.py",
     r"python benchmarks/(planning|logprobs).py": "tests/unit/test_benchmarks.py, on small cases",
-    r"python benchmarks/store.py --quick": HERE,
+    r"python benchmarks/store.py": HERE + ", on fewer pairs",
     r"(deepspeed|torchrun|python) (?!--hostfile).*launch/(train|precompute|evaluate).py": HERE,
     r"bash launch/requeue.sh": HERE,
     r"python launch/store.py": HERE,
