@@ -216,6 +216,15 @@ def test_the_readme_is_a_door_and_its_links_lead_somewhere():
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_the_readmes_table_of_trainers_is_part_of_the_one_with_sources():
+    def rows(text):
+        table = text[text.index("| | dpo_scale | TRL |") :].split("\n\n")[0].splitlines()
+        return [re.sub(r"^\| \d+\. ", "| ", line) for line in table]
+
+    readme, with_sources = rows((ROOT / "README.md").read_text()), rows((ROOT / "docs" / "peers.md").read_text())
+    assert len(readme) > 8 and set(readme) <= set(with_sources)
+
+
 def test_every_setting_that_a_page_names_exists():
     known = set(re.findall(r"^\| `(\S+\.\S+)` \|", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE))
     sections = {name.split(".")[0] for name in known}
