@@ -26,7 +26,8 @@ FATES = {
     # not executed by a test
     r"deepspeed --hostfile|sbatch ": "needs a cluster",
     r"(WHEELS=wheels )?bash benchmarks/gpu_suite.sh": "needs a GPU",
-    r"bash (launch/quickstart|tests/run).sh": "makes an environment from the network; CI and people run it",
+    r"bash launch/quickstart.sh": "downloads an environment and a model, and takes minutes",
+    r"bash tests/run.sh": "the test command itself",
     r"pip install|source .venv": "changes the environment that it is given in",
     r"python benchmarks/(throughput|precompute).py": "takes an hour, and TRL",
     r"python benchmarks/uneven_rows.py": "takes minutes",
