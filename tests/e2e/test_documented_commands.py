@@ -92,13 +92,17 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def printed(checkout) -> dict[str, str]:
-    """What each command printed. They run in an order in which each finds what it goes on from."""
+def requeued(checkout) -> str:
+    """What the run in runs/mine printed, to which others go back."""
     words = shlex.split(with_substitutes(REQUEUE))
     deepspeed = words.index("deepspeed")
     words[deepspeed : deepspeed + 1] = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-    found = {REQUEUE: run_alone(checkout, tiny_arguments(words))}
+    return run_alone(checkout, tiny_arguments(words))
 
+
+@pytest.fixture(scope="module")
+def in_one_launch(checkout, requeued) -> dict[str, str]:
+    """What each script that trains or scores printed. They run in an order in which each finds what it needs."""
     # the store is filled first; what resumes comes last, each a step longer than the one before
     order = sorted(IN_ONE_LAUNCH, key=lambda command: ("--resume" in command, "learning_rate" in command, command))
     scripts = [tiny_arguments(["launch/precompute.py", "--config", "configs/quickstart.yaml"])]
@@ -119,14 +123,7 @@ def printed(checkout) -> dict[str, str]:
     done = launch("tests/e2e/run_scripts.py", "commands.json", cwd=checkout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     outputs = re.split(r"^\$ ", done.stdout, flags=re.MULTILINE)[2:]
-    found |= zip(order, outputs, strict=True)
-
-    for command in OTHERS:
-        words = shlex.split(with_substitutes(command))
-        if "--config" in words:
-            words = tiny_arguments(words)
-        found[command] = run_alone(checkout, words)
-    return found
+    return dict(zip(order, outputs, strict=True))
 
 
 def run_alone(folder: Path, words: list[str]) -> str:
@@ -137,8 +134,23 @@ def run_alone(folder: Path, words: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("command", OURS)
-def test_a_documented_command_does_what_the_page_says(command, printed):
+def check(command: str, printed: str) -> None:
+    """Whether a command printed what it must."""
     expected = [said for part, said in SAID.items() if re.search(part, command)]
     assert expected
-    assert [said for said in expected if not re.search(said, printed[command])] == [], printed[command]
+    assert [said for said in expected if not re.search(said, printed)] == [], printed
+
+
+def test_the_requeued_run_trains_to_its_end(requeued):
+    check(REQUEUE, requeued)
+
+
+@pytest.mark.parametrize("command", IN_ONE_LAUNCH)
+def test_what_trains_or_scores_does_what_the_page_says(command, in_one_launch):
+    check(command, in_one_launch[command])
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_what_looks_after_a_store_measures_or_explains_does_what_the_page_says(command, checkout, in_one_launch):
+    words = shlex.split(with_substitutes(command))
+    check(command, run_alone(checkout, tiny_arguments(words) if "--config" in words else words))
