@@ -53,7 +53,7 @@ def run(main: Callable[[], int | None]) -> None:
     stopped for one exits with `EXIT_PREEMPTED`.
     """
     sys.stdout, sys.stderr = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)  # type: ignore
-    preemption.watch()
+    preemption.listen()
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = main() or 0
