@@ -1,4 +1,4 @@
-"""A profiler's trace of chosen optimizer steps, to be opened in Perfetto or chrome://tracing."""
+"""A profiler's trace of chosen optimizer steps, for Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def parse_steps(text: str) -> range:
 
 
 class StepProfiler:
-    """Records the steps `steps` and writes one trace a rank into `folder`; a context manager around the run.
+    """Records some steps and writes one trace a rank into a folder; a context manager around the run.
 
-    The phases of a step (`dpo_scale.observe.timing`) are marked in it by name.
+    The phases of a step (`dpo_scale.observe.timing`) are marked in the trace by name.
     """
 
     def __init__(self, folder: Path, steps: range) -> None:
@@ -42,7 +42,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """To be entered around step `number` (from 1)."""
+        """Enter it around step `number` (from 1)."""
         if number in self._steps and self._profile is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if ranks.device().type == "cuda":

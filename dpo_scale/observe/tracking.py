@@ -28,7 +28,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 class Tracker:
-    """Writes a run's metrics; `close` it whatever happens."""
+    """Records a run's metrics; `close` it whatever happens."""
 
     def __init__(self, config: Config, run_dir: Path, total_steps: int, start_step: int) -> None:
         self._config = config.logging
@@ -51,7 +51,7 @@ class Tracker:
         self._file.close()
 
     def sync(self) -> None:
-        """Put the lines so far on the disk, before a checkpoint is that will not have its steps done again."""
+        """Put the lines so far on the disk. A checkpoint comes after: its steps are not done again."""
         self._file.sync()
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
@@ -97,9 +97,7 @@ class Tracker:
 
 
 def _format(name: str, value: float) -> str:
-    if name == "learning_rate":
-        return f"{name} {value:.2e}"
-    return f"{name} {value:.4g}"
+    return f"{name} {value:.2e}" if name == "learning_rate" else f"{name} {value:.4g}"
 
 
 def _start_trackers(config: Config, run_dir: Path) -> list[Any]:
@@ -112,10 +110,9 @@ def _start_trackers(config: Config, run_dir: Path) -> list[Any]:
     trackers = []
     for name in config.logging.report_to:
         cls = LOGGER_TYPE_TO_CLASS[name]
-        if getattr(cls, "requires_logging_directory", False):
-            tracker = cls(config.logging.project_name, logging_dir=str(run_dir / "trackers"))
-        else:
-            tracker = cls(config.logging.project_name)
+        needs_folder = getattr(cls, "requires_logging_directory", False)
+        folder = {"logging_dir": str(run_dir / "trackers")} if needs_folder else {}
+        tracker = cls(config.logging.project_name, **folder)
         if hasattr(tracker, "start"):
             tracker.start()
         tracker.store_init_configuration(_flat(to_mapping(config)))
@@ -124,11 +121,11 @@ def _start_trackers(config: Config, run_dir: Path) -> list[Any]:
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of a tree, those that trackers can't take as text."""
     flat: dict[str, Any] = {}
     for name, value in mapping.items():
-        key = f"{prefix}{name}"
         if isinstance(value, dict):
-            flat |= _flat(value, f"{key}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[key] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat
