@@ -47,8 +47,8 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        pairs, tokens: pairs and data tokens seen so far (prompt once a pair, each completion once).
-        best_metric, best_step: best held-out value of `checkpoint.metric_for_best_model` and where it was.
+        pairs, tokens: pairs and data tokens seen so far; of a pair, the prompt counts once and each completion once.
+        best_metric, best_step: best held-out value of `checkpoint.metric_for_best_model`, and the step it was at.
         nonfinite_steps: steps left out because their loss or gradient was not finite (`train.on_nonfinite`).
         evaluation_due: whether the held-out pairs are still to be evaluated after this step.
     """
@@ -110,18 +110,17 @@ def find_checkpoints(resume: str, output_dir: Path) -> list[Checkpoint]:
         output_dir: the run that "latest" and "auto" look in.
 
     Raises:
-        CheckpointError: if there is no usable checkpoint where one was expected, or those that there are are damaged.
+        CheckpointError: if there is no checkpoint where one was expected, or if all are damaged.
     """
-
-    def look() -> tuple[list[Checkpoint], CheckpointError | None]:
+    found: list[Checkpoint] | CheckpointError = []
+    if ranks.is_main():
         try:
-            return _find(resume, output_dir), None
+            found = _find(resume, output_dir)
         except CheckpointError as error:
-            return [], error
-
-    found, error = ranks.from_main(look() if ranks.is_main() else ([], None))
-    if error is not None:
-        raise error
+            found = error
+    found = ranks.from_main(found)
+    if isinstance(found, CheckpointError):
+        raise found
     return found
 
 

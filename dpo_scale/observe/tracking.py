@@ -110,11 +110,9 @@ def _start_trackers(config: Config, run_dir: Path) -> list[Any]:
     trackers = []
     for name in config.logging.report_to:
         cls = LOGGER_TYPE_TO_CLASS[name]
-        needs_folder = getattr(cls, "requires_logging_directory", False)
-        folder = {"logging_dir": str(run_dir / "trackers")} if needs_folder else {}
+        folder = {"logging_dir": str(run_dir / "trackers")} if cls.requires_logging_directory else {}
         tracker = cls(config.logging.project_name, **folder)
-        if hasattr(tracker, "start"):
-            tracker.start()
+        tracker.start()
         tracker.store_init_configuration(_flat(to_mapping(config)))
         trackers.append(tracker)
     return trackers
