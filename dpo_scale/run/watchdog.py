@@ -104,9 +104,8 @@ class Watchdog:
         """
         self._run_dir, self._rank, self._processes = run_dir, rank, processes
         self._files = RankFiles(run_dir, rank, processes)
-        self._timeout = None if timeout_minutes is None else timeout_minutes * 60
-        shortest = float("inf") if self._timeout is None else self._timeout / 5
-        self._poll, self._look = min(poll_seconds, shortest), min(look_seconds, shortest)
+        self._timeout = float("inf") if timeout_minutes is None else timeout_minutes * 60
+        self._poll, self._look = min(poll_seconds, self._timeout / 5), min(look_seconds, self._timeout / 5)
         self._silent_looks = max(2, round(silence_seconds / self._look))
         self._grace = grace_seconds
         machine = processes[rank].machine
@@ -180,7 +179,7 @@ class Watchdog:
             if now >= next_look:
                 next_look = now + self._look
                 self._look_around()
-            if self._timeout is not None and self._still >= self._timeout:
+            if self._still >= self._timeout:
                 self._end_hanging()
 
     def _note_own_progress(self) -> None:
