@@ -236,7 +236,6 @@ def save_checkpoint(
     problem = _reason(files.error) if files.error else _listed(unread) if unread else None
     problems = ranks.gather_objects(problem)
     written = {name: entry for entries in ranks.gather_objects(files.written) for name, entry in entries.items()}
-
     if not any(problems):
         problems[0] = ranks.from_main(_commit(temporary, final, state, identity, written) if ranks.is_main() else None)
     saved = not any(problems)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,22 +51,17 @@ class StepProfiler:
             self._first = number
         yield
         if self._profile is not None and number + 1 not in self._steps:
-            self._write(number)
+            self._profile.stop()
+            self._folder.mkdir(exist_ok=True)
+            path = self._folder / f"steps-{self._first}-{number}-rank-{ranks.rank()}.json"
+            self._profile.export_chrome_trace(str(path))
+            self._profile = None
+            ranks.log(f"profile of steps {self._first} to {number} in {self._folder}")
 
     def __enter__(self) -> StepProfiler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._profile is not None:  # the run ended within the steps
             self._profile.stop()
             self._profile = None
-
-    def _write(self, last: int) -> None:
-        self._profile.stop()
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"steps-{self._first}-{last}-rank-{ranks.rank()}.json"
-        self._profile.export_chrome_trace(str(path))
-        self._profile = None
-        ranks.log(f"profile of steps {self._first} to {last} in {self._folder}")

@@ -54,7 +54,9 @@ def print_report(run_dir: Path) -> None:
     config = load_config(run_dir / CONFIG_FILE)
     evaluations = [record for record in read_metrics(run_dir / METRICS_FILE) if record["phase"] == "eval"]
     if not config.data.eval or len(evaluations) < 2:
-        raise UserError(f"{run_dir}: expected a run with data.eval and train.eval_on_start, to compare with")
+        raise UserError(
+            f"{run_dir}: no two evaluations to compare; expected a run with data.eval and train.eval_on_start"
+        )
     print("\n".join(metrics_table(evaluations[0], evaluations[-1])), flush=True)
 
     trained = str(run_dir / MODEL_DIR)

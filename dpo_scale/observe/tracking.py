@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dpo_scale.errors import ConfigError
 from dpo_scale.observe.metrics_file import METRICS_FILE, MetricsFile
 from dpo_scale.settings.reader import to_mapping
@@ -33,19 +35,15 @@ class Tracker:
     def __init__(self, config: Config, run_dir: Path, total_steps: int, start_step: int) -> None:
         self._config = config.logging
         self._total_steps = total_steps
-        self._bar = None
         self._file = MetricsFile(run_dir / METRICS_FILE, start_step, self._line)
         self._trackers = _start_trackers(config, run_dir)
         self._seconds = 0.0  # of the steps of this process, without evaluations and saves
         self._start_step = start_step
-        if self._config.progress_bar and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        disable = None if self._config.progress_bar else True  # None: unless it is on a terminal
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=disable)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for tracker in self._trackers:
             tracker.finish()
         self._file.close()
@@ -58,14 +56,13 @@ class Tracker:
         """Record the metrics of optimizer step `step` (counted from 1)."""
         self._write("train", step, metrics)
         self._seconds += metrics["step_seconds"]
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
         if step % self._config.logging_steps == 0 or step == self._total_steps:
             shown = "  ".join(_format(name, metrics[name]) for name in self._config.console_metrics)
-            if self._bar is not None:
-                self._bar.set_postfix_str(shown)
-            else:
+            if self._bar.disable:
                 self._line(f"step {step}/{self._total_steps}  {shown}  left {self._time_left(step)}")
+            else:
+                self._bar.set_postfix_str(shown)
             for tracker in self._trackers:
                 tracker.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
 
@@ -84,10 +81,8 @@ class Tracker:
         self._file.write({"phase": phase, "step": step, **finite})
 
     def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        tqdm.write(text)  # beside a bar
+        sys.stdout.flush()
 
     def _time_left(self, step: int) -> str:
         seconds = self._seconds / (step - self._start_step) * (self._total_steps - step)

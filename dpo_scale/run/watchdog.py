@@ -44,7 +44,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from dpo_scale.errors import EXIT_USER_ERROR, UserError
@@ -138,7 +137,7 @@ class Watchdog:
         Watchdog.current = self
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, stack: TracebackType | None) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _stack: object) -> None:
         self._ended.set()
         self._thread.join()
         if error is not None and not isinstance(error, Preempted):  # its files and `current` stay, for others to read
