@@ -73,9 +73,6 @@ def run_suite(arguments: argparse.Namespace) -> int:
         refuse("torch finds no GPU here; --dry-run goes through all parts on a CPU")
     output = output_folder(arguments)
     parts = all_parts("cuda" if on_gpu else "cpu", arguments.dry_run, output)
-    if unknown := set(arguments.only or ()) - {part.name for part in parts}:
-        known = ", ".join(part.name for part in parts)
-        refuse(f"--only: no part is called {sorted(unknown)[0]!r}; the parts are {known}")
     if arguments.only:
         parts = [part for part in parts if part.name in arguments.only]
     if absent := missing():
@@ -110,6 +107,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         refuse(f"--minutes {arguments.minutes:g}: expected more than 0")
+    known = [part.name for part in all_parts("cpu", True, Path())]
+    if unknown := [name for name in arguments.only or () if name not in known]:
+        refuse(f"--only: no part is called {unknown[0]!r}; the parts are {', '.join(known)}")
     return arguments
 
 

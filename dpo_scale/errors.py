@@ -1,15 +1,15 @@
 """The one family of errors that is the user's to fix.
 
-Everything that a config, a data file, a model folder or a checkpoint can get wrong is raised as a
-`UserError`. `dpo_scale.run.cli.run` prints its message on rank 0 without a traceback and exits with code 2;
-any other exception is a defect of ours and keeps its traceback.
+Whatever is wrong with a config, a data file, a model folder or a checkpoint is raised as a `UserError`.
+`dpo_scale.run.cli.run` prints its message once, without a traceback, and exits with code 2. Any other exception is a
+defect of ours and keeps its traceback.
 """
 
 EXIT_USER_ERROR = 2
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message names it and says what was expected."""
+    """Something that the user gave cannot be used; the message names it and says what was expected."""
 
 
 class ConfigError(UserError):

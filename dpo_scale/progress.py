@@ -1,10 +1,9 @@
 """What a process tells its watchdog: where it is, and that it works.
 
-Two counters, because two questions are asked. `heartbeat` marks the places that every rank passes in the same order, so
-the ranks with the fewest beats are those that the others wait for. `note_activity` marks work that one rank may do
-while the others wait for it: writing, syncing and reading back a checkpoint, exporting the model, compacting the
-reference store. It says that something moves and nothing about who is behind. Both only count, so they may be called
-anywhere and as often as one likes; without a watchdog nobody looks.
+There are two counters, for two questions. `heartbeat` marks the places that every rank passes in the same order: the
+ranks with the fewest beats are those that the others wait for. `note_activity` marks work that one rank may do while
+the others wait for it, such as writing a checkpoint, exporting the model or compacting the reference store. It says
+that something moves and nothing about who is behind. Both only count, so they may be called anywhere and often.
 
 This module imports nothing of the package, so that the lowest layers can use it.
 """
@@ -22,8 +21,8 @@ class Progress(NamedTuple):
     """How far this process has come.
 
     Attributes:
-        where: the last beat's place.
-        is_patient: whether to expect no sign of progress: before the first beat, and within `patience`.
+        where: the place of the last beat.
+        is_patient: whether no sign of progress is expected: before the first beat, and within `patience`.
     """
 
     beats: int
@@ -44,7 +43,7 @@ def heartbeat(where: str) -> None:
 
 
 def note_activity() -> None:
-    """This rank works, whatever the other ranks do; call it every few seconds of work at least."""
+    """This rank works, whatever the other ranks do. Call it at least every few seconds of work."""
     global _activity
     _activity += 1
 
@@ -60,8 +59,8 @@ def noting_activity(items: Iterable[T]) -> Iterator[T]:
 def patience(where: str) -> Iterator[None]:
     """Within it nothing counts as hanging, because a library works and does not say how far it is.
 
-    For what is bounded by itself: loading weights, where collectives have their own time limit. A rank that dies is
-    noticed all the same.
+    For work that comes to an end by itself, such as loading weights, where collectives have their own time limit. A
+    rank that dies is noticed all the same.
     """
     global _patience
     heartbeat(where)

@@ -32,7 +32,7 @@ on_failure() {
     exit "$code"
 }
 
-# The minor versions of Python 3 that will do: from the first up to, but not including, the second.
+# The minor versions of Python 3 that will do: from the first, up to but not including the second.
 read -r PYTHON_FROM PYTHON_BELOW < <(
     sed -nE 's/^requires-python = ">=3\.([0-9]+),<3\.([0-9]+)".*/\1 \2/p' "$PROJECT/pyproject.toml"
 ) || fail "pyproject.toml has no line of the form: requires-python = \">=3.A,<3.B\""
@@ -72,7 +72,7 @@ prepare_environment() { # $1: the extras to install, e.g. "quickstart"; afterwar
     fi
     export VIRTUAL_ENV=$VENV PATH="$VENV/bin:$PATH"
     stamp=$VENV/.dpo_scale-$extras
-    # Where the project lies belongs to the stamp: the environment points there.
+    # The project's folder is part of the stamp, because the environment points to it.
     wanted=$(cd "$PROJECT" && { pwd; cat constraints.txt pyproject.toml setup.cfg; } | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         note "up to date"
@@ -90,7 +90,7 @@ prepare_environment() { # $1: the extras to install, e.g. "quickstart"; afterwar
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; }
 
-quiet_libraries() { # what the libraries print on every start and nobody acts on
+quiet_libraries() { # hide what libraries print at every start and nobody acts on
     export TOKENIZERS_PARALLELISM=false TF_CPP_MIN_LOG_LEVEL=3
     export PYTHONWARNINGS="ignore::FutureWarning:torch.distributed.c10d_logger"
     # DeepSpeed warns about a missing GPU at every import, unless it is told that there is none.

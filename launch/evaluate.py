@@ -36,11 +36,11 @@ def main() -> None:
     if arguments.print_config:
         return print_config(config)
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
-        raise ConfigError(f"--output {arguments.output}: its folder does not exist")
+        raise ConfigError(f"--output {arguments.output}: its folder does not exist; make it first")
     if config.loss.needs_reference and config.reference.model is None:
-        raise ConfigError("--reference (reference.model): which model are the rewards measured against?")
+        raise ConfigError("--reference (reference.model) is missing: the model that rewards are measured against")
     if not config.data.eval:
-        raise ConfigError("--data (data.eval): which preference pairs?")
+        raise ConfigError("--data (data.eval) is missing: a file with preference pairs")
 
     from dpo_scale.distributed import ranks
     from dpo_scale.training.evaluate import evaluate_model

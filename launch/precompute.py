@@ -15,8 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
-        print_config(config)
-        return
+        return print_config(config)
     from dpo_scale.training.precompute import precompute
 
     precompute(config)

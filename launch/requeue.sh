@@ -10,9 +10,9 @@
 #   71   it lost a rank, and there are no tries left
 #   else the run failed; it is not tried again
 #
-# Neither this script nor launch/slurm.sh trusts the launcher's exit code alone: torchrun makes 1 out of every code, and
-# deepspeed 0 if its own child was killed. What counts is which of finished.json, preempted.json and lost.json is in the
-# run folder.
+# Neither this script nor launch/slurm.sh trusts the launcher's exit code alone. torchrun returns 1 whatever a rank's
+# code was, and deepspeed returns 0 if its own child was killed. What counts is which of finished.json, preempted.json
+# and lost.json is in the run folder.
 set -uo pipefail
 
 [[ ${1:-} =~ ^[1-9][0-9]*$ && $# -ge 2 ]] || {

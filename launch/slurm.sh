@@ -20,11 +20,11 @@
 #SBATCH --signal=B:USR1@300
 
 set -euo pipefail
-# Slurm runs a copy of this file, so its own place says nothing: the project is where sbatch was called.
+# Slurm runs a copy of this file from elsewhere; the project is where sbatch was called.
 cd "${SLURM_SUBMIT_DIR:?start this file with sbatch}"
 CONFIG=${1:?usage: sbatch launch/slurm.sh CONFIG [section.key=value ...]}
 shift
-# The default output_dir has the time of the start in its name; a resumed job must find the folder of the first.
+# The default output_dir has the start time in its name, but a resumed job must find the folder of the first one.
 OUTPUT_DIR=$(sed -n 's/^output_dir: *//p' "$CONFIG" | tr -d "\"'")
 for argument in "$@"; do
     [[ $argument == output_dir=* ]] && OUTPUT_DIR=${argument#output_dir=}
@@ -70,7 +70,8 @@ done
 wait "$STEP"
 CODE=$?
 
-# The files tell what the exit code can't: torchrun makes 1 of every code, and a kill may come when all is done.
+# The files tell what the exit code can't: torchrun returns 1 whatever a rank's code was, and a kill may come when all
+# is done.
 if [[ -e $OUTPUT_DIR/finished.json ]]; then
     exit 0
 fi

@@ -1,9 +1,9 @@
 """How DeepSpeed's part of a checkpoint gets to the disk and back: hashed, synced, and without running code.
 
-DeepSpeed writes and reads through a "checkpoint engine". Its own ones write in place without syncing, raise on the
-one rank whose disk is full while the others wait in a barrier, and unpickle whatever they find. Ours notes an error
-and lets DeepSpeed go on to its barriers, so that ranks can agree on it afterwards, and reads with torch's restricted
-unpickler, which makes tensors, containers and the few plain classes named here, and nothing else.
+DeepSpeed writes and reads through a "checkpoint engine". Its own engines write in place without syncing. They raise on
+the one rank whose disk is full while the others wait in a barrier, and they unpickle whatever they find. Ours notes an
+error and lets DeepSpeed go on to its barriers, so that the ranks can agree on it afterwards. It reads with torch's
+restricted unpickler, which makes tensors, containers and the few plain classes named here, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpo_scale.errors import CheckpointError
 from dpo_scale.progress import note_activity
 
 _READ_BYTES = 1 << 26  # at a time
-# what DeepSpeed's state dicts hold beside tensors and containers: records of numbers without behaviour on loading
+# what DeepSpeed's state dicts hold beside tensors and containers: records of numbers; loading them runs no code
 _PLAIN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
@@ -52,7 +52,7 @@ class DeepspeedFiles(CheckpointEngine):
         pass
 
     def save(self, state_dict: Any, path: str) -> None:
-        if self.error is not None:  # the save has failed already: no more of a disk that may be full
+        if self.error is not None:  # the save has failed: leave a disk alone that may be full
             return
         file = SealedFile(Path(path))
         torch.save(state_dict, file)
@@ -69,7 +69,7 @@ class DeepspeedFiles(CheckpointEngine):
 
 
 def own_file(kind: str, rank: int | None = None) -> str:
-    """The name of a rank's file (by default this rank's) of what DeepSpeed does not save."""
+    """The name of a rank's file, by default this rank's, of a kind that DeepSpeed does not save."""
     return f"{kind}-rank-{ranks.rank() if rank is None else rank}.pt"
 
 
@@ -77,7 +77,7 @@ def load_file(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> A
     """What `DeepspeedFiles.save` wrote.
 
     Args:
-        mmap: map it into memory, so that only what is used of its tensors is read. Not for what is kept.
+        mmap: map it into memory, so that only the parts of its tensors that are used are read. Not for what is kept.
 
     Raises:
         CheckpointError: if the file holds anything but tensors, containers and plain records.
@@ -94,7 +94,7 @@ def load_file(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> A
 
 
 class _NotedFile(io.FileIO):
-    """A file to read, each piece of which is noted as activity: one tensor of a large model takes minutes."""
+    """A file that notes activity as it is read: one tensor of a large model takes minutes."""
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")

@@ -19,8 +19,8 @@ class Identity:
     Attributes:
         model: fingerprint of the architecture (`architecture_fingerprint`).
         data: fingerprint of the training pairs in order.
-        settings: the settings that decide what the next step computes; a run resumes only with equal ones, but for
-            those that `checkpoint.allow_changes` names.
+        settings: those that decide what the next step computes. A run resumes only with equal ones, except those that
+            `checkpoint.allow_changes` names.
         length: the settings that say how long the run is; they may change.
         world_size, stage: what DeepSpeed's files were laid out for.
         versions: of the packages that compute; they may change.
@@ -54,17 +54,17 @@ def package_versions() -> dict[str, str]:
 
 
 def check_identity(path: Any, saved: Identity, current: Identity, allow_changes: Sequence[str]) -> list[str]:
-    """Make sure that a checkpoint belongs to this run.
+    """Refuse a checkpoint that does not belong to this run.
 
     Args:
         path: of the checkpoint, for messages.
-        allow_changes: settings that may differ, e.g. `train.learning_rate`.
+        allow_changes: settings that may differ, such as `train.learning_rate`.
 
     Returns:
-        What differs and may, for the log.
+        What differs and may differ, for the log.
 
     Raises:
-        CheckpointError: naming what differs and may not: model, data or settings.
+        CheckpointError: naming what differs and may not: the model, the data or settings.
     """
     if saved.model != current.model:
         raise CheckpointError(f"{path}: a checkpoint of another model; it does not fit model.path")

@@ -1,18 +1,23 @@
 """A checkpoint into an engine of another number of ranks or another ZeRO stage, without converting it on the disk.
 
-DeepSpeed cuts fp32 weights and optimizer states into flat tensors, each stage in its own way: whole parameters at
-stage 0; at stages 1 and 2 all parameters of a group end to end, cut into one part a rank; at stage 3 each parameter
-cut into one part a rank, and a rank's parts end to end. All three are lists of pieces: a stretch of a named parameter
-that lies at an offset of a flat tensor. So one description serves for reading any of them and for filling any other:
-each rank takes, of the old ranks' files, which are mapped into memory, the stretches that its own pieces need.
+DeepSpeed cuts fp32 weights and optimizer states into flat tensors, each stage in its own way:
 
-DeepSpeed's own way, universal checkpoints, writes the whole state to the disk once more, unpickles freely, knows Adam
-only and does not change the stage.
+- stage 0: every parameter is one;
+- stages 1 and 2: all parameters of a group end to end, cut into one part a rank;
+- stage 3: each parameter cut into one part a rank, a rank's parts end to end.
+
+All three are lists of pieces: a stretch of a named parameter that lies at an offset of a flat tensor. So one
+description serves for reading any of them and for filling any other. Each rank maps the old ranks' files into memory
+and copies the stretches that its own pieces need.
+
+DeepSpeed's own way, universal checkpoints, writes the whole state to the disk once more, unpickles freely, knows only
+Adam and does not change the stage.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +45,12 @@ class Piece:
 
 
 @dataclass
-class Shard:
-    """What one rank keeps of the fp32 weights and of the optimizer's state.
+class Partition:
+    """One rank's part of the fp32 weights and of the optimizer's state.
 
     Attributes:
-        flats: the flat fp32 tensors, in the order of the optimizer's states.
-        states: of each flat tensor by number, the optimizer's: tensors of its length, and single values.
+        flats: the flat fp32 tensors.
+        states: by number of a flat tensor, the optimizer's state: tensors of its length, and single values.
         groups: the optimizer's settings by parameter group.
         scaler: DeepSpeed's loss scale, where the stage has one.
     """
@@ -67,16 +72,16 @@ def joined_pieces(mappings: Sequence[Sequence[dict[str, tuple[int, int]]]]) -> l
 
     A parameter that reaches over several ranks' parts lies in them in the order of the ranks.
     """
-    done: dict[str, int] = {}
-    ranks = []
+    done: Counter[str] = Counter()
+    pieces_by_rank = []
     for groups in mappings:
         pieces = []
         for flat, group in enumerate(groups):
             for name, (offset, length) in group.items():
-                pieces.append(Piece(name, done.get(name, 0), length, flat, offset))
-                done[name] = done.get(name, 0) + length
-        ranks.append(pieces)
-    return ranks
+                pieces.append(Piece(name, done[name], length, flat, offset))
+                done[name] += length
+        pieces_by_rank.append(pieces)
+    return pieces_by_rank
 
 
 def divided_pieces(groups: Sequence[dict[str, torch.Size]], rank: int, world_size: int) -> list[Piece]:
@@ -108,8 +113,8 @@ def load_resharded(policy: Any, path: Path, saved_ranks: int, saved_stage: int) 
             f"state than the other stages; resume with deepspeed.stage={saved_stage}"
         )
     try:
-        saved, model = _saved_shards(path, saved_ranks, saved_stage, policy)
-        own = _own_shard(policy)
+        saved, model = _saved_partitions(path, saved_ranks, saved_stage, policy)
+        own = _own_partition(policy)
         fill(own, saved)
         _hand_over(policy, own)
     except CheckpointError:
@@ -127,121 +132,120 @@ def load_resharded(policy: Any, path: Path, saved_ranks: int, saved_stage: int) 
         setattr(policy, name, model[name])
 
 
-def fill(own: Shard, saved: Sequence[Shard]) -> None:
-    """Copy into a rank's flat tensors what its pieces need of other ranks' shards, and make its optimizer states.
+def fill(own: Partition, saved: Sequence[Partition]) -> None:
+    """Copy into a rank's flat tensors what its pieces need of other ranks' partitions, and make its optimizer states.
 
     Raises:
-        ValueError: if a parameter is not in the shards, or a state can't be cut along with its parameter.
+        ValueError: if a parameter is not in the partitions, or a state can't be cut along with its parameter.
     """
-    sources: dict[str, list[tuple[Piece, Shard]]] = {}
-    for shard in saved:
-        for piece in shard.pieces:
-            sources.setdefault(piece.name, []).append((piece, shard))
+    sources: dict[str, list[tuple[Piece, Partition]]] = defaultdict(list)
+    for partition in saved:
+        for piece in partition.pieces:
+            sources[piece.name].append((piece, partition))
     own.groups, own.scaler = saved[0].groups, saved[0].scaler
     with torch.no_grad():
         for piece in own.pieces:
             note_activity()
             missing = piece.length
-            for source, shard in sources.get(piece.name, []):
+            for source, partition in sources[piece.name]:
                 start = max(piece.start, source.start)
                 length = min(piece.start + piece.length, source.start + source.length) - start
-                if length <= 0:
-                    continue
-                flat, other = own.flats[piece.flat], shard.flats[source.flat]
-                offset, other_offset = piece.offset + start - piece.start, source.offset + start - source.start
-                here, there = slice(offset, offset + length), slice(other_offset, other_offset + length)
-                flat.view(-1)[here] = other.reshape(-1)[there].to(flat.device)
-                state = own.states.setdefault(piece.flat, {})
-                for key, value in shard.states.get(source.flat, {}).items():
-                    if not (isinstance(value, torch.Tensor) and value.ndim):
-                        state[key] = copy.deepcopy(value)
-                        continue
-                    if value.numel() < other.numel():
-                        raise ValueError(f"the optimizer's {key} is not of the shape of its parameters")
-                    if key not in state:
-                        state[key] = torch.zeros(flat.shape, dtype=value.dtype)
-                    state[key].view(-1)[here] = value.reshape(-1)[there]
-                missing -= length
+                if length > 0:
+                    own_offset = piece.offset + start - piece.start
+                    offset = source.offset + start - source.start
+                    here, there = slice(own_offset, own_offset + length), slice(offset, offset + length)
+                    _copy_stretch(own, piece.flat, here, partition, source.flat, there)
+                    missing -= length
             if missing:
                 raise ValueError(f"{missing} elements of {piece.name} are missing")
 
 
-def _saved_shards(path: Path, ranks: int, stage: int, policy: Any) -> tuple[list[Shard], dict[str, Any]]:
-    """All ranks' shards of a checkpoint, mapped into memory, and DeepSpeed's file of the model."""
+def _copy_stretch(own: Partition, own_flat: int, here: slice, saved: Partition, saved_flat: int, there: slice) -> None:
+    """Copy a stretch of a flat tensor and of the optimizer's states that belong to it."""
+    flat, saved_weights = own.flats[own_flat], saved.flats[saved_flat]
+    flat.view(-1)[here] = saved_weights.reshape(-1)[there].to(flat.device)
+    state = own.states.setdefault(own_flat, {})
+    for key, value in saved.states.get(saved_flat, {}).items():
+        if not (isinstance(value, torch.Tensor) and value.ndim):
+            state[key] = copy.deepcopy(value)
+            continue
+        if value.numel() < saved_weights.numel():
+            raise ValueError(f"the optimizer's {key} is not of the shape of its parameters")
+        if key not in state:
+            state[key] = torch.zeros(flat.shape, dtype=value.dtype)
+        state[key].view(-1)[here] = value.reshape(-1)[there]
+
+
+def _saved_partitions(path: Path, saved_ranks: int, stage: int, policy: Any) -> tuple[list[Partition], dict[str, Any]]:
+    """All ranks' partitions of a checkpoint, mapped into memory, and DeepSpeed's file of the model."""
     prefix = "zero_pp_rank_0_" if stage == 3 else ""
     model = load_file(path / f"{prefix}mp_rank_00_model_states.pt", mmap=True)
     if stage == 0:
         names = [name for group in engine.trained_parameters(policy.module) for name, _ in group]
         state, weights = model["optimizer"], [model["module"][name] for name in names]
         pieces = whole_pieces([(name, tensor.numel()) for name, tensor in zip(names, weights, strict=True)])
-        return [Shard(pieces, weights, state["state"], state["param_groups"])], model
-    states = []
-    for rank in range(ranks):
-        (file,) = path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        states.append(load_file(file, mmap=True)["optimizer_state_dict"])
+        return [Partition(pieces, weights, state["state"], state["param_groups"])], model
+    names = [f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(saved_ranks)]
+    states = [load_file(file, mmap=True)["optimizer_state_dict"] for name in names for file in path.glob(name)]
     if stage == 3:
-        _check_parts(states[0]["partition_count"], ranks)
-        pieces_by_rank = [divided_pieces(model["param_shapes"], rank, ranks) for rank in range(ranks)]
+        _check_parts(states[0]["partition_count"], saved_ranks)
+        pieces_by_rank = [divided_pieces(model["param_shapes"], rank, saved_ranks) for rank in range(saved_ranks)]
         flats, optimizer = "fp32_flat_groups", "optimizer_state_dict"
     else:
         pieces_by_rank = joined_pieces([_mapping(state["param_slice_mappings"]) for state in states])
         flats, optimizer = "single_partition_of_fp32_groups", "base_optimizer_state"
-    return [
-        Shard(
-            pieces,
-            list(state[flats]),
-            state[optimizer]["state"],
-            state[optimizer]["param_groups"],
-            {key: state[key] for key in _SCALER_KEYS if key in state},
-        )
-        for pieces, state in zip(pieces_by_rank, states, strict=True)
-    ], model
+    partitions = []
+    for pieces, state in zip(pieces_by_rank, states, strict=True):
+        base, scaler = state[optimizer], {key: state[key] for key in _SCALER_KEYS if key in state}
+        partitions.append(Partition(pieces, list(state[flats]), base["state"], base["param_groups"], scaler))
+    return partitions, model
 
 
-def _own_shard(policy: Any) -> Shard:
-    """This rank's shard of a running engine, its flat tensors being the engine's own."""
+def _own_partition(policy: Any) -> Partition:
+    """This rank's partition of a running engine, whose own flat tensors are in it."""
     stage, optimizer = policy.zero_optimization_stage(), policy.optimizer
     if stage == 0:
         trained = [pair for group in engine.trained_parameters(policy.module) for pair in group]
-        return Shard(whole_pieces([(name, p.numel()) for name, p in trained]), [p.data for _, p in trained])
+        return Partition(whole_pieces([(name, p.numel()) for name, p in trained]), [p.data for _, p in trained])
     if stage == 3:
         _check_parts(optimizer.partition_count, ranks.world_size())
         pieces = divided_pieces(policy._get_zero_param_shapes(), ranks.rank(), ranks.world_size())
-        return Shard(pieces, list(optimizer.fp32_partitioned_groups_flat))
+        return Partition(pieces, list(optimizer.fp32_partitioned_groups_flat))
     mappings = ranks.gather_objects(_mapping(optimizer._param_slice_mappings))
     # DeepSpeed has one optimizer class for bf16 at stage 1, and another for everything else
     name = "single_partition_of_fp32_groups"
     flats = getattr(optimizer, name if hasattr(optimizer, name) else "fp32_groups_flat_partition")
-    return Shard(joined_pieces(mappings)[ranks.rank()], list(flats))
+    return Partition(joined_pieces(mappings)[ranks.rank()], list(flats))
 
 
-def _check_parts(parts: int, ranks: int) -> None:
-    if parts != ranks:
-        raise ValueError(f"parameters are cut into {parts} parts, not one for each of {ranks} ranks (mics_shard_size)")
+def _check_parts(parts: int, world_size: int) -> None:
+    if parts != world_size:
+        raise ValueError(
+            f"parameters are cut into {parts} parts, not one for each of {world_size} ranks (mics_shard_size)"
+        )
 
 
 def _mapping(groups: Sequence[dict[str, Any]]) -> list[dict[str, tuple[int, int]]]:
     return [{name: (at.start, at.numel) for name, at in group.items()} for group in groups]
 
 
-def _hand_over(policy: Any, shard: Shard) -> None:
-    """Let DeepSpeed load the filled shard as if it were this rank's part of a checkpoint of this layout."""
+def _hand_over(policy: Any, partition: Partition) -> None:
+    """Let DeepSpeed load the filled partition as if it were this rank's part of a checkpoint of this layout."""
     stage, optimizer = policy.zero_optimization_stage(), policy.optimizer
     if stage == 3:
         optimizer.checkpoint_event_prologue()
     state = optimizer.state_dict()
-    key = {0: None, 3: "optimizer_state_dict"}.get(stage, "base_optimizer_state")
-    base = state if key is None else state[key]
-    if len(base["param_groups"]) != len(shard.groups):
-        raise ValueError("the optimizer's parameter groups are others")
-    base["state"] = shard.states
+    base = state if stage == 0 else state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
+    if len(base["param_groups"]) != len(partition.groups):
+        raise ValueError("the optimizer has other parameter groups")
+    base["state"] = partition.states
     base["param_groups"] = [
-        {**saved, "params": own["params"]} for saved, own in zip(shard.groups, base["param_groups"], strict=True)
+        {**saved, "params": own["params"]} for saved, own in zip(partition.groups, base["param_groups"], strict=True)
     ]
     if stage == 0:
         optimizer.load_state_dict(state)
         return
-    state |= {name: value for name, value in shard.scaler.items() if name in state}
+    state |= {name: value for name, value in partition.scaler.items() if name in state}
     optimizer.load_state_dict([state] * ranks.world_size(), load_from_fp32_weights=True)
     if stage == 3:
         optimizer.checkpoint_event_epilogue()

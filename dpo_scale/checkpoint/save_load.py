@@ -1,12 +1,12 @@
 """The state of a run on disk: complete or absent, verified, found again by step.
 
-`checkpoints/step-N/` holds DeepSpeed's files (weights, optimizer), each rank's random state and a manifest, which says
-how far the run was, what it was a run of, and the size and checksum of every file. All files are written under a
-temporary name, synced and read back; then one rename makes the checkpoint visible. So a folder with its final name is
-a whole checkpoint, whatever was killed when, unless the disk damaged it since, which its manifest tells.
+`checkpoints/step-N/` holds DeepSpeed's files (weights, optimizer), each rank's random state and a manifest. The
+manifest says how far the run was, what it was a run of, and the size and checksum of every file. All files are written
+in a folder with a temporary name, synced and read back; then one rename makes the checkpoint visible. So a folder with
+its final name is a whole checkpoint, whatever was killed when. If the disk damages it later, the manifest tells.
 
-A save that fails on any rank (a full disk, a quota, a folder that is gone) fails on all, is cleaned up and leaves the
-run alive with its older checkpoints; the next one is tried when it is due.
+A save that fails on any rank (a full disk, a quota, a folder that is gone) fails on all and is cleaned up. The run goes
+on with its older checkpoints and tries again when the next save is due.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dpo_scale.reference.protocol import Reference
 from dpo_scale.settings.resume import CHECKPOINTS_DIR, MANIFEST_FILE
 
 FORMAT_VERSION = 2
-_STEP_DIR = re.compile(r"step-(\d+)")
+_STEP_DIR = re.compile(r"step-\d+")
 _LEFTOVERS = (".incomplete", ".replaced", ".removed")
 _WRITER = re.compile(r"rank[-_](\d+)")
 
@@ -46,8 +46,8 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        pairs, tokens: pairs and data tokens seen so far (prompt once a pair, each completion once).
-        best_metric, best_step: best held-out value of `checkpoint.metric_for_best_model` and where it was.
+        pairs, tokens: pairs and data tokens seen so far; of a pair, the prompt counts once and each completion once.
+        best_metric, best_step: best held-out value of `checkpoint.metric_for_best_model`, and the step it was at.
         nonfinite_steps: steps left out because their loss or gradient was not finite (`train.on_nonfinite`).
         evaluation_due: whether the held-out pairs are still to be evaluated after this step.
     """
@@ -63,11 +63,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint with a whole manifest, all of whose files are there in their sizes.
-
-    Attributes:
-        files: the manifest's entries, by name.
-    """
+    """A checkpoint whose manifest is whole and whose files all have their sizes; `files` are the manifest's entries."""
 
     path: Path
     state: TrainState
@@ -80,7 +76,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """The folders with a checkpoint's name, oldest first, whole or damaged."""
+    """The folders with a checkpoint's name, by step, whole or damaged."""
     folder = run_dir / CHECKPOINTS_DIR
     return sorted((path for path in folder.glob("step-*") if _STEP_DIR.fullmatch(path.name)), key=_step_of)
 
@@ -99,9 +95,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         state, identity = TrainState(**manifest["state"]), Identity(**manifest["identity"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST_FILE}: not of this version: {error}") from None
-    found = damage(path, manifest["files"], checksums=False)
-    if found:
-        raise CheckpointError(f"{path}: damaged: {_listed(found)}")
+    _refuse_damaged(path, damage(path, manifest["files"], checksums=False))
     return Checkpoint(path, state, identity, manifest["files"])
 
 
@@ -115,18 +109,17 @@ def find_checkpoints(resume: str, output_dir: Path) -> list[Checkpoint]:
         output_dir: the run that "latest" and "auto" look in.
 
     Raises:
-        CheckpointError: if there is no usable checkpoint where one was expected, or those that there are are damaged.
+        CheckpointError: if there is no checkpoint where one was expected, or if all are damaged.
     """
-
-    def look() -> tuple[list[Checkpoint], CheckpointError | None]:
+    found: list[Checkpoint] | CheckpointError = []
+    if ranks.is_main():
         try:
-            return _find(resume, output_dir), None
+            found = _find(resume, output_dir)
         except CheckpointError as error:
-            return [], error
-
-    found, error = ranks.from_main(look() if ranks.is_main() else ([], None))
-    if error is not None:
-        raise error
+            found = error
+    found = ranks.from_main(found)
+    if isinstance(found, CheckpointError):
+        raise found
     return found
 
 
@@ -139,7 +132,7 @@ def _find(resume: str, output_dir: Path) -> list[Checkpoint]:
         try:
             found.append(open_checkpoint(path))
         except CheckpointError as error:
-            passed_over.append(str(error))
+            passed_over.append(error)
             ranks.log(f"not resuming from {error}")
     if not found and passed_over:
         raise CheckpointError(
@@ -147,21 +140,23 @@ def _find(resume: str, output_dir: Path) -> list[Checkpoint]:
             "to start afresh all the same, move the folder away or name another output_dir"
         )
     if not found and resume != "auto":
-        expected = f"expected {CHECKPOINTS_DIR}/step-N with a {MANIFEST_FILE}"
-        raise CheckpointError(f"{run_dir}: no complete checkpoint to resume from ({expected})")
+        raise CheckpointError(
+            f"{run_dir}: no complete checkpoint to resume from "
+            f"(expected {CHECKPOINTS_DIR}/step-N with a {MANIFEST_FILE})"
+        )
     return found
 
 
 def names_a_checkpoint(resume: str) -> bool:
-    """Whether `--resume` names one checkpoint, by its manifest or, if that is missing, by its name."""
+    """Whether `--resume` names one checkpoint: a folder with a manifest or, if that is missing, a checkpoint's name."""
     path = Path(resume)
     return (path / MANIFEST_FILE).exists() or (path.is_dir() and _STEP_DIR.fullmatch(path.name) is not None)
 
 
 def choose_checkpoint(found: list[Checkpoint], identity: Identity, allow_changes: list[str]) -> Checkpoint | None:
-    """The first checkpoint that belongs to this run and has every byte it was written with; None of none.
+    """The first checkpoint that has every byte it was written with; None if there are no checkpoints.
 
-    Every rank must call it; each reads the files of its own rank, so that they are in its page cache.
+    Every rank must call it. Each reads the files of its own rank, so that they are in its page cache.
 
     Raises:
         CheckpointError: if one does not belong to this run, naming what differs, or if all are damaged.
@@ -194,9 +189,12 @@ def require_whole(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: naming the files.
     """
-    wrong = verify(checkpoint)
-    if wrong:
-        raise CheckpointError(f"{checkpoint.path}: damaged: {_listed(wrong)}")
+    _refuse_damaged(checkpoint.path, verify(checkpoint))
+
+
+def _refuse_damaged(path: Path, found: list[str]) -> None:
+    if found:
+        raise CheckpointError(f"{path}: damaged: {_listed(found)}")
 
 
 def save_checkpoint(
@@ -210,12 +208,12 @@ def save_checkpoint(
 ) -> Path | None:
     """Save the run's state as `checkpoints/step-N/`, then drop the oldest beyond `keep` (the best one stays).
 
-    Frozen weights (under an adapter) are not in it: they are those of `model.path`. Checkpoints of later steps, which
-    a run resumed from an earlier one leaves behind, are dropped too: they are of another course. Nothing is dropped
-    before the new checkpoint has been read back from the disk. Every rank must call it.
+    Frozen weights (under an adapter) are not in it: they are those of `model.path`. Checkpoints of later steps are
+    dropped too: the run was resumed from before them and has taken another course. Nothing is dropped before the new
+    checkpoint has been read back from the disk. Every rank must call it.
 
     Returns:
-        The checkpoint; None if it could not be written, in which case nothing is left of it and a warning says why.
+        The checkpoint; None if it could not be written. Then nothing is left of it, and a warning says why.
     """
     from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles, own_file
 
@@ -227,7 +225,7 @@ def save_checkpoint(
         files.makedirs(str(temporary), exist_ok=True)
     ranks.barrier()
     policy.checkpoint_engine = files
-    # scripts have no place among checkpoints, and an error in copying them would leave the other ranks in a barrier
+    # DeepSpeed's scripts are of no use here, and an error in copying them would leave the other ranks in a barrier
     policy._copy_recovery_script = lambda folder: None
     policy.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True)
     if kept := reference.state():
@@ -237,39 +235,43 @@ def save_checkpoint(
     problem = _reason(files.error) if files.error else _listed(unread) if unread else None
     problems = ranks.gather_objects(problem)
     written = {name: entry for entries in ranks.gather_objects(files.written) for name, entry in entries.items()}
-
-    def commit() -> str | None:
-        record = {
-            "about": "A checkpoint of a training run; launch/train.py --resume reads it.",
-            "format_version": FORMAT_VERSION,
-            "tool": f"dpo_scale {__version__}",
-            "state": asdict(state),
-            "identity": asdict(identity),
-        }
-        try:
-            write_manifest(temporary / MANIFEST_FILE, record, written)
-            if final.exists():  # of a course that was left, or damaged
-                os.replace(final, final.with_name(f"{final.name}.replaced"))
-            os.replace(temporary, final)
-            sync_folder(final.parent)
-        except OSError as error:
-            return _reason(error)
-        return None
-
     if not any(problems):
-        problems[0] = ranks.from_main(commit() if ranks.is_main() else None)
-    if any(problems):
+        problems[0] = ranks.from_main(_commit(temporary, final, state, identity, written) if ranks.is_main() else None)
+    saved = not any(problems)
+    if not saved:
         why = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text)
         ranks.log(
             f"WARNING: the checkpoint of step {state.step} could not be saved ({why}); nothing is left of it. "
             "The run goes on and tries again when the next one is due"
         )
     if ranks.is_main():
-        if not any(problems):
+        if saved:
             _drop_others(run_dir, keep, state)
         remove_leftovers(run_dir)
     ranks.barrier()
-    return None if any(problems) else final
+    return final if saved else None
+
+
+def _commit(
+    temporary: Path, final: Path, state: TrainState, identity: Identity, files: dict[str, dict[str, Any]]
+) -> str | None:
+    """Write the manifest and give the folder its final name; what went wrong, if anything did."""
+    record = {
+        "about": "A checkpoint of a training run; launch/train.py --resume reads it.",
+        "format_version": FORMAT_VERSION,
+        "tool": f"dpo_scale {__version__}",
+        "state": asdict(state),
+        "identity": asdict(identity),
+    }
+    try:
+        write_manifest(temporary / MANIFEST_FILE, record, files)
+        if final.exists():  # of a course that was left, or damaged
+            os.replace(final, final.with_name(f"{final.name}.replaced"))
+        os.replace(temporary, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        return _reason(error)
+    return None
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -282,7 +284,7 @@ def remove_leftovers(run_dir: Path) -> None:
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint, reference: Reference) -> None:
     """Load weights, optimizer and random state into the policy's engine. Every rank must call it.
 
-    With another number of ranks than the checkpoint's the random state can't be taken over; dropout then draws anew.
+    On another number of ranks than the checkpoint's, the random state can't be taken over; dropout then draws anew.
 
     Args:
         checkpoint: verified (`choose_checkpoint`).
@@ -333,12 +335,12 @@ def _load_module(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     wrong = [name for name in result.missing_keys if name in trained] + result.unexpected_keys
     if wrong:
-        raise ValueError(f"weights that are missing or too many: {', '.join(wrong[:5])}")
+        raise ValueError(f"weights are missing, or the model has none of their name: {', '.join(wrong[:5])}")
 
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """What DeepSpeed and torch raise on a checkpoint that does not fit, in one line that names it."""
+    """Turn what DeepSpeed and torch raise on a checkpoint that does not fit into one line that names it."""
     try:
         yield
     except CheckpointError:
@@ -357,9 +359,7 @@ def _reason(error: OSError) -> str:
 
 
 def _step_of(path: Path) -> int:
-    match = _STEP_DIR.fullmatch(path.name)
-    assert match
-    return int(match.group(1))
+    return int(path.name.removeprefix("step-"))
 
 
 def _drop_others(run_dir: Path, keep: int | None, state: TrainState) -> None:

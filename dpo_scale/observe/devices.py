@@ -1,8 +1,8 @@
-"""How many FLOPs a second devices could do at most, for model FLOP utilisation.
+"""The most FLOPs a second that a device can do, for model FLOP utilisation.
 
-Dense bf16 (without sparsity) with fp32 accumulation, as the makers' data sheets state it for the boards at full power.
-A device with less power or memory bandwidth than the named board, or a slice of one, reaches less: set
-`logging.peak_tflops` for it. A CPU has no such figure; set what a large product of matrices reaches there.
+Dense bf16 (without sparsity) with fp32 accumulation, as the makers' data sheets state it for boards at full power. A
+board with less power, or a slice of one, reaches less: set `logging.peak_tflops` for it. A CPU has no such figure; set
+what a large product of matrices reaches there.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOPs a second of a device by its name, None if it is not in the table."""
-    for pattern, tflops in PEAK_TFLOPS:
-        if re.search(pattern, device_name, re.IGNORECASE):
-            return tflops * 1e12
-    return None
+    """Dense bf16 FLOPs a second of a device by its name; None if it is not in the table."""
+    found = (tflops * 1e12 for pattern, tflops in PEAK_TFLOPS if re.search(pattern, device_name, re.IGNORECASE))
+    return next(found, None)

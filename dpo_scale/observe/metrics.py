@@ -13,8 +13,8 @@ from dpo_scale.distributed import ranks
 class MetricSums:
     """Weighted sums of per-pair metrics, kept on the device until `reduce`.
 
-    Every rank must add the same names in the same order of micro-steps; the means are over pairs of non-zero weight
-    of all ranks, so they do not depend on how pairs were spread.
+    Every rank must add the same names in each micro-step. The means are over all ranks' pairs of non-zero weight, so
+    they do not depend on how pairs were spread.
     """
 
     def __init__(self) -> None:
@@ -36,8 +36,7 @@ class MetricSums:
         """Sum over all ranks, without waiting for the result; every rank must call it.
 
         Args:
-            per_rank: this rank's own values of something; they travel in the same all-reduce, each rank filling slots
-                of its own.
+            per_rank: this rank's own values of something. They travel in the same all-reduce, in slots of their own.
         """
         assert self._sums is not None
         slots = self._sums.new_zeros(ranks.world_size(), len(per_rank))
@@ -59,7 +58,7 @@ class Reduction:
         """Wait for the device and read everything at once.
 
         Args:
-            more: further scalars that are wanted, in the same transfer where they are on the device.
+            more: further scalars; those that are on the device come in the same transfer.
 
         Returns:
             Means over the pairs of all ranks, the ranks' own values [n, ranks], and the values of `more`.

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: a line for each step and evaluation, none doubled, none missing, whatever happened to the run.
 
-A resumed run cuts the file back to the step that it starts from. While the disk is full lines wait in memory, a line
-that went only half onto it is cut off again, and all follow in order once there is room.
+A resumed run cuts the file back to the step that it starts from. While the disk is full, lines wait in memory. Half a
+line is cut off again. All follow in order once there is room.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MetricsFile:
 
         Args:
             start_step: lines of later steps are dropped; at 0, a fresh start, all are.
-            warn: told once each time that lines start to wait for room.
+            warn: gets a message each time that lines start to wait for room.
 
         Raises:
             TrainingError: if the file cannot be written.
@@ -80,7 +80,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, in order; one that a crash cut short is left out, and so are damaged ones."""
+    """The records of a `metrics.jsonl`, in order, without lines that are damaged or that a crash cut short."""
     return [record for line in path.read_bytes().splitlines() if (record := _record(line)) is not None]
 
 

@@ -1,11 +1,10 @@
-"""A profiler's trace of chosen optimizer steps, to be opened in Perfetto or chrome://tracing."""
+"""A profiler's trace of chosen optimizer steps, for Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ def parse_steps(text: str) -> range:
 
 
 class StepProfiler:
-    """Records the steps `steps` and writes one trace a rank into `folder`; a context manager around the run.
+    """Records some steps and writes one trace a rank into a folder; a context manager around the run.
 
-    The phases of a step (`dpo_scale.observe.timing`) are marked in it by name.
+    The phases of a step (`dpo_scale.observe.timing`) are marked in the trace by name.
     """
 
     def __init__(self, folder: Path, steps: range) -> None:
@@ -42,7 +41,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """To be entered around step `number` (from 1)."""
+        """Enter it around step `number` (from 1)."""
         if number in self._steps and self._profile is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if ranks.device().type == "cuda":
@@ -52,22 +51,17 @@ class StepProfiler:
             self._first = number
         yield
         if self._profile is not None and number + 1 not in self._steps:
-            self._write(number)
+            self._profile.stop()
+            self._folder.mkdir(exist_ok=True)
+            path = self._folder / f"steps-{self._first}-{number}-rank-{ranks.rank()}.json"
+            self._profile.export_chrome_trace(str(path))
+            self._profile = None
+            ranks.log(f"profile of steps {self._first} to {number} in {self._folder}")
 
     def __enter__(self) -> StepProfiler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._profile is not None:  # the run ended within the steps
             self._profile.stop()
             self._profile = None
-
-    def _write(self, last: int) -> None:
-        self._profile.stop()
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"steps-{self._first}-{last}-rank-{ranks.rank()}.json"
-        self._profile.export_chrome_trace(str(path))
-        self._profile = None
-        ranks.log(f"profile of steps {self._first} to {last} in {self._folder}")

@@ -1,7 +1,7 @@
 """What a run learnt, on one screen: held-out metrics and answers, before and after.
 
-Metrics say that preferences moved; only answers say whether that is what was meant. Both models answer the
-same held-out prompts greedily, from the token ids that training saw, so the training is all that differs.
+Metrics say that preferences moved. Only answers say whether that is what was meant. Both models answer the same
+held-out prompts greedily, from the token ids that training saw, so the training is all that differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dpo_scale.settings.resume import CONFIG_FILE
 from dpo_scale.settings.tree import Config, load_config
 
 WIDTH = 90
-# Where in the held-out data the prompts stand that are answered: the same ones in every report.
+# How far into the held-out data the answered prompts are; the same ones in every report.
 PROMPT_SHARES = (0.1, 0.4, 0.7)
 MAX_NEW_TOKENS = 72
 
@@ -55,7 +55,9 @@ def print_report(run_dir: Path) -> None:
     config = load_config(run_dir / CONFIG_FILE)
     evaluations = [record for record in read_metrics(run_dir / METRICS_FILE) if record["phase"] == "eval"]
     if not config.data.eval or len(evaluations) < 2:
-        raise UserError(f"{run_dir}: expected a run with data.eval and train.eval_on_start, to compare with")
+        raise UserError(
+            f"{run_dir}: no two evaluations to compare; expected a run with data.eval and train.eval_on_start"
+        )
     print("\n".join(metrics_table(evaluations[0], evaluations[-1])), flush=True)
 
     trained = str(run_dir / MODEL_DIR)
@@ -67,7 +69,7 @@ def print_report(run_dir: Path) -> None:
         print()
         for label, text in (("prompt", prompt), ("before", before), ("after", after)):
             print(_hanging(label, text))
-    print("\n".join(["", *what_is_where(run_dir), "", *what_next(run_dir, config)]))
+    print("\n".join(["", *what_next(run_dir, config)]))
 
 
 def metrics_table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -116,18 +118,12 @@ def greedy_answers(config: Config, path: str, tokenizer: Any, prompts: list[list
         trust_remote_code=config.model.trust_remote_code,
     )
     model.to(device).eval()
-    longest = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - len(prompt) :] = 1
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
+            **batch,
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             use_cache=True,
@@ -135,33 +131,25 @@ def greedy_answers(config: Config, path: str, tokenizer: Any, prompts: list[list
             pad_token_id=tokenizer.pad_token_id,
         )
     answers = []
-    for tokens in output[:, longest:].tolist():
+    for tokens in output[:, batch["input_ids"].shape[1] :].tolist():
         text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
         answers.append(text if ends.intersection(tokens) else f"{text} ...")
     return answers
 
 
-def what_is_where(run_dir: Path) -> list[str]:
-    """The lines that say what the run left, and where."""
+def what_next(run_dir: Path, config: Config) -> list[str]:
+    """The lines that say what the run left where, and the commands that a reader would want next."""
+    model, start = shlex.quote(str(run_dir / "model")), shlex.quote(config.model.path)
+    train = "deepspeed --num_accelerators 2 launch/train.py --config configs/quickstart.yaml"
     lines = [
         f"Saved in {run_dir}:",
         "  model/          the trained model, in Hugging Face format, with its card",
         "  metrics.jsonl   every step's metrics, and the evaluations",
         "  config.yaml     every setting, resolved; it reproduces the run",
-    ]
-    if (run_dir / "checkpoints").exists():
-        lines.append("  checkpoints/    what --resume continues from")
-    return lines
-
-
-def what_next(run_dir: Path, config: Config) -> list[str]:
-    """The lines with the commands that a reader would want next."""
-    model = shlex.quote(str(run_dir / "model"))
-    start = shlex.quote(config.model.path)
-    train = "deepspeed --num_accelerators 2 launch/train.py --config configs/quickstart.yaml"
-    return [
+        "  checkpoints/    what --resume continues from",
+        "",
         "What next (from the project's folder):",
-        f"  source {shlex.quote(_short(os.environ.get('VIRTUAL_ENV', '.venv')))}/bin/activate",
+        f"  source {shlex.quote(os.path.relpath(os.environ.get('VIRTUAL_ENV', '.venv')))}/bin/activate",
         "  # the same metrics, of any model on any preference file",
         f"  python launch/evaluate.py --model {model} --reference {start} \\",
         f"      --data {shlex.quote(config.data.eval[0].path)}",
@@ -171,18 +159,15 @@ def what_next(run_dir: Path, config: Config) -> list[str]:
         "  # the whole test-suite",
         "  bash tests/run.sh",
     ]
-
-
-def _short(path: str) -> str:
-    """A path relative to where we stand, if it is below."""
-    absolute = Path(path).absolute()
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
+    return [line for line in lines if "checkpoints/" not in line or (run_dir / "checkpoints").exists()]
 
 
 def _hanging(label: str, text: str) -> str:
     """A labelled paragraph, each of the text's own lines wrapped beside the label."""
     indent = " " * 8
     lines = [
-        wrapped for line in text.splitlines() if line.strip() for wrapped in textwrap.wrap(line, WIDTH - len(indent))
+        textwrap.fill(line.strip(), WIDTH, initial_indent=indent, subsequent_indent=indent)
+        for line in text.splitlines()
+        if line.strip()
     ]
-    return f"{label:<8}" + f"\n{indent}".join(lines or ["(nothing)"])
+    return f"{label:<8}" + ("\n".join(lines).strip() or "(nothing)")

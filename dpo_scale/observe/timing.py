@@ -1,9 +1,9 @@
 """Where the time of a step goes, without waiting for the device to find out.
 
-On an accelerator every phase is enclosed in two events of the stream, which are read once the last of them is complete.
-It is when the step's metrics are on the host, so nothing is waited for but what the step waits for anyway. On a CPU
-the calling thread does the work, so its own clock tells what it computed, and the rest of a phase is time in which it
-waited: for other ranks, or for its processor.
+On an accelerator every phase lies between two events of the stream. They are read once the step's metrics are on the
+host: by then the events are complete, so nothing is waited for that the step does not wait for anyway. On a CPU the
+calling thread does the work, so its own clock tells what it computed. In the rest of a phase it waited: for other
+ranks, or for its processor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StepTimer:
 
     Args:
         device: where the work is done.
-        num_ranks: a single one waits for nobody, so its phases are whole.
+        num_ranks: a single rank waits for nobody, so all time in its phases counts as computing.
     """
 
     def __init__(self, device: torch.device, num_ranks: int) -> None:
@@ -44,7 +44,7 @@ class StepTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside as `name`, one of `PHASES`; it is also marked in a profiler's trace."""
+        """Count the time inside as `name`, one of `PHASES`, and mark it in a profiler's trace."""
         assert name in PHASES
         with torch.profiler.record_function(f"dpo_scale: {name}"):
             if not self._on_cpu:
@@ -64,17 +64,17 @@ class StepTimer:
 
     @property
     def busy_seconds(self) -> float:
-        """What this rank has computed for, to be compared between ranks.
+        """How long this rank has computed, to be compared between ranks.
 
         On a CPU: forward and backward passes of this step so far. On an accelerator: the forward passes of the step
-        before, since this one's are not known yet, and backward passes are mixed with communication.
+        before. This one's are not known yet, and backward passes are mixed with communication.
         """
         return sum(self._seconds[name] for name in _COMPUTING) if self._on_cpu else self._last_busy
 
     def shares(self) -> dict[str, float]:
         """The seconds since `start`, as `step_seconds`, and each phase's share of them as `time/<phase>`.
 
-        To be called once a step, when the device has finished it; otherwise it waits for the end of the last phase.
+        Call it once a step, when the device has finished the step; it waits for the end of the last phase.
         """
         if self._events:
             self._events[-1][2].synchronize()  # reading an event that is not complete raises

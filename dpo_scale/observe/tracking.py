@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dpo_scale.errors import ConfigError
 from dpo_scale.observe.metrics_file import METRICS_FILE, MetricsFile
 from dpo_scale.settings.reader import to_mapping
@@ -28,44 +30,39 @@ def check_trackers(names: list[str]) -> None:
 
 
 class Tracker:
-    """Writes a run's metrics; `close` it whatever happens."""
+    """Records a run's metrics; `close` it whatever happens."""
 
     def __init__(self, config: Config, run_dir: Path, total_steps: int, start_step: int) -> None:
         self._config = config.logging
         self._total_steps = total_steps
-        self._bar = None
         self._file = MetricsFile(run_dir / METRICS_FILE, start_step, self._line)
         self._trackers = _start_trackers(config, run_dir)
         self._seconds = 0.0  # of the steps of this process, without evaluations and saves
         self._start_step = start_step
-        if self._config.progress_bar and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        disable = None if self._config.progress_bar else True  # None: unless it is on a terminal
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=disable)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for tracker in self._trackers:
             tracker.finish()
         self._file.close()
 
     def sync(self) -> None:
-        """Put the lines so far on the disk, before a checkpoint is that will not have its steps done again."""
+        """Put the lines so far on the disk. A checkpoint comes after: its steps are not done again."""
         self._file.sync()
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of optimizer step `step` (counted from 1)."""
         self._write("train", step, metrics)
         self._seconds += metrics["step_seconds"]
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
         if step % self._config.logging_steps == 0 or step == self._total_steps:
             shown = "  ".join(_format(name, metrics[name]) for name in self._config.console_metrics)
-            if self._bar is not None:
-                self._bar.set_postfix_str(shown)
-            else:
+            if self._bar.disable:
                 self._line(f"step {step}/{self._total_steps}  {shown}  left {self._time_left(step)}")
+            else:
+                self._bar.set_postfix_str(shown)
             for tracker in self._trackers:
                 tracker.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
 
@@ -84,10 +81,8 @@ class Tracker:
         self._file.write({"phase": phase, "step": step, **finite})
 
     def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        tqdm.write(text)  # beside a bar
+        sys.stdout.flush()
 
     def _time_left(self, step: int) -> str:
         seconds = self._seconds / (step - self._start_step) * (self._total_steps - step)
@@ -97,9 +92,7 @@ class Tracker:
 
 
 def _format(name: str, value: float) -> str:
-    if name == "learning_rate":
-        return f"{name} {value:.2e}"
-    return f"{name} {value:.4g}"
+    return f"{name} {value:.2e}" if name == "learning_rate" else f"{name} {value:.4g}"
 
 
 def _start_trackers(config: Config, run_dir: Path) -> list[Any]:
@@ -112,23 +105,20 @@ def _start_trackers(config: Config, run_dir: Path) -> list[Any]:
     trackers = []
     for name in config.logging.report_to:
         cls = LOGGER_TYPE_TO_CLASS[name]
-        if getattr(cls, "requires_logging_directory", False):
-            tracker = cls(config.logging.project_name, logging_dir=str(run_dir / "trackers"))
-        else:
-            tracker = cls(config.logging.project_name)
-        if hasattr(tracker, "start"):
-            tracker.start()
+        folder = {"logging_dir": str(run_dir / "trackers")} if cls.requires_logging_directory else {}
+        tracker = cls(config.logging.project_name, **folder)
+        tracker.start()
         tracker.store_init_configuration(_flat(to_mapping(config)))
         trackers.append(tracker)
     return trackers
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of a tree, those that trackers can't take as text."""
     flat: dict[str, Any] = {}
     for name, value in mapping.items():
-        key = f"{prefix}{name}"
         if isinstance(value, dict):
-            flat |= _flat(value, f"{key}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[key] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat

@@ -57,11 +57,11 @@ def print_config(config: Config) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit; a `UserError` is one line and exit code 2, on whichever ranks it arose.
 
-    From the start on the process listens for notices that it should end (`dpo_scale.run.preemption`); a run that
-    stopped for one exits with `EXIT_PREEMPTED`.
+    From the start the process listens for notices that it should end (`dpo_scale.run.preemption`). A run that stopped
+    for one exits with `EXIT_PREEMPTED`.
     """
     sys.stdout, sys.stderr = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)  # type: ignore
-    preemption.watch()
+    preemption.listen()
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = main() or 0
@@ -74,17 +74,17 @@ def run(main: Callable[[], int | None]) -> None:
         _say(error, rank)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit. After a failure on one rank, the process group's destructor may wait for peers that are gone; and
-    # after success, threads of libraries that meet the end of the interpreter at times end the process by SIGABRT.
+    # Not sys.exit. After a failure on one rank, the process group's destructor may wait for peers that are gone. After
+    # success, threads of libraries sometimes abort the process (SIGABRT) while the interpreter shuts down.
     if code == 0:
         atexit._run_exitfuncs()
     os._exit(code)
 
 
 class ForgivingStream:
-    """A console that can fail, as a log file on a full disk or a closed terminal does, without ending the run.
+    """A console that may fail (a log file on a full disk, a closed terminal) without ending the run.
 
-    What could not be written, up to `MAX_KEPT` characters, comes before the next text that can be.
+    Text that could not be written is kept, up to `MAX_KEPT` characters, and written before the next one.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -108,10 +108,10 @@ class ForgivingStream:
 def _say(error: Exception, rank: int) -> None:
     """Print what went wrong, once for all ranks.
 
-    A launcher ends all ranks as soon as one exits. So the rank that knows best speaks at once and the others wait,
-    to be ended before they add to it: a rank other than 0 mostly fails for rank 0's reason, and what is no
-    `UserError` is mostly the broken connection to a rank that is gone. If that one was killed and could say nothing
-    itself, the watchdog says where it was, and ends this rank.
+    A launcher ends all ranks as soon as one exits. So the rank that knows best speaks at once. The others wait, and are
+    ended before they add to it. A rank other than 0 mostly fails for rank 0's reason. An error that is no `UserError`
+    is mostly a broken connection to a rank that is gone. If that rank was killed and could say nothing itself, the
+    watchdog says where it was and ends this rank.
     """
     is_users = isinstance(error, UserError)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

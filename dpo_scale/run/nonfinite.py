@@ -1,8 +1,8 @@
-"""What a step does whose loss or gradient is not finite.
+"""What happens when a step's loss or gradient is not finite.
 
-`engine.optimizer_step` has not applied such a gradient, on any rank, so weights and optimizer are those of the step
-before. What is left is to write down what it was, so that it can be looked for in the data, and to decide whether the
-run goes on. A gradient that is too large for fp16's loss scale is nothing of the kind: it comes and goes.
+`engine.optimizer_step` has not applied such a gradient on any rank, so weights and optimizer are those of the step
+before. What is left is to write down the rows of the step, so that the cause can be looked for in the data, and to
+decide whether the run goes on. A gradient that is too large for fp16's loss scale does not count: it comes and goes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def record_nonfinite_step(
 
     Args:
         step: the optimizer step, counted from 1.
-        seen: this rank's micro-steps of it: (row ids [P], losses [P]).
+        seen: (row ids [P], losses [P]) of this rank's micro-steps.
         grad_norm: of the whole step.
-        times_before: steps that the run has left out so far.
+        times_before: how many steps the run has left out so far.
 
     Raises:
         TrainingError: naming the step and its rows, if the run is to stop.
@@ -73,5 +73,5 @@ def record_nonfinite_step(
 
 
 def _number(value: float) -> Any:
-    """JSON has no NaN and no infinity; here they are what matters, so they are written as text."""
+    """A number for JSON, which has no NaN and no infinity: those are written as text."""
     return value if math.isfinite(value) else str(value)

@@ -1,8 +1,8 @@
-"""The small files in `logs/` of a run folder by which ranks know of one another; `dpo_scale.run.watchdog` uses them.
+"""The small files in `logs/` of a run folder through which ranks know of one another (`dpo_scale.run.watchdog`).
 
-Every file is small, is there from the start, and is written in place or grows: a network file system shows that to
-whoever opens the file again, while a new name may stay hidden for a minute, and a disk that has become full still takes
-it. What is not of this launch's processes, or was torn by two writers, is passed over.
+Every file is there from the start and is written in place or grows. A network file system shows that to whoever opens
+the file again, while a new name may stay hidden for a minute. A disk that has become full still takes it. Anything that
+was left by another launch, or torn by two writers, is passed over.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dpo_scale.disk.atomic import machine_id
 
 LOGS_DIR = "logs"
 LAST_LINES = 12
-_POSITION_BYTES = 1024  # reserved from the start
-_MOST_TEXT = 2000
+POSITION_BYTES = 1024  # reserved from the start
+MAX_END_TEXT = 2000  # characters
 
 
 @dataclass(frozen=True)
 class Process:
-    """A rank's process, told apart from any other that has its number at another time or place.
+    """A rank's process; the same number at another time or place is another process.
 
     Attributes:
-        machine: names the space that process ids are unique in.
-        started: when, in the kernel's ticks since it was booted; -1 where /proc does not tell.
+        machine: within which process ids are unique.
+        started: in clock ticks after the machine was booted; -1 where /proc does not tell.
     """
 
     host: str
@@ -38,9 +39,9 @@ class Process:
     started: int
 
     def is_gone(self) -> bool:
-        """Whether the process has ended, as far as that can be seen; ask only for one of this machine."""
+        """Whether the process has ended, as far as that can be seen. Ask only on its own machine."""
         try:
-            fields = _stat(self.number)
+            fields = stat_fields(self.number)
         except (FileNotFoundError, ProcessLookupError):
             return self.started >= 0
         except OSError:
@@ -49,20 +50,20 @@ class Process:
 
 
 def this_process(machine: str | None = None) -> Process:
-    """Who this is.
-
-    Args:
-        machine: another name for this machine; ranks with different ones take each other for remote.
-    """
-    number = os.getpid()
+    """This process, on this machine or one of another name; ranks of different machines can't see each other end."""
+    host, number = socket.gethostname(), os.getpid()
     try:
-        return Process(socket.gethostname(), machine or machine_id(), number, int(_stat(number)[19]))
+        return Process(host, machine or machine_id(), number, int(stat_fields(number)[19]))
     except OSError:  # without /proc nobody sees whether a process is gone, so each is a machine of its own
-        return Process(socket.gethostname(), machine or f"{machine_id()}-{number}", number, -1)
+        return Process(host, machine or f"{machine_id()}-{number}", number, -1)
 
 
-def _stat(process: int) -> list[str]:
-    """The fields of /proc/N/stat from the third, the state, on."""
+def stat_fields(process: int) -> list[str]:
+    """The fields of /proc/N/stat from the third on: state, parent, ..., start time (19).
+
+    Raises:
+        OSError: if there is no such process, or no /proc.
+    """
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -72,8 +73,8 @@ class Position:
 
     Attributes:
         looks: how often its watchdog has looked around.
-        beats: places passed that all ranks pass.
-        moves: the most steps forward that it knows of, of any rank.
+        beats: how many of the places that all ranks pass it has passed.
+        moves: the most steps forward that it knows of any rank.
         last_word: why its watchdog stopped, if it did.
     """
 
@@ -91,11 +92,11 @@ class Position:
 
 @dataclass(frozen=True)
 class End:
-    """A rank ended, or was found to be gone.
+    """A rank that ended or was found to be gone.
 
     Attributes:
         code: the exit code with which the others follow.
-        said_on: the machine on whose console `text` has been said.
+        said_on: the machine whose console has `text` already.
     """
 
     rank: int
@@ -105,8 +106,11 @@ class End:
     text: str
 
 
+Record = TypeVar("Record", Position, End)
+
+
 class RankFiles:
-    """One rank's view of them.
+    """One rank's view of the files.
 
     Args:
         processes: of all ranks of this launch, in their order.
@@ -127,14 +131,13 @@ class RankFiles:
 
     def write(self, position: Position) -> bool:
         """Write this rank's position; whether that worked."""
-        content = json.dumps(asdict(position), ensure_ascii=False).encode().ljust(_POSITION_BYTES)
+        content = json.dumps(asdict(position), ensure_ascii=False).encode().ljust(POSITION_BYTES)
         try:
-            descriptor = os.open(self._at(self._rank), os.O_WRONLY | os.O_CREAT, 0o666)
-            try:
-                written = os.write(descriptor, content)
-                os.ftruncate(descriptor, len(content))
-            finally:
-                os.close(descriptor)
+            # opened by number: by name, mode "wb" would give up the room that is reserved
+            descriptor = os.open(self._position(self._rank), os.O_WRONLY | os.O_CREAT, 0o666)
+            with open(descriptor, "wb", buffering=0) as file:
+                written = file.write(content)
+                file.truncate(len(content))
         except OSError:
             return False
         return written == len(content)
@@ -142,17 +145,15 @@ class RankFiles:
     def read(self, rank: int) -> Position | None:
         """What a rank has written last; None if that can't be read."""
         try:
-            content = json.loads(self._at(rank).read_text(encoding="utf-8"))
-            position = Position(**{**content, "process": Process(**content["process"])})
-        except (OSError, ValueError, TypeError, KeyError):
+            return self._parse(Position, self._position(rank).read_bytes())
+        except OSError:
             return None
-        return position if position.process == self._processes[rank] else None
 
     def read_or_unknown(self, rank: int) -> Position:
         return self.read(rank) or Position(rank, self._processes[rank])
 
     def add_end(self, end: End) -> None:
-        line = json.dumps({**asdict(end), "text": end.text[:_MOST_TEXT]}) + "\n"
+        line = json.dumps({**asdict(end), "text": end.text[:MAX_END_TEXT]}) + "\n"
         with suppress(OSError), open(self._ends, "ab", buffering=0) as file:
             file.write(line.encode())
 
@@ -160,22 +161,14 @@ class RankFiles:
         """The ends of other ranks that were added since this was last asked."""
         try:
             with open(self._ends, "rb") as file:
-                if os.fstat(file.fileno()).st_size <= self._ends_read:
-                    return []
                 file.seek(self._ends_read)
                 text = file.read()
         except OSError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._ends_read += len(whole)
-        found = []
-        for line in whole.splitlines():
-            with suppress(ValueError, TypeError, KeyError, IndexError):
-                content = json.loads(line)
-                end = End(**{**content, "process": Process(**content["process"])})
-                if end.rank != self._rank and self._processes[end.rank] == end.process:
-                    found.append(end)
-        return found
+        ends = [self._parse(End, line) for line in whole.splitlines()]
+        return [end for end in ends if end is not None and end.rank != self._rank]
 
     def last_lines(self, rank: int) -> str:
         """The end of a rank's log, indented."""
@@ -185,5 +178,14 @@ class RankFiles:
             lines = [f"({error.strerror})"]
         return "".join(f"\n    {line}" for line in lines)
 
-    def _at(self, rank: int) -> Path:
+    def _position(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.at"
+
+    def _parse(self, kind: type[Record], text: bytes) -> Record | None:
+        """A record of this launch; None if the text is torn or of another launch."""
+        try:
+            content = json.loads(text)
+            record = kind(**{**content, "process": Process(**content["process"])})
+            return record if self._processes[record.rank] == record.process else None
+        except (ValueError, TypeError, KeyError, IndexError):
+            return None

@@ -1,39 +1,37 @@
-"""Each rank's last words: where it is, what went wrong with it, and an end to waiting for ranks that are gone or stuck.
+"""Each rank's log, an end to waiting for ranks that are gone or stuck, and a word on which rank it was.
 
 A rank that waits for another waits inside a collective. On a GPU that spins for ever if the peer is gone: nothing
 raises, and a launcher ends only the ranks of its own node. So a thread of each rank looks after the others and ends its
-own process where it has to. It works over small files in `logs/` of the run folder, which every node sees anyway: no
-server and no port has to outlive the failure. There are three kinds (`dpo_scale.run.rank_files`):
+own process where it has to. It works through small files in `logs/` of the run folder (`dpo_scale.run.rank_files`),
+which every node sees anyway: no server and no port has to outlive the failure.
 
 `rank-N.log` gets a rank's warnings, errors with their stacks, and crashes.
 
-`rank-N.at` says where a rank is. Its thread renews it every six seconds, so it also says that the process lives, even
-while the rank itself waits in a collective. Each rank reads the files of the ranks 1, 2, 4, 8, ... further on, ten of
-1,024. In them is `moves`, the most steps forward that a rank knows of, its own or another's: a rank takes over larger
+`rank-N.at` is a rank's position. Its thread renews it every six seconds, so it also says that the process lives, even
+while the rank itself waits in a collective. Each rank reads the positions of the ranks 1, 2, 4, 8, ... further on, ten
+of 1,024. `moves` in it is the most steps forward that a rank knows of, its own or another's. A rank takes over larger
 numbers than its own, so news of progress reaches all of them within log2(ranks) looks. A run hangs when `moves` stands
-still for `train.hang_timeout_minutes`. So one rank that writes a checkpoint keeps alive all that wait for it, and when
-nobody moves, the ranks with the fewest beats (`dpo_scale.progress`) are those that the others wait for.
+still for `train.hang_timeout_minutes`. So one rank that writes a checkpoint keeps alive all that wait for it. When
+nobody moves, the others wait for the ranks with the fewest beats (`dpo_scale.progress`).
 
 `ends` gets a line from a rank that ends too early, and from one that finds another gone. All read it every two seconds.
 
 A rank is gone
 
-- if its process is, which the ranks of its own machine look for every two seconds. Processes are told apart by their
-  start time as well, and compared only within one space of process ids (containers have their own);
-- if no rank of its machine has renewed its file for 30 seconds. Clocks of machines are never compared: a reader counts
-  its own looks, and only those in which it could write its own file and made no progress itself. So a file system that
-  stalls or is full is not taken for a death, nor is a job that was suspended, nor anything while the run moves.
+- if its process is, which the ranks of its own machine look for every two seconds;
+- if no rank of its machine has renewed its position for 30 seconds. Clocks of machines are never compared: a reader
+  counts its own looks, and only those in which it could write its own position and made no progress itself. So a file
+  system that stalls or is full is not taken for a death, nor is a job that was suspended, nor anything while the run
+  moves.
 
-A process that ends in order, or knows why it ends, says so in its file first and is not missed. The others follow a
-rank that ended by an error 15 seconds later. By then it has printed that error, and if another rank was killed, which
-is what most broken connections come from, that has been found.
+A process that ends in order, or knows why it ends, says so in its position first and is not missed. The others follow a
+rank that ended by an error 15 seconds later. By then it has printed that error. And if another rank was killed, which
+is why most connections break, that has been found.
 """
 
 from __future__ import annotations
 
-import datetime
 import faulthandler
-import json
 import logging
 import logging.handlers
 import os
@@ -46,11 +44,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
-from dpo_scale.disk.atomic import write_atomically
-from dpo_scale.errors import EXIT_USER_ERROR, StoreError, UserError
+from dpo_scale.errors import EXIT_USER_ERROR, UserError
 from dpo_scale.progress import progress
 from dpo_scale.run import preemption
 from dpo_scale.run.preemption import EXIT_PREEMPTED, Preempted
@@ -66,16 +62,17 @@ MAX_LAST_WORD = 200  # characters
 
 @dataclass
 class Silence:
-    """For how many of this rank's looks a rank of another machine, and its machine, have not renewed their positions.
+    """How long a rank of another machine has not renewed its position.
 
     Attributes:
-        looks_of_rank: what the rank's position said last.
-        looks_of_machine: the same of all ranks there, by rank, once it fell silent.
+        looks_of_rank: what that position said last.
+        looks_of_machine: what all positions of its machine say, by rank, since it fell silent.
+        own_looks: how often this rank has looked since, in vain.
     """
 
     looks_of_rank: int
-    own_looks: int = 0
     looks_of_machine: dict[int, int] | None = None
+    own_looks: int = 0
 
 
 class Watchdog:
@@ -99,16 +96,15 @@ class Watchdog:
         Args:
             timeout_minutes: longest time without progress on any rank; None waits forever.
             processes: of all ranks, in their order.
-            poll_seconds: how often to look for ranks that are gone, and for what was said about them.
+            poll_seconds: how often to look for processes that are gone, and to read `ends`.
             look_seconds: how often to write this rank's position and read others'.
             silence_seconds: a machine whose ranks do not renew their positions for so long is lost.
             grace_seconds: how long after a rank's error the others end.
         """
         self._run_dir, self._rank, self._processes = run_dir, rank, processes
         self._files = RankFiles(run_dir, rank, processes)
-        self._timeout = None if timeout_minutes is None else timeout_minutes * 60
-        shortest = float("inf") if self._timeout is None else self._timeout / 5
-        self._poll, self._look = min(poll_seconds, shortest), min(look_seconds, shortest)
+        self._timeout = float("inf") if timeout_minutes is None else timeout_minutes * 60
+        self._poll, self._look = min(poll_seconds, self._timeout / 5), min(look_seconds, self._timeout / 5)
         self._silent_looks = max(2, round(silence_seconds / self._look))
         self._grace = grace_seconds
         machine = processes[rank].machine
@@ -132,7 +128,7 @@ class Watchdog:
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._log.setLevel(logging.WARNING)
         logging.getLogger().addHandler(self._log)
-        self._write(f"rank {self._rank} starts as process {os.getpid()} on {socket.gethostname()}")
+        self._say(f"rank {self._rank} starts as process {os.getpid()} on {socket.gethostname()}", to_console=False)
         self._stacks = open(path, "a")  # noqa: SIM115 (a crash writes there whenever it comes)
         faulthandler.enable(self._stacks)
         preemption.before_leaving(lambda reason: self._say_end(EXIT_PREEMPTED, f"told to stop ({reason})"))
@@ -141,16 +137,15 @@ class Watchdog:
         Watchdog.current = self
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, stack: TracebackType | None) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _stack: object) -> None:
         self._ended.set()
         self._thread.join()
         if error is not None and not isinstance(error, Preempted):  # its files and `current` stay, for others to read
-            self._write("".join(traceback.format_exception(error)).rstrip())
+            self._say("".join(traceback.format_exception(error)).rstrip(), to_console=False)
             code = EXIT_USER_ERROR if isinstance(error, UserError) else 1
             self._say_end(code, f"{type(error).__name__}: {error}")
             return
-        self._last_word = "finished" if error is None else str(error)
-        self._files.write(self._position())
+        self._leave_word("finished" if error is None else str(error))
         Watchdog.current = None
         preemption.before_leaving(None)
         faulthandler.disable()
@@ -159,10 +154,10 @@ class Watchdog:
         self._log.close()
 
     def end_with_others(self) -> None:
-        """End the process if another rank's end is known to be what this one's failure comes from.
+        """End the process if this rank's failure is known to come from another rank's end.
 
-        For a rank that has failed, while it waits for its turn to print its error: the connection to a rank breaks when
-        that is killed, but also when its own watchdog has ended it.
+        For a rank that has failed, while it waits for its turn to print its error. The connection to a rank breaks when
+        that rank is killed, but also when its own watchdog has ended it.
         """
         self._read_ends()
         self._look_for_the_gone()
@@ -183,7 +178,7 @@ class Watchdog:
             if now >= next_look:
                 next_look = now + self._look
                 self._look_around()
-            if self._timeout is not None and self._still >= self._timeout:
+            if self._still >= self._timeout:
                 self._end_hanging()
 
     def _note_own_progress(self) -> None:
@@ -204,7 +199,7 @@ class Watchdog:
             if self._first_end is None:
                 self._first_end = time.monotonic(), end
             elif end.code == EXIT_USER_ERROR != self._first_end[1].code:
-                # a user's mistake on one rank is what broken connections on others come from
+                # a user's mistake on one rank is why connections break on others
                 self._first_end = self._first_end[0], end
 
     def _look_for_the_gone(self) -> None:
@@ -242,36 +237,33 @@ class Watchdog:
         silence = self._silences.get(rank)
         if position is not None and (silence is None or position.looks != silence.looks_of_rank):
             self._silences[rank] = Silence(position.looks)
-        elif silence is not None and (position is None or position.last_word is None):
-            if not counts:
-                self._silences[rank] = Silence(silence.looks_of_rank)
-                return
-            # one rank's interpreter may be busy for long; those of all ranks of a machine are not
-            of_machine = self._positions_on(self._processes[rank].machine)
-            looks = {p.rank: p.looks for p in of_machine if p.last_word is None}
-            if silence.looks_of_machine not in (None, looks):
-                self._silences[rank] = Silence(silence.looks_of_rank)
-                return
-            silence.looks_of_machine = looks
-            silence.own_looks += 1
-            if silence.own_looks >= max_looks:
-                self._end_without(of_machine, "has not been heard of for long")
-
-    def _positions_on(self, machine: str) -> list[Position]:
-        ranks = [rank for rank, process in enumerate(self._processes) if process.machine == machine]
-        return [self._files.read_or_unknown(rank) for rank in ranks]
+            return
+        if silence is None or (position is not None and position.last_word is not None):
+            return  # not there yet, or ended in order
+        # one rank's interpreter may be busy for long; those of all ranks of a machine are not
+        machine = self._processes[rank].machine
+        of_machine = [self._files.read_or_unknown(r) for r, p in enumerate(self._processes) if p.machine == machine]
+        looks = {p.rank: p.looks for p in of_machine if p.last_word is None}
+        if not counts or silence.looks_of_machine not in (None, looks):
+            self._silences[rank] = Silence(silence.looks_of_rank)
+            return
+        silence.looks_of_machine = looks
+        silence.own_looks += 1
+        if silence.own_looks >= max_looks:
+            self._end_without(of_machine, "has not been heard of for long")
 
     def _end_without(self, lost: list[Position], what: str) -> NoReturn:
         """End because other ranks are gone, after saying so to the console and to all ranks."""
         try:
             more = f" and {len(lost) - MAX_NAMED} more ranks" if len(lost) > MAX_NAMED else ""
             names = ", ".join(map(str, lost[:MAX_NAMED])) + more
-            first = lost[0].rank
-            text = f"{names} {what}\n  the end of the log of rank {first}:{self._files.last_lines(first)}"
-            print(text, file=sys.stderr, flush=True)
-            self._write(text)
-            self._mark_lost(lost)
-            self._say_end(EXIT_LOST, text, lost[0])
+            first = lost[0]
+            text = f"{names} {what}\n  the end of the log of rank {first.rank}:{self._files.last_lines(first.rank)}"
+            self._say(text)
+            record = {"ranks": [p.rank for p in lost], "host": first.process.host, "where": first.where}
+            with suppress(Exception):  # the other ranks must be told, whatever happens to this file
+                preemption.write_mark(self._run_dir / LOST_FILE, record)
+            self._say_end(EXIT_LOST, text, first)
         finally:
             os._exit(EXIT_LOST)
 
@@ -279,66 +271,57 @@ class Watchdog:
         """End because another rank has; one rank of each machine whose console does not have it says why."""
         try:
             text = f"rank {self._rank} ends: {end.text.splitlines()[0]}"
-            self._write(text)
             is_news = end.said_on != self._processes[self._rank].machine
-            if is_news and all(self._rank < rank for rank in self._mates):
-                print(text, file=sys.stderr, flush=True)
-            self._last_word = text[:MAX_LAST_WORD]
-            self._files.write(self._position())
+            self._say(text, to_console=is_news and all(self._rank < rank for rank in self._mates))
+            self._leave_word(text)
         finally:
             os._exit(end.code)
 
     def _end_hanging(self) -> NoReturn:
+        """End because nobody moves, after saying for whom the others wait."""
         try:
             where = progress().where
             self._stacks.write(f"no progress for {self._still:.0f} s at {where}; the stacks of all threads:\n")
             self._stacks.flush()
             faulthandler.dump_traceback(self._stacks)
-            text = self._describe_hang(where)
-            self._write(text)
-            print(text, file=sys.stderr, flush=True)
+            found = [self._position() if r == self._rank else self._files.read(r) for r in range(len(self._processes))]
+            positions = [position for position in found if position is not None]
+            fewest = min(position.beats for position in positions)
+            behind = [str(position) for position in positions if position.beats == fewest]
+            who = "the others wait for " + ", ".join(behind[:MAX_NAMED])
+            if len(behind) == len(positions):
+                who = "all ranks are equally far: what they wait for does not answer"
+            text = (
+                f"rank {self._rank}: no progress for {self._still:.0f} s (train.hang_timeout_minutes) at {where}; "
+                f"{who}. The stacks are in {self._files.folder}/rank-N.log"
+            )
+            self._say(text)
             self._say_end(EXIT_HANGING, text)
         finally:
             os._exit(EXIT_HANGING)
 
-    def _describe_hang(self, where: str) -> str:
-        found = [self._position() if r == self._rank else self._files.read(r) for r in range(len(self._processes))]
-        positions = [position for position in found if position is not None]
-        last = min(position.beats for position in positions)
-        behind = [position for position in positions if position.beats == last]
-        if len(behind) == len(positions):
-            who = "all ranks are equally far: what they wait for does not answer"
-        else:
-            who = "the others wait for " + ", ".join(map(str, behind[:MAX_NAMED]))
-        return (
-            f"rank {self._rank}: no progress for {self._still:.0f} s (train.hang_timeout_minutes) at {where}; {who}. "
-            f"The stacks are in {self._files.folder}/rank-N.log"
-        )
-
     def _say_end(self, code: int, text: str, of: Position | None = None) -> None:
         """Leave this rank's last word, and tell all ranks that it, or the rank `of` a position, has ended."""
-        self._last_word = text[:MAX_LAST_WORD]
-        self._files.write(self._position())
+        self._leave_word(text)
         own = self._position()
         if of is None:
             of, text = own, f"{own} ended: {text}"
         self._files.add_end(End(of.rank, of.process, code, own.process.machine, text))
 
-    def _mark_lost(self, lost: list[Position]) -> None:
-        """Say for whoever starts runs that this one can be resumed; exit codes do not survive every launcher."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        record = {"ranks": [p.rank for p in lost], "host": lost[0].process.host, "where": lost[0].where, "time": now}
-        with suppress(StoreError):
-            write_atomically(self._run_dir / LOST_FILE, [json.dumps(record, indent=1).encode() + b"\n"])
+    def _leave_word(self, text: str) -> None:
+        self._last_word = text[:MAX_LAST_WORD]
+        self._files.write(self._position())
 
     def _position(self) -> Position:
         now = progress()
         process = self._processes[self._rank]
         return Position(self._rank, process, self._looks, now.beats, self._moves, now.where[:100], self._last_word)
 
-    def _write(self, text: str) -> None:
-        record = logging.LogRecord("dpo_scale", logging.WARNING, __file__, 0, text, None, None)
-        self._log.handle(record)
+    def _say(self, text: str, *, to_console: bool = True) -> None:
+        """Write a line into this rank's log, and print it."""
+        self._log.handle(logging.makeLogRecord({"name": "dpo_scale", "levelname": "WARNING", "msg": text}))
+        if to_console:
+            print(text, file=sys.stderr, flush=True)
 
 
 def unmark_lost(run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """The faults, each a function that tries it a number of times and says what was lost.
 
-A try survives if what comes after it is what the uninterrupted run gives: same metrics line by line, same weights bit
-by bit, nothing left running, and the time limits kept.
+A try survives if the run then ends like the uninterrupted one: the same metrics line by line, the same weights bit by
+bit, nothing left running, all time limits kept.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def kills(folder: Path, rng: random.Random, count: int) -> Outcome:
 def _kill_once(folder: Path, run_dir: Path, settings: list[str], rng: random.Random) -> None:
     done = steps_done(run_dir)
     safe = done - done % SAVE_STEPS
-    # up to some steps further, seldom at all during the start
+    # some steps further on, or now and then during the start
     further, at_start = rng.randint(1, 4), rng.random() < 0.15
     forks = Forks(folder, settings, HoldSteps(further + SAVE_STEPS))
     if at_start:
@@ -148,7 +148,7 @@ def preempted_evaluations(folder: Path, rng: random.Random, count: int) -> Outco
 
 
 def killed_launchers(folder: Path, rng: random.Random, count: int) -> Outcome:
-    """SIGKILL of what started the ranks: they notice that it is gone, save and leave."""
+    """SIGKILL of the process that started the ranks: they notice that it is gone, save and leave."""
     outcome = Outcome("SIGKILL of runner or launcher")
     cases = [("deepspeed", "launcher"), ("torchrun", "runner"), ("deepspeed", "runner")]
     kills = [(*cases[k % len(cases)], signal.SIGKILL) for k in range(count)]

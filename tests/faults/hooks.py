@@ -1,4 +1,4 @@
-"""Faults, and what holds a run still for one: patched into a rank before it runs, pickled on their way there."""
+"""Faults, and holds that keep a run still for one. Each is pickled, sent to a rank and patched in before it runs."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def _during_saves(before: Callable[[], object], after: Callable[[], object], num
     trainer.save_checkpoint = save_checkpoint
 
 
-HOLD_SECONDS = 60  # a bound for what a test has to do by then
+HOLD_SECONDS = 60  # within which a test has to release what it holds
 
 
 @dataclass(frozen=True)
 class HoldSteps:
-    """The ranks do some steps and no more until one of them was told to stop: no signal comes after a run's end.
+    """The ranks do some steps and then wait until one of them is told to stop, so that no signal comes too late.
 
-    How fast the machine is then decides only whether the signal falls into one of those steps or meets ranks that wait.
+    The machine's speed then decides only whether the signal falls into one of those steps or meets ranks that wait.
 
     Attributes:
-        after: how many steps a process does before it is held.
-        released: lets the ranks go on too, once it exists; None if only a notice or a kill does.
+        after: how many steps a process does before it waits.
+        released: a file that lets the ranks go on too, once it exists; None if only a notice or a kill does.
     """
 
     after: int
@@ -62,7 +62,7 @@ class HoldSteps:
             started += 1
             if started == self.after + 1:
                 until = time.monotonic() + HOLD_SECONDS
-                # asked together, so that all go on at the same step
+                # the ranks ask together, so that all go on at the same step
                 while not any(ranks.gather_objects(preemption.was_noticed() or self._is_released())):
                     assert time.monotonic() < until, f"nothing came within {HOLD_SECONDS} s"
                     time.sleep(0.01)
@@ -97,12 +97,12 @@ class HoldSaves:
 
 @dataclass(frozen=True)
 class KillInSave:
-    """SIGKILL at the boundary of a file: before the `event`th opening for writing, sync, rename or removal of a save.
+    """SIGKILL before the `event`th opening for writing, sync, rename or removal of a file in a save.
 
     Attributes:
-        rank: the rank that is killed; None for none, to count only.
+        rank: the rank that is killed; None to count only.
         event: counted from 1, in the second save of the process.
-        counted: a folder that gets a file of each rank with the number of events of the save.
+        counted: a folder that gets a file from each rank with the number of events in the save.
     """
 
     rank: int | None
@@ -153,7 +153,7 @@ class KillInSave:
 
 @contextmanager
 def _files_no_larger_than(limit_bytes: int) -> Iterator[None]:
-    """What a full disk, or a quota, does to this process's files; those that are larger already can't grow either."""
+    """As on a full disk or under a quota: no file of this process grows beyond the limit."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:

@@ -1,8 +1,8 @@
 """What the fault tests share: a small run, its ranks as forks or under a real launcher, and the comparison at the end.
 
-Ranks that are killed by the dozen are forks of a process that has imported the libraries, because imports are most of a
-launch; they run the code of `launch/train.py` from there on. Faults (`hooks.py`) are patched into the forks or, under a
-launcher, by `patched_train.py`, so that no line of the program knows of them.
+Imports are most of a launch. So ranks that are killed by the dozen are forks of a process that has imported the
+libraries, and run the code of `launch/train.py` from there on. Faults (`hooks.py`) are patched into the forks or, under
+a launcher, by `patched_train.py`, so that no line of the program knows of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tiny import ROOT, free_port, read_metrics, run_overrides, without_timings
 STEPS = 12
 SAVE_STEPS = 2
 RANKS = 2
-SECONDS_TO_END = 60  # a bound for everything here that has to end by itself
+SECONDS_TO_END = 60  # within which everything here has to end by itself
 LAUNCHERS = ("deepspeed", "torchrun")
 
 

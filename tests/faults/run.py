@@ -1,7 +1,7 @@
 """Does anything get lost? `python tests/faults/run.py --rounds 1 --seed 0 [--only kills,saves,...]` tries and reports.
 
-A round is what the table says: 20 kills, 10 preemptions, every file boundary of a save, full disks, damaged files,
-malformed inputs, hangs, bad numbers; and one soak of 2,000 steps in all. Exit code 1 if anything was lost.
+A round has 20 kills, 10 preemptions, every file boundary of a save, full disks, damaged files, malformed inputs, hangs
+and bad numbers. One soak of 2,000 steps comes on top, whatever the rounds. Exit code 1 if anything was lost.
 """
 
 from __future__ import annotations

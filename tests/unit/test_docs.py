@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from doc_commands import COMMANDS, FATES, PAGES, ROOT, commands, fate
 
 from dpo_scale.errors import StoreError
 from dpo_scale.settings.tree import load_config
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(page for folder in (".", "benchmarks", "docs", "tests") for page in (ROOT / folder).glob("*.md"))
 # What is in a bash block and no script of ours: a prefix of the command.
 OTHER_PROGRAMS = (
     "pip install ",
@@ -28,16 +27,6 @@ OTHER_PROGRAMS = (
 )
 LAUNCHERS = ("deepspeed", "torchrun", "python")
 NEEDS_CLUSTER = ("deepspeed --hostfile", "sbatch ")
-
-
-def commands(text: str) -> list[str]:
-    """The lines of a page's bash blocks, without comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(stripped.split()) for line in lines if (stripped := re.sub(r"(^|\s)#.*", "", line).strip())]
-
-
-COMMANDS = sorted({command for page in PAGES for command in commands(page.read_text())})
 
 
 @pytest.fixture
@@ -68,7 +57,9 @@ def check(command: str, monkeypatch) -> None:
     words = shlex.split(command)
     while "=" in words[0]:  # variables set for the command
         del words[0]
-    scripts = [i for i, word in enumerate(words) if re.fullmatch(r"(launch|benchmarks|tests)/\S+\.(py|sh)", word)]
+    scripts = [
+        i for i, word in enumerate(words) if re.fullmatch(r"(launch|benchmarks|tests|docs/site)/\S+\.(py|sh)", word)
+    ]
     assert scripts, f"no script of this project in {command!r}"
     script, arguments = Path(words[scripts[0]]), words[scripts[0] + 1 :]
     assert script.is_file(), f"{script}: no such file"
@@ -126,6 +117,14 @@ def test_a_documented_command_is_accepted_by_its_script(command, checkout, monke
     check(command, monkeypatch)
 
 
+def test_every_documented_command_is_executed_by_a_test_or_said_not_to_be():
+    assert [command for command in COMMANDS if fate(command) is None] == []
+    used = {fate(command) for command in COMMANDS}
+    assert [start for start, where in FATES.items() if where not in used] == []
+    tests = {where.split(",")[0] for where in used if where.startswith("tests/")}
+    assert [test for test in tests if not (ROOT / test).is_file()] == []
+
+
 def test_commands_that_need_a_cluster_stand_under_words_that_say_so():
     needing = {command for command in COMMANDS if command.startswith(NEEDS_CLUSTER)}
     section = (ROOT / "docs" / "multi-gpu.md").read_text().split("## Several nodes")[1].split("\n## ")[0]
@@ -164,6 +163,26 @@ def test_the_settings_page_is_what_the_code_says():
     assert settings_page.PAGE.read_text() == settings_page.page(), "run: python docs/site/settings_page.py"
 
 
+def test_the_walk_notices_a_result_that_is_no_longer_what_it_says():
+    walk = load(ROOT / "docs" / "site" / "walk.py")
+    blocks = ("x = 2\nprint('x is', x / 3)", "x is 0.67"), ("print(x)", "2")
+    page = "\n".join(f"```python\n{code}\n```\n\n```text\n{printed}\n```\n" for code, printed in blocks)
+    assert walk.differences(page, walk.run(page)) == []
+    assert len(walk.differences(page.replace("0.67", "0.70"), walk.run(page))) == 1
+    assert len(walk.differences(page.replace("text\n2", "text\n3"), walk.run(page))) == 1
+    assert len(walk.differences(page, walk.run(page.replace("print(x)", "pass")))) == 1
+    assert walk.run(walk.write(page.replace("0.67", ""), walk.run(page))) == walk.run(page)
+
+
+def test_the_picture_of_throughput_is_that_of_the_stored_results():
+    drawn = load(ROOT / "docs" / "site" / "throughput_picture.py")
+    assert drawn.PICTURE.read_text() == drawn.picture(drawn.ratios()), "run: python docs/site/throughput_picture.py"
+    text = (ROOT / "README.md").read_text()
+    assert "docs/images/throughput.svg" in text
+    first, second, *_ = (f"{ratio:.1f}" for _, ratio in drawn.ratios())
+    assert f"{second} times as fast as TRL" in text and f"and {first} times" in text
+
+
 def test_every_option_has_a_meaning():
     page = (ROOT / "docs" / "settings.md").read_text()
     rows = re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", page, re.MULTILINE)
@@ -174,9 +193,18 @@ def test_every_option_has_a_meaning():
 def test_the_readme_is_a_door_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 1300
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    targets = [target for target in re.findall(r"\]\(([^)#]+)[)#]", text) if "://" not in target]
     assert len(targets) > 15
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_readmes_table_of_trainers_is_part_of_the_one_with_sources():
+    def rows(text):
+        table = text[text.index("| | dpo_scale | TRL |") :].split("\n\n")[0].splitlines()
+        return [re.sub(r"^\| \d+\. ", "| ", line) for line in table]
+
+    readme, with_sources = rows((ROOT / "README.md").read_text()), rows((ROOT / "docs" / "peers.md").read_text())
+    assert len(readme) > 8 and set(readme) <= set(with_sources)
 
 
 def test_every_setting_that_a_page_names_exists():

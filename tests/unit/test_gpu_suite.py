@@ -118,7 +118,7 @@ gpu_suite.run_parts(parts, Path({str(tmp_path)!r}), Path({str(tmp_path / "record
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only", "kernel", "--dry-run"], "--only: no part is called 'kernel'; the parts are first, kernels"),
+        (["--only", "kernel"], "--only: no part is called 'kernel'; the parts are first, kernels"),
         ([], "torch finds no GPU here; --dry-run"),
         (["--minutes", "0"], "--minutes 0: expected more than 0"),
         (["--dry-run", "--output", "/proc/nowhere"], "--output /proc/nowhere: cannot be made"),
@@ -134,6 +134,13 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, capsys, monkeypa
     printed = capsys.readouterr().err
     assert ended.value.code == 2
     assert printed.startswith("error: ") and said in printed and printed.count("\n") == 1
+
+
+def test_an_unknown_part_is_refused_before_a_folder_is_made(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--dry-run", "--only", "first", "nonsense", "--output", str(tmp_path / "results")])
+    assert "no part is called 'nonsense'" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_every_part_has_a_dry_form_and_together_they_fit_into_the_time(tmp_path):

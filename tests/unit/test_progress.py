@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from store_rows import KEY, add, random_rows
 
 from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles, load_file
-from dpo_scale.checkpoint.reshard import Shard, fill, whole_pieces
+from dpo_scale.checkpoint.reshard import Partition, fill, whole_pieces
 from dpo_scale.disk import sealed as sealed_folder
 from dpo_scale.progress import note_activity, patience, progress
 from dpo_scale.reference import fingerprint, upkeep
@@ -42,7 +42,7 @@ def test_writing_syncing_reading_back_and_loading_a_checkpoint_file(tmp_path, mo
 
 def test_cutting_a_checkpoint_anew():
     pieces = whole_pieces([(str(k), 4) for k in range(7)])
-    own, saved = (Shard(pieces, [torch.full((4,), value) for _ in range(7)]) for value in (0.0, 1.0))
+    own, saved = (Partition(pieces, [torch.full((4,), value) for _ in range(7)]) for value in (0.0, 1.0))
     assert activity_of(lambda: fill(own, [saved])) >= 7
     assert all((flat == 1).all() for flat in own.flats)
 

@@ -48,7 +48,8 @@ def test_prompts_are_answered_from_the_ids_that_training_sees():
 
 def test_the_commands_it_recommends_are_accepted(tmp_path):
     lines = what_next(tmp_path / "run", load_config(QUICKSTART))
-    words = shlex.split(" ".join(line.rstrip("\\") for line in lines[1:] if "#" not in line))
+    commands = lines[next(k for k, line in enumerate(lines) if line.startswith("What next")) + 1 :]
+    words = shlex.split(" ".join(line.rstrip("\\") for line in commands if "#" not in line))
     overrides = [word for word in words if word.startswith("data.")]
     config = load_config(QUICKSTART, overrides)
     assert [source.path for source in config.data.train] == ["my_pairs.jsonl"]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_scale.checkpoint.reshard import Shard, divided_pieces, fill, joined_pieces, load_resharded, whole_pieces
+from dpo_scale.checkpoint.reshard import Partition, divided_pieces, fill, joined_pieces, load_resharded, whole_pieces
 from dpo_scale.errors import CheckpointError
 
 # matrices in one group, vectors in another; sizes that no number of ranks below divides
@@ -54,9 +54,9 @@ def whole(ranks):
 
 
 def with_states(layout):
-    """Shards whose optimizer keeps the weights negated, and a step count."""
+    """Partitions whose optimizer keeps the weights negated, and a step count."""
     return [
-        Shard(
+        Partition(
             pieces,
             [flat.clone() for flat in flats],
             {i: {"exp_avg": -flat, "step": torch.tensor(5.0)} for i, flat in enumerate(flats)},
@@ -73,7 +73,7 @@ LAYOUTS = [whole(1), joined(1), joined(2), joined(3), divided(1), divided(2), di
 @pytest.mark.parametrize("wanted", LAYOUTS)
 def test_any_layout_is_filled_from_any_other(saved, wanted):
     for pieces, flats in wanted:
-        own = Shard(pieces, [torch.zeros_like(flat) for flat in flats])
+        own = Partition(pieces, [torch.zeros_like(flat) for flat in flats])
         fill(own, with_states(saved))
         for number, expected in enumerate(flats):
             assert torch.equal(own.flats[number], expected)
@@ -86,13 +86,13 @@ def test_any_layout_is_filled_from_any_other(saved, wanted):
 def test_what_is_missing_or_cannot_be_cut_is_named():
     pieces, flats = divided(1)[0]
     with pytest.raises(ValueError, match="7 elements of b are missing"):
-        fill(Shard(pieces, [torch.zeros_like(flat) for flat in flats]), with_states(divided(2)[:1]) + [
-            Shard([p for p in divided(2)[1][0] if p.name != "b"], divided(2)[1][1])
+        fill(Partition(pieces, [torch.zeros_like(flat) for flat in flats]), with_states(divided(2)[:1]) + [
+            Partition([p for p in divided(2)[1][0] if p.name != "b"], divided(2)[1][1])
         ])  # fmt: skip
-    shards = with_states(divided(1))
-    shards[0].states[0]["factors"] = torch.zeros(3)
+    partitions = with_states(divided(1))
+    partitions[0].states[0]["factors"] = torch.zeros(3)
     with pytest.raises(ValueError, match="factors is not of the shape"):
-        fill(Shard(pieces, [torch.zeros_like(flat) for flat in flats]), shards)
+        fill(Partition(pieces, [torch.zeros_like(flat) for flat in flats]), partitions)
 
 
 @pytest.mark.parametrize(("saved", "wanted"), [(0, 2), (3, 0)])

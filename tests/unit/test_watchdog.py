@@ -1,6 +1,7 @@
-"""Ranks that say where they are, notice that nothing moves, and who is gone; and the lock on a run folder.
+"""Ranks say where they are, notice that nothing moves and who is gone; and the lock on a run folder.
 
-The ranks are plain processes, which no launcher ends. A collective that never returns is a lock that nobody gives back.
+The ranks are plain processes, which no launcher ends. A lock that nobody gives back stands for a collective that never
+returns.
 """
 
 import json
