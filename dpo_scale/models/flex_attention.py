@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpo_scale.data.layout import PROMPT
 from dpo_scale.errors import ModelError
-from dpo_scale.models.attention import AttentionPlan, blockwise_attention, checked_plan
+from dpo_scale.models.attention import AttentionPlan, checked_plan
 
 BLOCK = 128
 
@@ -38,26 +38,20 @@ def flex_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # FlexAttention does not support any
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     attention_plan: AttentionPlan | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a row, with the arguments and the result of `blockwise_attention`.
-
-    Layers with dropout, which FlexAttention does not support, are left to `blockwise_attention`.
+    """Attention of a row, with the arguments and the result of `blockwise_attention`, but without dropout.
 
     Raises:
         ModelError: if a layer would be compiled in more forms than torch allows for one function, or not at all. It
             would otherwise run unfused, with scores [H, T, T].
     """
-    if dropout > 0:
-        return blockwise_attention(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window,
-            softcap=softcap, s_aux=s_aux, attention_plan=attention_plan, **others,
-        )  # fmt: skip
+    assert not dropout
     plan = checked_plan(module, attention_mask, sliding_window, attention_plan, others)
     if sliding_window not in plan.block_masks:
         plan.block_masks[sliding_window] = block_mask(plan, sliding_window)

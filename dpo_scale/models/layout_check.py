@@ -19,7 +19,8 @@ from torch import Tensor
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.distributed import ranks
-from dpo_scale.models.attention import Attention, blockwise_attention, observed, use_attention
+from dpo_scale.models.attention import blockwise_attention
+from dpo_scale.models.attention_backends import BACKENDS, Attention, first_line, observed, use_attention
 
 # Mean difference per token that another order of the same sums may cause on random tokens, which models find far
 # less likely than text. Deep models in 16 bits may come to more; so several times what padding alone changes is allowed
@@ -85,11 +86,19 @@ class _Watcher:
         self._gradients, self._compared = gradients, set[Any]()
 
     def __call__(
-        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+        self,
+        backend: str,
+        function: Attention,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **settings: Any,
     ) -> tuple[Tensor, None]:
         try:
             output = function(module, query, key, value, mask, **settings)
-            if self._gradients and function is not blockwise_attention:
+            if self._gradients and BACKENDS[backend].attend is not blockwise_attention:
                 self._compare(function, module, query, key, value, mask, **settings)
             return output
         except Exception as error:
@@ -138,9 +147,3 @@ def _random_pairs(sizes: list[tuple[int, int, int]], vocabulary: int, longest: i
     shares = min(1.0, longest / max(prompt + max(completions) for prompt, *completions in sizes))
     of_pairs = [[max(1, int(n * shares)) for n in of_pair] for of_pair in sizes]
     return [Pair(*(draw.integers(0, vocabulary, n) for n in of_pair), b"", i) for i, of_pair in enumerate(of_pairs)]
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message; its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

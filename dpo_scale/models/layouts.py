@@ -10,27 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from dpo_scale.data.layout import Layout
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, ModelError
-from dpo_scale.models import varlen_attention
-from dpo_scale.models.attention import use_attention
-from dpo_scale.models.layout_check import check_layout, first_line
+from dpo_scale.models.attention_backends import BACKENDS, use_attention
+from dpo_scale.models.layout_check import check_layout
 from dpo_scale.models.scorer import causal_lm
 from dpo_scale.settings.tree import Config
-
-_ATTENTION = {
-    "blocks": "scaled_dot_product_attention, sequence by sequence",
-    "flex": "FlexAttention with a block mask",
-    "varlen": "torch's variable-length kernel",
-    "fa_varlen": "flash-attn's variable-length kernel",
-}
-
-# Names in `model.attn_implementation` that are none of transformers' own.
-OWN_NAMES = ("varlen_attention",)
 
 # Architectures whose layers keep a plan or a window from their attention, though transformers lists it as replaceable:
 # found by running each architecture of transformers 5.23 at a tiny size. `check_layout` is there for the next ones.
@@ -50,7 +40,7 @@ class Option:
         if self.backend is None:
             return f"layout {self.layout}: {self.reason}"
         prompts = "each prompt once, " if self.layout == "shared_prefix" else ""
-        return f"layout {self.layout}: {prompts}no padding; attention by {_ATTENTION[self.backend]} ({self.reason})"
+        return f"layout {self.layout}: {prompts}no padding; attention by {BACKENDS[self.backend].title} ({self.reason})"
 
 
 class LayoutChoice:
@@ -77,7 +67,7 @@ class LayoutChoice:
         """
         failed = self._options[0]
         assert failed.backend is not None
-        tried = f"data.layout = {failed.layout!r} with attention by {_ATTENTION[failed.backend]} fails its check"
+        tried = f"data.layout = {failed.layout!r} with attention by {BACKENDS[failed.backend].title} fails its check"
         if len(self._options) == 1:
             raise ModelError(f"{model}: {tried}: {failure}; set data.layout=padded")
         del self._options[0]
@@ -117,7 +107,7 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
 def _padded(config: Config, reason: str) -> LayoutChoice:
     """Padded rows, which run with attention of transformers."""
     asked = config.model.attn_implementation
-    if asked in OWN_NAMES:
+    if not transformers_has(asked):
         raise ConfigError(
             f"model.attn_implementation = {asked!r}: is for rows of many sequences, and data.layout comes to 'padded' "
             f"({reason}); expected a name of transformers, such as 'sdpa', or none"
@@ -126,56 +116,35 @@ def _padded(config: Config, reason: str) -> LayoutChoice:
 
 
 def attention_options(config: Config) -> list[tuple[str | None, str]]:
-    """The back ends of `dpo_scale.models.attention` for rows of many sequences, best first, each with the reason.
+    """The back ends for rows of many sequences that a run can have, best first, each with the reason.
 
-    `model.attn_implementation` is taken at its word: sdpa, flex_attention, varlen_attention and flash_attention_2 name
-    the back end that is made of them; for any other, and where that does not run, there is only None.
+    `model.attn_implementation` is taken at its word. Where it names no back end, or one that does not run here, there
+    is only None.
     """
     asked, device = config.model.attn_implementation, ranks.device().type
-    named = f"model.attn_implementation = {asked!r}"
-    if asked is None and device != "cuda":
-        return [("blocks", f"the one for a {device} device")]
-    if asked == "sdpa":
-        return [("blocks", named)]
-    if asked == "flex_attention":
-        return [("flex", named) if device == "cuda" else (None, f"{named} does not train on a {device} device")]
-    flash, torchs = _why_no_flash_attn(), _why_no_torch_varlen()
-    if asked in ("flash_attention_2", "varlen_attention"):
-        backend, missing = ("fa_varlen", flash) if asked == "flash_attention_2" else ("varlen", torchs)
-        if device != "cuda":
-            return [(None, f"{named} needs a CUDA device")]
-        return [(backend, named) if missing is None else (None, f"{named}: {missing}")]
     if asked is not None:
-        return [(None, f"{named} takes one sequence a row")]
-    if config.model.dtype == "float32":
-        return [("flex", "variable-length kernels take 16 bits only, and model.dtype is float32")]
+        named = f"model.attn_implementation = {asked!r}"
+        backend = next((name for name, row in BACKENDS.items() if row.setting == asked), None)
+        if backend is None:
+            return [(None, f"{named} takes one sequence a row")]
+        missing = BACKENDS[backend].why_not(device)
+        return [(backend, named) if missing is None else (None, f"{named}: {missing}")]
     options: list[tuple[str | None, str]] = []
-    if flash is None:
-        options.append(("fa_varlen", "flash_attn is installed"))
-    if torchs is None:
-        options.append(("varlen", flash or "it comes with torch"))
-    missing = "; ".join(why for why in (flash, torchs) if why is not None)
-    return [*options, ("flex", "it comes with torch" if options else missing)]
+    refused: dict[str, None] = {}  # a set in order
+    for name, row in BACKENDS.items():
+        if row.devices is None or device not in row.devices:
+            continue
+        why_not = row.why_not(device, getattr(torch, config.model.dtype))
+        if why_not is None:
+            options.append((name, "; ".join(refused) or f"the fastest for a {device} device"))
+        else:
+            refused[why_not] = None
+    return options or [(name, f"the one for a {device} device") for name, row in BACKENDS.items() if not row.devices]
 
 
-def _why_no_flash_attn() -> str | None:
-    """Why flash-attn's kernel is not here; None if it is."""
-    if find_spec("flash_attn") is None:
-        return "flash_attn is not installed"
-    try:
-        varlen_attention.flash_attn_kernel()
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
-        return f"flash_attn is installed but cannot be imported: {first_line(error)}"
-    return None
-
-
-def _why_no_torch_varlen() -> str | None:
-    """Why torch's kernel is not here; None if it is."""
-    try:
-        varlen_attention.torch_kernel()
-    except ImportError as error:
-        return first_line(error)
-    return None
+def transformers_has(asked: str | None) -> bool:
+    """Whether `model.attn_implementation` is for transformers too, and not for rows of many sequences only."""
+    return not any(row.setting == asked and not row.in_transformers for row in BACKENDS.values())
 
 
 def why_padded(model_config: Any) -> str | None:

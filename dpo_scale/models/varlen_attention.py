@@ -23,9 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_scale.distributed import ranks
-from dpo_scale.models.attention import AttentionPlan, Sequences, blockwise_attention, checked_plan
-from dpo_scale.models.flex_attention import flex_attention
+from dpo_scale.models.attention import AttentionPlan, Limits, Sequences, checked_plan
 
 MAX_WIDTH = 256  # of a head
 DTYPES = (torch.float16, torch.bfloat16)
@@ -33,46 +31,17 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A variable-length kernel and what its version takes.
+    """A variable-length kernel of the installed version.
 
     Attributes:
-        name: for messages.
         call: (queries [T, H, D], keys and values [keys, K, D], sequences, scale, window, softcap, dropout) ->
             [T, H, D].
         takes_groups: H may be a multiple of K.
-        takes_softcap, takes_dropout: others than 0.
-        width_step: D must be a multiple of it.
     """
 
-    name: str
     call: Callable[[Tensor, Tensor, Tensor, Sequences, float | None, int | None, float | None, float], Tensor]
     takes_groups: bool
-    takes_softcap: bool
-    takes_dropout: bool
-    width_step: int
-
-    def lacks(
-        self, query: Tensor, value: Tensor, softcap: float | None, dropout: float, sinks: Tensor | None
-    ) -> str | None:
-        """What a layer asks for that the kernel does not support; None if it can have the layer.
-
-        Args:
-            query: [1, H, T, D]; value: [1, K, T, width of the values].
-        """
-        width = query.shape[-1]
-        if sinks is not None:
-            return "attention sinks"
-        if softcap is not None and not self.takes_softcap:
-            return "soft-capped scores"
-        if dropout > 0 and not self.takes_dropout:
-            return "dropout"
-        if value.shape[-1] != width:
-            return f"values of width {value.shape[-1]} beside keys of {width}"
-        if width > MAX_WIDTH or width % self.width_step:
-            return f"heads of width {width}"
-        if query.dtype not in DTYPES:
-            return str(query.dtype).removeprefix("torch.")
-        return None
+    limits: Limits
 
 
 @cache
@@ -106,7 +75,8 @@ def torch_kernel() -> Kernel:
         )
 
     # scaled_dot_product_attention pads widths for the kernel, varlen_attn does not
-    return Kernel("torch's varlen_attn", call, takes_groups, takes_softcap=False, takes_dropout=False, width_step=8)
+    limits = Limits(DTYPES, MAX_WIDTH, width_step=8, value_width=False, softcap=False, sinks=False, dropout=False)
+    return Kernel(call, takes_groups, limits)
 
 
 @cache
@@ -114,12 +84,17 @@ def flash_attn_kernel() -> Kernel:
     """That of the package flash-attn.
 
     Raises:
-        ImportError: if it is missing, or was built for another torch.
+        ImportError: if it is missing, or was built for another torch or CUDA.
     """
-    from flash_attn import flash_attn_varlen_func
-
-    parameters = inspect.signature(flash_attn_varlen_func).parameters
-    takes_softcap = "softcap" in parameters  # from flash-attn 2.6 on
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ModuleNotFoundError as error:
+        if error.name != "flash_attn":
+            raise
+        raise ImportError("flash_attn is not installed") from None
+    except (ImportError, OSError) as error:
+        raise ImportError(f"flash_attn is installed but cannot be imported: {error}") from error
+    takes_softcap = "softcap" in inspect.signature(flash_attn_varlen_func).parameters  # from flash-attn 2.6 on
 
     def call(
         q: Tensor,
@@ -147,7 +122,7 @@ def flash_attn_kernel() -> Kernel:
         )
 
     # it pads widths itself
-    return Kernel("flash-attn", call, takes_groups=True, takes_softcap=takes_softcap, takes_dropout=True, width_step=1)
+    return Kernel(call, True, Limits(DTYPES, MAX_WIDTH, value_width=False, softcap=takes_softcap, sinks=False))
 
 
 def _window(size: int | None) -> tuple[int, int]:
@@ -177,23 +152,9 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
     attention_plan: AttentionPlan | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """A layer that the kernel does not support is left to FlexAttention or `blockwise_attention`, which the log says.
-
-    Args: as those of `blockwise_attention`.
-    """
-    lacks = kernel.lacks(query, value, softcap, dropout, s_aux)
-    if lacks is not None:
-        # FlexAttention is compiled for CUDA only, and has no dropout
-        other = flex_attention if query.is_cuda and dropout == 0 else blockwise_attention
-        _say_once(f"attention: {kernel.name} does not support {lacks}; layers with that go through {_NAMES[other]}")
-        return other(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window,
-            softcap=softcap, s_aux=s_aux, attention_plan=attention_plan, **others,
-        )  # fmt: skip
     plan = checked_plan(module, attention_mask, sliding_window, attention_plan, others)
     sequences = plan.sequences
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -202,11 +163,3 @@ def _attention(
     if not kernel.takes_groups and k.shape[1] != q.shape[1]:
         k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     return kernel.call(q, k, v, sequences, scaling, sliding_window, softcap, dropout)[None], None
-
-
-_NAMES: dict[Any, str] = {flex_attention: "FlexAttention", blockwise_attention: "plain torch, sequence by sequence"}
-
-
-@cache
-def _say_once(message: str) -> None:
-    ranks.log(message)
