@@ -65,7 +65,7 @@ class Columns:
 
 
 class Parts(NamedTuple):
-    """What a schema reads from a row: messages, and the same as three texts where plain text can be trained on."""
+    """What a row holds: messages, and the same as three texts if rows like it can be trained on without a template."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -159,7 +159,7 @@ def _read_prompt_completion(row: Row, columns: Columns) -> Parts:
 
 
 def _read_prompt_messages(row: Row, columns: Columns) -> Parts:
-    return _behind_prompt(_text_or_messages(row, columns.prompt, _user), row, columns)
+    return _behind_prompt(_text_or_messages(row, columns.prompt, "user"), row, columns)
 
 
 def _read_sharegpt(row: Row, columns: Columns) -> Parts:
@@ -169,7 +169,7 @@ def _read_sharegpt(row: Row, columns: Columns) -> Parts:
 def _behind_prompt(prompt: list[Message], row: Row, columns: Columns) -> Parts:
     completions = []
     for name in (columns.chosen, columns.rejected):
-        messages = _text_or_messages(row, name, _assistant)
+        messages = _text_or_messages(row, name, "assistant")
         if len(messages) > len(prompt) and messages[: len(prompt)] == prompt:
             messages = messages[len(prompt) :]  # some files repeat the prompt in the completions
         completions.append(messages)
@@ -177,18 +177,16 @@ def _behind_prompt(prompt: list[Message], row: Row, columns: Columns) -> Parts:
 
 
 def _read_conversation(row: Row, columns: Columns) -> Parts:
-    chosen, rejected = messages_field(row, columns.chosen), messages_field(row, columns.rejected)
-    return Parts(*_split_conversations(chosen, rejected))
+    return _split_conversations(messages_field(row, columns.chosen), messages_field(row, columns.rejected))
 
 
 def _read_transcript(row: Row, columns: Columns) -> Parts:
     texts = [text_field(row, name) for name in (columns.chosen, columns.rejected)]
     (chosen, chosen_ends), (rejected, rejected_ends) = map(_parse_transcript, texts)
-    prompt, chosen_rest, rejected_rest = _split_conversations(chosen, rejected)
+    parts = _split_conversations(chosen, rejected)
     # in plain text the answer's "Assistant:" belongs to the prompt; up to there the texts differ in spaces only
-    ends = chosen_ends[len(prompt)], rejected_ends[len(prompt)]
-    plain = texts[0][: ends[0]], texts[0][ends[0] :], texts[1][ends[1] :]
-    return Parts(prompt, chosen_rest, rejected_rest, plain)
+    end, rejected_end = chosen_ends[len(parts.prompt)], rejected_ends[len(parts.prompt)]
+    return parts._replace(texts=(texts[0][:end], texts[0][end:], texts[1][rejected_end:]))
 
 
 # --- parts of rows
@@ -196,13 +194,12 @@ def _read_transcript(row: Row, columns: Columns) -> Parts:
 
 def of_texts(prompt: str, chosen: str, rejected: str) -> Parts:
     """One question and two answers."""
-    return Parts(_user(prompt), _assistant(chosen), _assistant(rejected), (prompt, chosen, rejected))
+    texts = prompt, chosen, rejected
+    return Parts(_said("user", prompt), _said("assistant", chosen), _said("assistant", rejected), texts)
 
 
-def _split_conversations(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """(common part, rest of chosen, rest of rejected) of two whole conversations."""
+def _split_conversations(chosen: list[Message], rejected: list[Message]) -> Parts:
+    """What two whole conversations share, and the rest of each."""
     if chosen == rejected:
         raise RowProblem("chosen is equal to rejected")
     shared = 0
@@ -216,7 +213,7 @@ def _split_conversations(
                 f"the conversations first differ in message {shared + 1}, which is the "
                 f"{messages[shared]['role']}'s in {name}; expected the same up to an answer of the assistant"
             )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return Parts(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def _parse_transcript(text: str) -> tuple[list[Message], list[int]]:
@@ -234,6 +231,7 @@ def _parse_transcript(text: str) -> tuple[list[Message], list[int]]:
 
 
 def text_field(row: Row, name: str) -> str:
+    """A column's text; `RowProblem` if it holds none."""
     value = _field(row, name)
     if not isinstance(value, str):
         raise RowProblem(f"field {name!r} is {type_name(value)}, expected text")
@@ -241,6 +239,7 @@ def text_field(row: Row, name: str) -> str:
 
 
 def messages_field(row: Row, name: str) -> list[Message]:
+    """A column's messages; `RowProblem` if it holds none."""
     value = _field(row, name)
     if isinstance(value, dict):
         value = [value]  # ShareGPT's chosen and rejected are single messages
@@ -249,8 +248,8 @@ def messages_field(row: Row, name: str) -> list[Message]:
     return [_message(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
 
-def _text_or_messages(row: Row, name: str, wrap: Any) -> list[Message]:
-    return wrap(text_field(row, name)) if isinstance(row.get(name), str) else messages_field(row, name)
+def _text_or_messages(row: Row, name: str, role: str) -> list[Message]:
+    return _said(role, row[name]) if isinstance(row.get(name), str) else messages_field(row, name)
 
 
 def _field(row: Row, name: str) -> Any:
@@ -259,12 +258,8 @@ def _field(row: Row, name: str) -> Any:
     return row[name]
 
 
-def _user(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
-
-
-def _assistant(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
+def _said(role: str, text: str) -> list[Message]:
+    return [{"role": role, "content": text}]
 
 
 def _message(value: Any, where: str) -> Message:
@@ -351,7 +346,7 @@ def _check_completion(name: str, messages: list[Message]) -> None:
 
 def _hash_prompt(prompt: list[Message]) -> int:
     text = json.dumps(prompt, ensure_ascii=False, sort_keys=True, default=str)
-    # "surrogatepass": text that isn't Unicode is refused by the tokenizing step, whichever field it is in
+    # "surrogatepass": text that isn't Unicode is refused when it is tokenized, whichever field it is in
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -60,32 +60,25 @@ class Backend:
 # Best first. Names are without "flash": transformers would take those for its own.
 BACKENDS = {
     "fa_varlen": Backend(
-        "flash-attn's variable-length kernel",
-        varlen_attention.flash_attention,
-        setting="flash_attention_2",
-        in_transformers=True,
-        devices=("cuda",),
+        "flash-attn's variable-length kernel", varlen_attention.flash_attention,
+        setting="flash_attention_2", in_transformers=True, devices=("cuda",),
         limits=lambda: varlen_attention.flash_attn_kernel().limits,
     ),
     "varlen": Backend(
-        "torch's variable-length kernel",
-        varlen_attention.varlen_attention,
-        setting="varlen_attention",
-        devices=("cuda",),
+        "torch's variable-length kernel", varlen_attention.varlen_attention,
+        setting="varlen_attention", devices=("cuda",),
         limits=lambda: varlen_attention.torch_kernel().limits,
     ),
     "flex": Backend(
-        "FlexAttention with a block mask",
-        flex_attention,
-        setting="flex_attention",
-        in_transformers=True,
-        devices=("cuda",),
+        "FlexAttention with a block mask", flex_attention,
+        setting="flex_attention", in_transformers=True, devices=("cuda",),
         limits=lambda: Limits(dropout=False),
     ),
     "blocks": Backend(
-        "scaled_dot_product_attention, sequence by sequence", blockwise_attention, setting="sdpa", in_transformers=True
+        "scaled_dot_product_attention, sequence by sequence", blockwise_attention,
+        setting="sdpa", in_transformers=True,
     ),
-}
+}  # fmt: skip
 
 
 def use_attention(model: nn.Module, backend: str) -> None:
