@@ -10,10 +10,10 @@ Letters, for a pair with prompt x, chosen completion y_c and rejected y_r:
 
 Shapes: [P] or [P, 2] over the P pairs of a micro-step, column 0 chosen, 1 rejected; [S] over scored tokens.
 
-`preference_loss` returns a loss per pair and no mean: the mean is over the *global* batch, whose other
-micro-batches and ranks are not known here. Everything is computed in fp32 (fp64 if the inputs are) whatever
-autocast says, in forms whose values and gradients stay finite when a run has gone far astray: logarithms of
-sigmoids rather than of their values, expm1 near 0, exponents clamped at `EXPONENT_LIMIT`.
+`preference_loss` returns a loss per pair and no mean: the mean is over the *global* batch, whose other micro-batches
+and ranks are not known here. Everything is computed in fp32 (fp64 if the inputs are), under autocast too. Values and
+gradients stay finite when a run has gone far astray: sigmoids are taken as logarithms, differences near 1 by expm1,
+and exponents are clamped at `EXPONENT_LIMIT`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from dpo_scale.settings.loss import LOSSES, LossSettings
 Formula = Callable[["Pairs"], Tensor]  # the losses [P] of the pairs
 FORMULAS: dict[str, Formula] = {}  # by the names of LOSSES
 
-# exp(30) = 1e13: far beyond where every loss of D is saturated, and its square is still an fp32 number, so a
-# gradient norm can be taken. Beyond the limit a score is constant and its gradient 0.
+# exp(30) = 1e13 is far beyond where every loss of D is saturated. Its square is still an fp32 number, so a gradient
+# norm can be taken. Beyond the limit a score is constant and its gradient 0.
 EXPONENT_LIMIT = 30.0
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a loss may read: tensors [P], fp32 or fp64. The reference ones are None if no loss needs them."""
+    """What a loss may read: tensors [P], fp32 or fp64. Those of the reference are None if no loss needs them."""
 
     settings: LossSettings
     s_c: Tensor
@@ -75,11 +75,11 @@ def preference_loss(
 
     policy_logps: [P, 2] sums s_c, s_r of completion log-probs; the loss is differentiable in it.
     reference_logps: [P, 2] sums r_c, r_r; read only if `settings.needs_reference`, may be None otherwise.
-    lengths: [P, 2] numbers of completion tokens n_c, n_r; 0 counts as 1, so that a
-        completion without tokens has a finite loss and gradient.
+    lengths: [P, 2] numbers of completion tokens n_c, n_r. 0 counts as 1, so that a completion without tokens has a
+        finite loss and gradient.
     settings: validated `LossSettings`.
-    mean_chosen_tokens: mean of n_c over the pairs of the global batch; required for `sft`, whose mean over
-        pairs is then the negative log-likelihood per chosen token of the whole batch.
+    mean_chosen_tokens: mean of n_c over the pairs of the global batch. `sft` needs it: its mean over pairs is then the
+        negative log-likelihood per chosen token of the whole batch.
     pair_weights: [P] detached weights of the pairs (`wpo_weights`); the summed loss is multiplied by them.
 
     Returns the loss [P], fp32 (fp64 if policy_logps is), and detached metrics, name -> [P]: `loss`,
@@ -344,9 +344,9 @@ def sum_token_logps(
     lengths: [P, 2] numbers of completion tokens; read with ld_alpha only.
     ld_alpha: LD-DPO (arXiv 2409.06411): the weight of a completion's tokens after the first min(n_c, n_r).
 
-    The S numbers are summed in fp64, which costs nothing here, and rounded once: a sum of thousands of terms
-    is as exact as the output dtype can say. Each segment is reduced by itself, in a fixed order, so results
-    are the same from run to run on CUDA too, where scattered adds are not.
+    The S numbers are summed in fp64, which costs nothing here, and rounded once. So a sum of thousands of terms is as
+    exact as the output dtype allows. Each segment is reduced by itself, in a fixed order. So results are the same from
+    run to run, on CUDA too, where scattered adds are not.
     """
     assert token_logps.ndim == 1 and segments.shape == token_logps.shape, (token_logps.shape, segments.shape)
     values = token_logps.double()

@@ -1,11 +1,13 @@
-"""The proof that a layout gives a loaded model the log-probs, and its attention the gradients, of separate sequences.
+"""The check that a layout gives a loaded model the log-probs, and its attention the gradients, of separate sequences.
 
-A few pairs of random tokens go through the model twice: padded, with the model's own attention, and in the layout with
-the back end that is to keep sequences apart. Back ends choose kernels by length, so one row is short and one is longer
-than the blocks that they compute in. Gradients are those of the attention alone, layer by layer, beside those of
-`blockwise_attention` in fp32: a backward pass of the whole model would go through its engine. They are taken at random
-queries, keys and values whose scores have a variance of 1. Where a trained model's attention is nearly all on one key,
-gradients are differences of nearly equal numbers, and rounding is all that is left of them.
+A few pairs of random tokens go through the model twice: padded, with the model's own attention, and in the layout, with
+the back end that is to keep sequences apart. Back ends choose kernels by length. So one row is short, and one is longer
+than the blocks that they compute in.
+
+Gradients are those of the attention alone, layer by layer, beside those of `blockwise_attention` in fp32. A backward
+pass of the whole model would go through its engine. Queries, keys and values are random, with scores of variance 1.
+In a trained model attention may be nearly all on one key; its gradients are then differences of nearly equal numbers,
+of which only rounding is left.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from dpo_scale.distributed import ranks
 from dpo_scale.models.attention import blockwise_attention
 from dpo_scale.models.attention_backends import BACKENDS, Attention, first_line, observed, use_attention
 
-# Mean difference per token that another order of the same sums may cause on random tokens, which models find far
-# less likely than text. Deep models in 16 bits may come to more; so several times what padding alone changes is allowed
-# too, up to a limit: sequences that see each other differ by tenths and more.
+# Mean difference per token that another order of the same sums may cause. Random tokens are far less likely than text,
+# and deep models in 16 bits may differ by more. So several times what padding alone changes is allowed too, up to a
+# limit: sequences that see each other differ by tenths and more.
 _ALLOWED_PER_TOKEN = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 _TIMES_PADDING, _MOST_ALLOWED = 4.0, 0.3
-# Norm of a gradient's error by its own norm. Rounding of 16 bits comes to a few thousandths; a key too many to tenths.
+# Norm of a gradient's error, by its own norm. 16 bits round by a few thousandths; one key too many makes tenths.
 _ALLOWED_IN_GRADIENT = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 # Tokens of prompt, chosen and rejected. The second row is longer than FlexAttention's blocks of 128, and so is one of
 # its documents, with its branches in different blocks.
@@ -36,10 +38,9 @@ _ROWS = [[(9, 7, 5), (1, 4, 8)], [(120, 30, 40), (40, 3, 20), (1, 30, 2)]]
 
 @torch.no_grad()
 def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: str) -> str | None:
-    """Why a layout does not give a model the log-probs that separate sequences have; None if it does.
+    """Why a layout does not give a model the log-probs of separate sequences; None if it does.
 
-    Every rank calls it, and all get the same answer: a failure on one is a failure on all. The back end is left in
-    place.
+    Every rank calls it and gets the same answer: a failure on one is a failure on all. The back end stays in place.
 
     Args:
         scorer: an engine around a `PairScorer`, at any stage; gradients are checked if it is in training mode.
@@ -76,8 +77,8 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
 class _Watcher:
     """Stands between a model and its attention: keeps what a back end raises, and compares its gradients.
 
-    A layer whose attention raised goes on with zeros, so that all ranks of a sharded model take part in the same
-    collectives up to the end of the pass, whichever of them it fails on.
+    A layer whose attention raised goes on with zeros. So all ranks of a sharded model take part in the same collectives
+    up to the end of the pass.
     """
 
     def __init__(self, *, gradients: bool) -> None:
@@ -137,7 +138,7 @@ def _gradients(
 
 
 def _sizes(text_config: Any) -> tuple[int, int]:
-    """A model's vocabulary, and the tokens of its longest sequence; positions may be a table that ends there."""
+    """A model's vocabulary, and the tokens of its longest sequence, where its table of positions may end."""
     return text_config.vocab_size, getattr(text_config, "max_position_embeddings", None) or 2**31
 
 

@@ -1,9 +1,9 @@
-"""Which layout and which attention a run takes, why, and what it takes instead if a model fails the check of them.
+"""Which layout and which attention a run takes, why, and what it takes instead if a model fails their check.
 
 Rows of many sequences need a model whose attention can be replaced and that mixes tokens nowhere else. What
-transformers says of its classes decides that before any weights are read; `layout_check` then shows on the loaded
-model whether it is true. What the config names is kept, and a failed check of it ends the run. What it leaves open is
-exchanged: another attention first, the layout `padded` last, for all models of the run alike.
+transformers says of its classes decides that before any weights are read. `layout_check` then tests the loaded model.
+What the config names is kept: if it fails its check, the run ends. What the config leaves open may change: to another
+attention first, to the layout `padded` last, for all models of the run alike.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dpo_scale.models.layout_check import check_layout
 from dpo_scale.models.scorer import causal_lm
 from dpo_scale.settings.tree import Config
 
-# Architectures whose layers keep a plan or a window from their attention, though transformers lists it as replaceable:
-# found by running each architecture of transformers 5.23 at a tiny size. `check_layout` is there for the next ones.
+# Architectures whose layers do not hand a plan or a window to their attention, though transformers lists it as
+# replaceable. Found by running each architecture of transformers 5.23 at a tiny size; `check_layout` finds the next.
 _KEEP_TO_THEMSELVES = {"doge", "moshi", "nemotron", "phimoe"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """A layout, the back end of `models.attention` that keeps its sequences apart (None: the model's own), and why."""
+    """A layout, the back end (`BACKENDS`) that keeps its sequences apart (None: the model's own), and why."""
 
     layout: Layout
     backend: str | None
@@ -44,7 +44,7 @@ class Option:
 
 
 class LayoutChoice:
-    """The layout and attention of all models of a run, and what comes next if one of them fails their check."""
+    """The layout and attention of all models of a run, and what comes next if a model fails their check."""
 
     def __init__(self, config: Config, options: Sequence[Option]) -> None:
         """Args: options: at least one, best first."""
@@ -56,14 +56,14 @@ class LayoutChoice:
 
     @property
     def option(self) -> Option:
-        """What is taken now; `config.data.layout` says the same of the layout."""
+        """What is taken now. `config.data.layout` names its layout."""
         return self._options[0]
 
     def give_up(self, model: str, failure: str) -> None:
         """Go on to the next option.
 
         Raises:
-            ModelError: if there is none, as what failed was asked for by name.
+            ModelError: if there is none, because what failed was asked for by name.
         """
         failed = self._options[0]
         assert failed.backend is not None
@@ -80,12 +80,12 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     """What `data.layout` and `model.attn_implementation` come to, and the reason.
 
     Args:
-        config: its `data.layout` is overwritten by what is taken.
+        config: its `data.layout` becomes what is taken.
         model_configs: the transformers configs of the models that will run.
 
     Raises:
-        ConfigError: if a layout was asked for by name that a model or its attention cannot take, or an attention that
-            the layout has no use for.
+        ConfigError: if the config names a layout that a model or its attention cannot take, or an attention that the
+            layout has no use for.
     """
     asked = config.data.layout
     if asked == "padded":
@@ -109,8 +109,8 @@ def _padded(config: Config, reason: str) -> LayoutChoice:
     asked = config.model.attn_implementation
     if not transformers_has(asked):
         raise ConfigError(
-            f"model.attn_implementation = {asked!r}: is for rows of many sequences, and data.layout comes to 'padded' "
-            f"({reason}); expected a name of transformers, such as 'sdpa', or none"
+            f"model.attn_implementation = {asked!r}: is for rows of many sequences only, and data.layout is 'padded' "
+            f"here ({reason}); expected an attention of transformers, such as 'sdpa', or null"
         )
     return LayoutChoice(config, [Option("padded", None, reason)])
 
@@ -153,7 +153,7 @@ def why_padded(model_config: Any) -> str | None:
 
     kind = getattr(model_config, "model_type", type(model_config).__name__)
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(model_config, "auto_map", None):
-        return f"a {kind} model's code is not transformers' own, so nothing is known of its attention"
+        return f"a {kind} model's code is not transformers' own, and its attention is not known"
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     model_class = found[0] if isinstance(found, tuple) else found
     text = model_config.get_text_config()
@@ -170,7 +170,7 @@ def why_padded(model_config: Any) -> str | None:
 
 
 def install_attention(model: Any, option: Option) -> None:
-    """Give a loaded transformers model the attention of an option; what it had is kept as `own_attention`."""
+    """Give a loaded transformers model the attention of an option. What it had is kept as `own_attention`."""
     if not hasattr(model, "own_attention"):
         model.own_attention = model.config._attn_implementation
     if option.backend is not None:
@@ -180,9 +180,9 @@ def install_attention(model: Any, option: Option) -> None:
 
 
 def prove_layout(choice: LayoutChoice, scorer: Any, dtype: str, beside: Sequence[Any] = ()) -> None:
-    """Make sure that the layout gives a model the log-probs that separate sequences have. Every rank calls it.
+    """Make sure that a layout gives a model the log-probs of separate sequences. Every rank calls it.
 
-    If it does not, the run's models go on to the next option of the choice together.
+    If it does not, all models of the run go on to the next option.
 
     Args:
         scorer: an engine around a `PairScorer`, at any stage, with the choice's attention installed.
@@ -190,7 +190,7 @@ def prove_layout(choice: LayoutChoice, scorer: Any, dtype: str, beside: Sequence
         beside: engines of the run's other models, which the choice was proved for.
 
     Raises:
-        ModelError: with the failure, if what failed was asked for by name.
+        ModelError: saying what failed, if that was asked for by name.
     """
     unproved = [scorer]
     while unproved:

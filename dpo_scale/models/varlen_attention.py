@@ -1,13 +1,13 @@
 """Flash-attention's variable-length kernel over one row of many sequences, prompts shared or not.
 
-The kernel takes queries and keys of different lengths per sequence and aligns the causal mask at their ends. So a
-branch is a sequence whose queries are its own tokens and whose keys are the shared prompt's and its own: prompts are
-computed once in every layer, and only their keys and values are copied, once a branch.
+A sequence may have more keys than queries; the causal mask is then aligned at their ends. So a branch is a sequence
+whose queries are its own tokens, and whose keys are the shared prompt's and its own. A prompt is computed once.
+Only its keys and values are copied, once a branch.
 
-Two packages have it: torch (`torch.nn.attention.varlen`, the same kernels as its scaled_dot_product_attention, so there
-is nothing to install or to compile) and flash-attn. What each version takes is asked of its signature. That the mask is
-aligned at the ends is flash-attn's documentation's word from 2.1 on, and in torch, which does not document it, the
-kernel's (flash_attn/mask.h: a query's last key is `row + keys - queries`). `layout_check` would see another alignment.
+Two packages have the kernel: torch (`torch.nn.attention.varlen`, with nothing to install or to compile) and flash-attn.
+The signature of the installed version tells what it takes. flash-attn documents from 2.1 on that the mask is aligned at
+the ends. torch does not document it, but its kernel does so (flash_attn/mask.h: a query's last key is
+`row + keys - queries`). `layout_check` would find another alignment.
 
 Shapes: H query heads, K key heads, T tokens of the row, D width of a head.
 """
@@ -126,7 +126,7 @@ def flash_attn_kernel() -> Kernel:
 
 
 def _window(size: int | None) -> tuple[int, int]:
-    """How many keys before and after a query's own position it sees besides that; -1: all. (-1, 0) is plain causal."""
+    """How many keys before and after its own position a query sees; -1: all. (-1, 0) is plain causal."""
     return (-1 if size is None else size - 1, 0)
 
 
