@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_scale.distributed import ranks
+from dpo_scale.errors import first_line
 from dpo_scale.models import varlen_attention
 from dpo_scale.models.attention import Limits, blockwise_attention
 from dpo_scale.models.flex_attention import flex_attention
@@ -148,9 +149,3 @@ def observed(observer: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
         yield
     finally:
         _observer = None
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message; its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

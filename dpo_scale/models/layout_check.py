@@ -21,8 +21,9 @@ from torch import Tensor
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.distributed import ranks
+from dpo_scale.errors import first_line
 from dpo_scale.models.attention import blockwise_attention
-from dpo_scale.models.attention_backends import BACKENDS, Attention, first_line, observed, use_attention
+from dpo_scale.models.attention_backends import BACKENDS, Attention, observed, use_attention
 
 # Mean difference per token that another order of the same sums may cause. Random tokens are far less likely than text,
 # and deep models in 16 bits may differ by more. So several times what padding alone changes is allowed too, up to a

@@ -16,7 +16,7 @@ from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
 from dpo_scale.distributed import ranks
 from dpo_scale.models import varlen_attention
-from dpo_scale.models.attention import AttentionPlan, blockwise_attention
+from dpo_scale.models.attention import AttentionPlan, Limits, blockwise_attention
 from dpo_scale.models.attention_backends import BACKENDS, attention_function, log_once
 
 # prompt, chosen, rejected: branches of one token, longer than their prompts, longer than a window of 16
@@ -186,6 +186,28 @@ def test_a_layer_that_the_kernel_lacks_goes_elsewhere_and_the_log_says_so_once(k
     assert len(lines) == 1 and lacks in lines[0]
     for word in ("torch's" if kernel.startswith("torch") else "flash-attn's", "Flex" if to_flex else "dot_product"):
         assert word in lines[0]
+
+
+BEYOND = {
+    "sliding windows": (Limits(windows=False), {"sliding_window": 16}),
+    "prompts that two branches share": (Limits(shared_prompts=False), {}),
+    "attention sinks": (Limits(sinks=False), {"s_aux": torch.zeros(4)}),
+    "soft-capped scores": (Limits(softcap=False), {"softcap": 3.0}),
+    "dropout": (Limits(dropout=False), {"dropout": 0.1}),
+    "heads of width 16": (Limits(width_step=12), {}),
+    "bfloat16": (Limits(dtypes=(torch.float32,)), {}),
+}
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_a_back_end_is_not_given_what_is_beyond_its_limits(beyond):
+    limits, settings = BEYOND[beyond]
+    plan = plan_of("shared_prefix")
+    query, _, value = inputs_of(plan)
+    assert limits.lacks(query, value, {"attention_plan": plan, **settings}) == beyond
+    assert Limits().lacks(query, value, {"attention_plan": plan, **settings}) is None
+    if not limits.shared_prompts:
+        assert limits.lacks(query, value, {"attention_plan": plan_of("packed")}) is None
 
 
 def test_the_stand_in_has_the_signature_of_the_installed_torch():
