@@ -88,27 +88,20 @@ class _Watcher:
         self._gradients, self._compared = gradients, set[Any]()
 
     def __call__(
-        self,
-        backend: str,
-        function: Attention,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **settings: Any,
+        self, backend: str, function: Attention, module: Any, *inputs: Any, **settings: Any
     ) -> tuple[Tensor, None]:
         try:
-            output = function(module, query, key, value, mask, **settings)
+            output = function(module, *inputs, **settings)
             if self._gradients and BACKENDS[backend].attend is not blockwise_attention:
-                self._compare(function, module, query, key, value, mask, **settings)
+                self._compare(function, module, *inputs, settings)
             return output
         except Exception as error:
             self.raised.append(f"{type(error).__name__}: {first_line(error)}")
+            query, _, value, _ = inputs
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
     def _compare(
-        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, settings: dict
     ) -> None:
         """Once for each kind of layer and row."""
         kind = (query.shape, key.shape, *(settings.get(name) for name in ("sliding_window", "softcap")))

@@ -31,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A variable-length kernel of the installed version.
+    """The variable-length kernel of an installed package.
 
     Attributes:
         call: (queries [T, H, D], keys and values [keys, K, D], sequences, scale, window, softcap, dropout) ->
@@ -58,21 +58,10 @@ def torch_kernel() -> Kernel:
         raise ImportError(f"varlen_attn of torch {torch.__version__} takes no scale or no window")
     takes_groups = "enable_gqa" in parameters  # from torch 2.12 on
 
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: int | None, *_: Any
-    ) -> Tensor:
-        return varlen_attn(
-            q,
-            k,
-            v,
-            sequences.query_offsets,
-            sequences.key_offsets,
-            sequences.max_queries,
-            sequences.max_keys,
-            scale=scale,
-            window_size=_window(window),
-            **({"enable_gqa": True} if q.shape[1] != k.shape[1] else {}),
-        )
+    def call(q, k, v, row, scale, window, softcap, dropout):  # typed by `Kernel.call`
+        sizes = row.query_offsets, row.key_offsets, row.max_queries, row.max_keys
+        groups = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        return varlen_attn(q, k, v, *sizes, scale=scale, window_size=_window(window), **groups)
 
     # scaled_dot_product_attention pads widths for the kernel, varlen_attn does not
     limits = Limits(DTYPES, MAX_WIDTH, width_step=8, value_width=False, softcap=False, sinks=False, dropout=False)
@@ -88,38 +77,18 @@ def flash_attn_kernel() -> Kernel:
     """
     try:
         from flash_attn import flash_attn_varlen_func
-    except ModuleNotFoundError as error:
-        if error.name != "flash_attn":
-            raise
-        raise ImportError("flash_attn is not installed") from None
     except (ImportError, OSError) as error:
-        raise ImportError(f"flash_attn is installed but cannot be imported: {error}") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        why = "is not installed" if missing else f"is installed but cannot be imported: {error}"
+        raise ImportError(f"flash_attn {why}") from error
     takes_softcap = "softcap" in inspect.signature(flash_attn_varlen_func).parameters  # from flash-attn 2.6 on
 
-    def call(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sequences: Sequences,
-        scale: float | None,
-        window: int | None,
-        softcap: float | None,
-        dropout: float,
-    ) -> Tensor:
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=sequences.query_offsets,
-            cu_seqlens_k=sequences.key_offsets,
-            max_seqlen_q=sequences.max_queries,
-            max_seqlen_k=sequences.max_keys,
-            dropout_p=dropout,
-            softmax_scale=scale,
-            causal=True,
-            window_size=_window(window),
-            **({} if softcap is None else {"softcap": softcap}),
-        )
+    def call(q, k, v, row, scale, window, softcap, dropout):  # typed by `Kernel.call`
+        sizes = row.query_offsets, row.key_offsets, row.max_queries, row.max_keys
+        options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True, "window_size": _window(window)}
+        if softcap is not None:
+            options["softcap"] = softcap
+        return flash_attn_varlen_func(q, k, v, *sizes, **options)
 
     # it pads widths itself
     return Kernel(call, True, Limits(DTYPES, MAX_WIDTH, value_width=False, softcap=takes_softcap, sinks=False))
