@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from dpo_scale.data.sources import RowProblem, type_name
-from dpo_scale.settings.data import Schema as SchemaName
-from dpo_scale.settings.data import SourceSettings
+from dpo_scale.settings.data import Schema, SourceSettings
 
 Row = dict[str, Any]  # column values as JSON would give them
 Message = dict[str, Any]
@@ -74,7 +73,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schema:
+class RowSchema:
     """One shape of rows.
 
     Attributes:
@@ -390,22 +389,22 @@ def _is_prompt_completion(row: Row, columns: Columns) -> bool:
 
 
 SCHEMAS = {
-    "sharegpt": Schema(
+    "sharegpt": RowSchema(
         "conversations (from/value), chosen, rejected",
         _read_sharegpt, _is_sharegpt, prompt_column="conversations", of_messages=True,
     ),
-    "conversation": Schema(
+    "conversation": RowSchema(
         "chosen and rejected as whole lists of messages, their common part is the prompt",
         _read_conversation, _is_conversation, columns=("chosen", "rejected"), of_messages=True,
     ),
-    "prompt_messages": Schema(
+    "prompt_messages": RowSchema(
         "prompt, chosen, rejected with at least one a list of messages",
         _read_prompt_messages, _is_prompt_messages, of_messages=True,
     ),
-    "transcript": Schema(  # a system text is part of the transcript
+    "transcript": RowSchema(  # a system text is part of the transcript
         'chosen and rejected as whole "\\n\\nHuman: ...\\n\\nAssistant: ..." texts',
         _read_transcript, _is_transcript, columns=("chosen", "rejected"), optional=("tools",),
     ),
-    "prompt_completion": Schema("texts prompt, chosen, rejected", _read_prompt_completion, _is_prompt_completion),
+    "prompt_completion": RowSchema("texts prompt, chosen, rejected", _read_prompt_completion, _is_prompt_completion),
 }  # fmt: skip
-assert {"auto", *SCHEMAS} == set(get_args(SchemaName)), "settings.data.Schema lists other names"
+assert {"auto", *SCHEMAS} == set(get_args(Schema)), "settings.data.Schema lists other names"
