@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_scale.data.pair_file import SCHEMA, PairFile
-from dpo_scale.data.schemas import MESSAGE_SCHEMAS, SCHEMAS, Columns, columns_of, detect_schema
+from dpo_scale.data.schemas import SCHEMAS, Columns, columns_of, detect_schema
 from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.data.workers import RowTokenizer, read_chunks, run_chunks
@@ -181,7 +181,7 @@ def _build(
     log: Callable[[str], None],
 ) -> None:
     columns, found_columns = _find_schema(source, files)
-    if columns.schema in MESSAGE_SCHEMAS and not tokenizer.chat:
+    if SCHEMAS[columns.schema].of_messages and not tokenizer.chat:
         raise DataError(
             f"{files[0].label}: rows are messages (schema {columns.schema}), which take a chat template, and "
             "the tokenizer has none or data.chat_template is 'none'; set data.chat_template"
@@ -254,24 +254,20 @@ def _find_schema(source: SourceSettings, files: list[DataFile]) -> tuple[Columns
             if problem is None:
                 raise DataError(f"{files[0].label}: holds no rows")
             raise DataError(f"{files[0].label} row {problem[0]}: {problem[1]}; nor can the rows after it be read")
-        known = "; ".join(f"{name} ({meaning})" for name, meaning in SCHEMAS.items())
+        known = "; ".join(f"{name} ({known.meaning})" for name, known in SCHEMAS.items())
         raise DataError(
             f"{files[0].label}: the rows have no known schema; columns found: {', '.join(found)}; expected "
             f"one of: {known}. Columns of other names are given by data.prompt_column, chosen_column and "
             "rejected_column"
         )
     columns = columns_of(source, schema)
-    named = [columns.prompt, columns.chosen, columns.rejected]
-    if schema in ("conversation", "transcript"):
-        named = named[1:]
-    missing = [name for name in named if rows and name not in found]
+    missing = [name for name in columns.required if rows and name not in found]
     if missing:
         raise DataError(
             f"{files[0].label}: no column {', '.join(map(repr, missing))}, which schema {schema} takes; "
             f"columns found: {', '.join(found)}"
         )
-    used = [name for name in ("system", "tools") if name in found and (schema != "transcript")]
-    return columns, used + named
+    return columns, [name for name in SCHEMAS[schema].optional if name in found] + columns.required
 
 
 def _bad_row_error(bad: BadRow) -> DataError:

@@ -16,14 +16,13 @@ import torch
 
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.distributed import engine, ranks
-from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.errors import ConfigError, ModelError, first_line
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.files import check_models
-from dpo_scale.models.layout_check import first_line
-from dpo_scale.models.layouts import OWN_NAMES, LayoutChoice, choose_layout, install_attention, prove_layout
+from dpo_scale.models.layouts import LayoutChoice, choose_layout, install_attention, prove_layout, transformers_has
 from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
@@ -270,7 +269,7 @@ def _load_for(
             source.path,
             dtype=config.model.dtype,
             revision=source.revision,
-            attn_implementation=None if asked in OWN_NAMES else asked,
+            attn_implementation=asked if transformers_has(asked) else None,
             trust_remote_code=config.model.trust_remote_code,
             disable_dropout=config.model.disable_dropout,
         )

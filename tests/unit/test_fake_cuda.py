@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
-from dpo_scale.models.attention import use_attention
+from dpo_scale.models.attention_backends import use_attention
 from dpo_scale.models.scorer import PairScorer
 from dpo_scale.settings.loss import LossSettings
 from dpo_scale.training.objective import across_ranks, from_logps, fused_by_pair

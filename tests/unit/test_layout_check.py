@@ -1,5 +1,7 @@
 """What a loaded model must prove of its layout and attention, and what a run does where it cannot."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import varlen_kernels
@@ -8,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
-from dpo_scale.models import attention, layout_check, varlen_attention
-from dpo_scale.models.attention import blockwise_attention
+from dpo_scale.models import layout_check, varlen_attention
+from dpo_scale.models.attention import Limits, blockwise_attention
+from dpo_scale.models.attention_backends import BACKENDS
 from dpo_scale.models.layouts import LayoutChoice, Option, choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer
 from dpo_scale.settings.tree import Config
@@ -131,9 +134,7 @@ def lines(monkeypatch):
 
 def broken_backend(monkeypatch, function):
     """Make `varlen` a back end that does something else."""
-    functions = {**attention.attention_functions()}
-    functions["varlen"] = torch.compiler.disable(attention._observable(function))
-    monkeypatch.setattr(attention, "attention_functions", lambda: functions)
+    monkeypatch.setitem(BACKENDS, "varlen", replace(BACKENDS["varlen"], attend=function, limits=Limits))
 
 
 def choice_of(*options):
