@@ -33,7 +33,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from dpo_scale.disk.atomic import write_atomically
+from dpo_scale.disk.atomic import naming, write_atomically
+from dpo_scale.errors import CheckpointError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOP_FILE = "stop"
@@ -176,7 +177,8 @@ def mark_preempted(run_dir: Path, step: int | None, reason: str) -> None:
     """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     record = {"step": step, "reason": reason, "time": now}
-    write_atomically(run_dir / PREEMPTED_FILE, [json.dumps(record, indent=1).encode() + b"\n"])
+    with naming(run_dir / PREEMPTED_FILE, CheckpointError, to="written"):
+        write_atomically(run_dir / PREEMPTED_FILE, [json.dumps(record, indent=1).encode() + b"\n"])
     (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 

@@ -50,7 +50,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from dpo_scale.disk.atomic import write_atomically
-from dpo_scale.errors import EXIT_USER_ERROR, StoreError, UserError
+from dpo_scale.errors import EXIT_USER_ERROR, UserError
 from dpo_scale.progress import progress
 from dpo_scale.run import preemption
 from dpo_scale.run.preemption import EXIT_PREEMPTED, Preempted
@@ -326,7 +326,7 @@ class Watchdog:
         """Say for whoever starts runs that this one can be resumed; exit codes do not survive every launcher."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         record = {"ranks": [p.rank for p in lost], "host": lost[0].process.host, "where": lost[0].where, "time": now}
-        with suppress(StoreError):
+        with suppress(OSError):
             write_atomically(self._run_dir / LOST_FILE, [json.dumps(record, indent=1).encode() + b"\n"])
 
     def _position(self) -> Position:
