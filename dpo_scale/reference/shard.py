@@ -327,6 +327,8 @@ class Shard:
     def _verify(self, groups: np.ndarray, *, tokens: bool = False) -> None:
         """Compare the checksums of groups, those of their tokens with `tokens`, where that was not done yet."""
         verified = self._tokens_verified if tokens else self._verified
+        if verified.all():
+            return
         for group in np.unique(groups[~verified[groups]]):
             first = int(group) * self.rows_per_group
             if tokens:
