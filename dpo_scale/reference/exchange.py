@@ -1,7 +1,7 @@
 """Reference values out of a store and into it: parquet for anyone to read, columns that others have computed.
 
-What comes in keeps to a book of its own, marked as imported: nobody here knows how it was computed, so it never
-answers for values of this package's numerics.
+What comes in goes to a book of its own, marked as imported. Nobody here knows how it was computed, so it never answers
+for values of this package's numerics.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dpo_scale.data.cache import TokenizedSource, tokenize_source
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
+from dpo_scale.disk.atomic import naming
 from dpo_scale.errors import DataError, StoreError
 from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below
 from dpo_scale.reference.store import Book
@@ -57,24 +58,15 @@ def export_parquet(
     )
     texts = _TextsByKey(pairs, decode) if pairs and decode is not None else None
     written = 0
-    try:
-        with pq.ParquetWriter(path, schema) as writer:
-            for rows in _in_order(book):
-                if texts is not None:
-                    rows = rows.take(contains(texts.keys, rows.keys))
-                for begin in range(0, len(rows), _ROWS_PER_WRITE):
-                    part = rows.take(slice(begin, begin + _ROWS_PER_WRITE))
-                    writer.write_table(pa.table(_columns(part, texts), schema=schema))
-                    written += len(part)
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with naming(path, StoreError, to="written"), pq.ParquetWriter(path, schema) as writer:
+        for part in merged_parts(book.shards):
+            for rows in (part.with_tokens, part.without_tokens):
+                chosen = rows if texts is None else rows.take(contains(texts.keys, rows.keys))
+                for begin in range(0, len(chosen), _ROWS_PER_WRITE):
+                    some = chosen.take(slice(begin, begin + _ROWS_PER_WRITE))
+                    writer.write_table(pa.table(_columns(some, texts), schema=schema))
+                    written += len(some)
     return written
-
-
-def _in_order(book: Book) -> Iterator[Rows]:
-    for part in merged_parts(book.shards):
-        yield part.with_tokens
-        yield part.without_tokens
 
 
 def _columns(rows: Rows, texts: _TextsByKey | None) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def _columns(rows: Rows, texts: _TextsByKey | None) -> dict[str, Any]:
         values: list[Any] = [None] * len(rows)
         if rows.tokens is not None:
             ends = np.cumsum(rows.counts.ravel(), dtype=np.int64)
-            values = [split for split in np.split(rows.tokens, ends[:-1])[side::2]]
+            values = np.split(rows.tokens, ends[:-1])[side::2]
         columns[f"ref_{name}_token_logps"] = values
     return columns
 

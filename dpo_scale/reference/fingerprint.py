@@ -1,12 +1,12 @@
 """Which model a reference value belongs to: a hash of what decides the model's numbers, and of nothing else.
 
-Computed from the safetensors files on disk, not from loaded weights: those may be cast, sharded by ZeRO-3 (and then
-look empty), or on several ranks. Tensors are hashed one by one and put together by name, so it makes no difference how
-they are spread over files or what these are called. Hashing runs at the speed of the disk, and what a file's tensors
-hashed to is remembered with the file's identity, so that it is done once.
+It is computed from the safetensors files on disk. Loaded weights would not do: they may be cast, on several ranks, or
+sharded by ZeRO-3 (and then look empty). Tensors are hashed one by one and put together by name, so it makes no
+difference how they are spread over files or what the files are called. Hashing runs at the speed of the disk, and is
+done once: the hashes of a file's tensors are remembered with the file's identity.
 
-What counts as the same model: equal names, shapes, dtypes and contents of all weights; an equal config, apart from
-entries that don't enter a forward pass; the same model code, if the folder brings its own; the same adapter.
+Two models are the same if they have equal names, shapes, dtypes and contents of all weights, an equal config apart from
+entries that don't enter a forward pass, the same model code if the folder brings its own, and the same adapter.
 """
 
 from __future__ import annotations
@@ -15,61 +15,40 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dpo_scale.disk.atomic import write_atomically
+from dpo_scale.disk.atomic import naming
 from dpo_scale.disk.cache import cache_folder
-from dpo_scale.errors import ModelError, StoreError
+from dpo_scale.disk.signed import read_signed, write_signed
+from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.progress import note_activity
 
 FINGERPRINT_VERSION = 1  # raise it when the same model would get another fingerprint
 CHUNK_BYTES = 32 << 20  # of a tensor that one thread hashes at a time; part of the fingerprint's definition
 MAX_THREADS = 16
-# A file may be written again without a change of its time stamp as long as that is younger than the clock's tick.
+# A file may be written again without a change of its time stamp while that is younger than the clock's tick.
 _SETTLED_SECONDS = 2.0
 _MAX_HEADER = 1 << 28
 
 # Entries of config.json that no forward pass of a causal language model in evaluation mode reads, or that say what
 # the weights' own headers say better; besides these, all that begin with an underscore.
-_CONFIG_IGNORED = {
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "prefix",
-    "problem_type",
-    "return_dict",
-    "sep_token_id",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "unk_token_id",
-    "use_cache",
-}
-_ADAPTER_IGNORED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
+_CONFIG_IGNORED = set(
+    """
+    architectures bos_token_id dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_range
+    label2id output_attentions output_hidden_states pad_token_id prefix problem_type return_dict sep_token_id
+    task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache
+    """.split()
+)
+_ADAPTER_IGNORED = set(
+    "auto_mapping base_model_name_or_path inference_mode peft_version revision runtime_config task_type".split()
+)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -79,9 +58,7 @@ class ModelFingerprint:
     """A model's identity.
 
     Attributes:
-        digest: 64 hex digits over all of the below.
-        weights, config, code, adapter: digests of the parts, to say which of them differs; code and adapter are
-            empty where there is none.
+        weights, config, code, adapter: digests of the parts; code and adapter are empty where there is none.
         hashed_bytes: read to get here; 0 if all files were known.
     """
 
@@ -93,18 +70,24 @@ class ModelFingerprint:
 
     @property
     def digest(self) -> str:
+        """64 hex digits over all parts."""
         return _digest([FINGERPRINT_VERSION, self.weights, self.config, self.code, self.adapter])
 
 
-def weights_fingerprint(
+def weights_fingerprint(path: str, **settings: Any) -> str:
+    """The digest of `fingerprint_parts`, which takes the same arguments, 64 hex digits."""
+    return fingerprint_parts(path, **settings).digest
+
+
+def fingerprint_parts(
     path: str,
     *,
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
-) -> str:
-    """The fingerprint of a model as `load_causal_lm` would load it from the same path, 64 hex digits.
+) -> ModelFingerprint:
+    """The fingerprint of a model as `load_causal_lm` would load it from the same path.
 
     Args:
         path: folder, hub id (its files are fetched as for loading) or `builtin:` name.
@@ -116,33 +99,19 @@ def weights_fingerprint(
     Raises:
         ModelError: if there are no safetensors weights, a file is damaged, or one changes while it is read.
     """
-    return fingerprint_parts(
-        path, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code, cache_dir=cache_dir
-    ).digest
+    from dpo_scale.models.load import load_model_config
 
-
-def fingerprint_parts(
-    path: str,
-    *,
-    revision: str | None = None,
-    adapter: str | None = None,
-    trust_remote_code: bool = False,
-    cache_dir: Path | None = None,
-) -> ModelFingerprint:
-    """As `weights_fingerprint`, part by part."""
     cache = _FileCache(cache_dir or cache_folder() / "fingerprints")
     folder = resolve_model_path(path)
-    config = _config(folder, revision, trust_remote_code)
+    # with the defaults of its kind filled in, so that writing them out makes no difference
+    config = load_model_config(folder, revision=revision, trust_remote_code=trust_remote_code)
     tensors = _hash_files(_weight_files(folder, revision), cache)
-    weights = _digest(sorted(_canonical_names(tensors, config).items()))
-    code = _model_code(folder, revision) if trust_remote_code else ""
-    adapter_digest = _adapter_digest(adapter, cache) if adapter is not None else ""
     return ModelFingerprint(
-        weights,
-        _digest(_relevant(config.to_dict(), _CONFIG_IGNORED)),
-        code,
-        adapter_digest,
-        cache.hashed_bytes,
+        weights=_digest(sorted(_canonical_names(tensors, config).items())),
+        config=_digest(_relevant(config.to_dict(), _CONFIG_IGNORED)),
+        code=_model_code(folder, revision) if trust_remote_code else "",
+        adapter=_adapter_digest(adapter, cache) if adapter is not None else "",
+        hashed_bytes=cache.hashed_bytes,
     )
 
 
@@ -150,23 +119,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _config(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The config with the defaults of its kind filled in, so that writing them out makes no difference."""
-    from dpo_scale.models.load import load_model_config
-
-    return load_model_config(folder, revision=revision, trust_remote_code=trust_remote_code)
-
-
 def _relevant(config: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
     """The entries that decide numbers, in nested configs too; dropout is off wherever a reference is computed."""
     return {
         name: _relevant(value, ignored) if isinstance(value, dict) else value
         for name, value in config.items()
-        if name not in ignored
-        and not name.startswith("_")
-        and "dropout" not in name
-        and "pdrop" not in name
-        and value is not None
+        if name not in ignored and value is not None and not re.search("^_|dropout|pdrop", name)
     }
 
 
@@ -202,25 +160,22 @@ def _model_names(config: Any) -> tuple[str, dict[str, str]]:
 
 
 def _weight_files(folder: str, revision: str | None) -> list[Path]:
-    single = _find(folder, WEIGHTS, revision)
+    single, index = (_find(folder, name, revision) for name in (WEIGHTS, WEIGHTS_INDEX))
     if single is not None:
         return [single]
-    index = _find(folder, WEIGHTS_INDEX, revision)
     if index is None:
         raise ModelError(
-            f"{folder}: its weights cannot be loaded: neither {WEIGHTS} nor {WEIGHTS_INDEX} there; safetensors are read"
+            f"{folder}: its weights cannot be read: neither {WEIGHTS} nor {WEIGHTS_INDEX} there; expected safetensors"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{index}: cannot be read as an index of weight files") from None
-    files = []
-    for name in names:
-        file = _find(folder, name, revision)
+    files = {name: _find(folder, name, revision) for name in names}
+    for name, file in files.items():
         if file is None:
             raise ModelError(f"{folder}: {name} is missing, which {WEIGHTS_INDEX} names")
-        files.append(file)
-    return files
+    return list(filter(None, files.values()))
 
 
 def _find(folder: str, name: str, revision: str | None) -> Path | None:
@@ -288,36 +243,26 @@ class _FileCache:
         path = path.resolve()
         before = _identity(path)
         entry = self._folder / f"{_digest([FINGERPRINT_VERSION, CHUNK_BYTES, before])}.json"
-        known = self._read(entry)
-        if known is not None:
-            return known
+        try:
+            return read_signed(entry)["tensors"]
+        except (OSError, ValueError):
+            pass  # not known yet, or damaged: hashed (again) either way
         began = time.time()
         tensors = hash_tensors(path)
         if _identity(path) != before:
             raise ModelError(f"{path}: changed while it was read; is something still writing it?")
         self.hashed_bytes += before[2]
         if began - max(before[3], before[4]) / 1e9 > _SETTLED_SECONDS:
-            content = {"file": str(path), "tensors": tensors, "checksum": _digest(tensors)}
-            try:
-                write_atomically(entry, [json.dumps(content, indent=0).encode()])
-            except StoreError as error:
-                raise ModelError(f"{error}; set DPO_SCALE_CACHE to a folder that can") from None
+            advice = "set DPO_SCALE_CACHE to a folder that can"
+            with naming(self._folder, ModelError, to="written", advice=advice):
+                write_signed(entry, {"file": str(path), "tensors": tensors})
         return tensors
-
-    def _read(self, entry: Path) -> dict[str, str] | None:
-        try:
-            content = json.loads(entry.read_text(encoding="utf-8"))
-            return content["tensors"] if content["checksum"] == _digest(content["tensors"]) else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # not known yet, or damaged: hashed again either way
 
 
 def _identity(path: Path) -> tuple[str, int, int, int, int]:
     """What changes when a file's content does: the inode if it is replaced, a time stamp if it is overwritten."""
-    try:
+    with naming(path, ModelError, to="read"):
         status = path.stat()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     return str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -328,33 +273,42 @@ def hash_tensors(path: Path) -> dict[str, str]:
         ModelError: if the file is no safetensors file, or is cut off.
     """
     try:
-        with open(path, "rb") as file:
+        with naming(path, ModelError, to="read"), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, _MAX_HEADER):
                 raise ValueError
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            layout: dict[str, tuple[str, list[int], int, int]] = {}
+            layout = {}
             for name, entry in header.items():
                 begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-                layout[name] = str(entry["dtype"]), [int(n) for n in entry["shape"]], begin, end
-            if max((end for *_, end in layout.values()), default=8 + length) != size:
+                layout[name] = _Tensor(str(entry["dtype"]), [int(n) for n in entry["shape"]], begin, end)
+            if max((tensor.end for tensor in layout.values()), default=8 + length) != size:
                 raise ValueError
-            if any((end - begin > 0) != (math.prod(shape) > 0) for _, shape, begin, end in layout.values()):
+            if any((tensor.end > tensor.begin) != (math.prod(tensor.shape) > 0) for tensor in layout.values()):
                 raise ValueError
             return _hash_layout(file.fileno(), layout)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except ModelError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{path}: not a safetensors file, or not a whole one") from None
 
 
-def _hash_layout(descriptor: int, layout: dict[str, tuple[str, list[int], int, int]]) -> dict[str, str]:
+class _Tensor(NamedTuple):
+    """A tensor of a file: bytes begin .. end."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+def _hash_layout(descriptor: int, layout: dict[str, _Tensor]) -> dict[str, str]:
     chunks = [
-        (name, begin, min(begin + CHUNK_BYTES, end))
-        for name, (_, _, first, end) in layout.items()
-        for begin in range(first, end, CHUNK_BYTES)
+        (name, begin, min(begin + CHUNK_BYTES, tensor.end))
+        for name, tensor in layout.items()
+        for begin in range(tensor.begin, tensor.end, CHUNK_BYTES)
     ]
     buffers = threading.local()
 
@@ -378,4 +332,4 @@ def _hash_layout(descriptor: int, layout: dict[str, tuple[str, list[int], int, i
     parts: dict[str, list[str]] = {name: [] for name in layout}
     for (name, _, _), digest in zip(chunks, digests, strict=True):
         parts[name].append(digest)
-    return {name: _digest([dtype, shape, parts[name]]) for name, (dtype, shape, _, _) in layout.items()}
+    return {name: _digest([tensor.dtype, tensor.shape, parts[name]]) for name, tensor in layout.items()}
