@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from dpo_scale.disk.atomic import naming
 from dpo_scale.disk.cache import cache_folder
@@ -35,7 +35,6 @@ CHUNK_BYTES = 32 << 20  # of a tensor that one thread hashes at a time; part of 
 MAX_THREADS = 16
 # A file may be written again without a change of its time stamp while that is younger than the clock's tick.
 _SETTLED_SECONDS = 2.0
-_MAX_HEADER = 1 << 28
 
 # Entries of config.json that no forward pass of a causal language model in evaluation mode reads, or that say what
 # the weights' own headers say better; besides these, all that begin with an underscore.
@@ -53,65 +52,41 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@dataclass(frozen=True)
-class ModelFingerprint:
-    """A model's identity.
-
-    Attributes:
-        weights, config, code, adapter: digests of the parts; code and adapter are empty where there is none.
-        hashed_bytes: read to get here; 0 if all files were known.
-    """
-
-    weights: str
-    config: str
-    code: str = ""
-    adapter: str = ""
-    hashed_bytes: int = field(default=0, compare=False)
-
-    @property
-    def digest(self) -> str:
-        """64 hex digits over all parts."""
-        return _digest([FINGERPRINT_VERSION, self.weights, self.config, self.code, self.adapter])
-
-
-def weights_fingerprint(path: str, **settings: Any) -> str:
-    """The digest of `fingerprint_parts`, which takes the same arguments, 64 hex digits."""
-    return fingerprint_parts(path, **settings).digest
-
-
-def fingerprint_parts(
+def weights_fingerprint(
     path: str,
     *,
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
-) -> ModelFingerprint:
-    """The fingerprint of a model as `load_causal_lm` would load it from the same path.
+) -> str:
+    """The fingerprint of a model as `load_causal_lm` would load it from the same path, 64 hex digits.
 
     Args:
         path: folder, hub id (its files are fetched as for loading) or `builtin:` name.
         revision: of a hub id.
         adapter: folder or hub id of a PEFT adapter on top of it.
         trust_remote_code: the folder may bring its own model code, which then belongs to the fingerprint.
-        cache_dir: where known files are remembered; the project's cache folder if None.
+        cache_dir: where the hashes of known files are remembered; the project's cache folder if None.
 
     Raises:
         ModelError: if there are no safetensors weights, a file is damaged, or one changes while it is read.
     """
     from dpo_scale.models.load import load_model_config
 
-    cache = _FileCache(cache_dir or cache_folder() / "fingerprints")
+    known = cache_dir or cache_folder() / "fingerprints"
     folder = resolve_model_path(path)
     # with the defaults of its kind filled in, so that writing them out makes no difference
     config = load_model_config(folder, revision=revision, trust_remote_code=trust_remote_code)
-    tensors = _hash_files(_weight_files(folder, revision), cache)
-    return ModelFingerprint(
-        weights=_digest(sorted(_canonical_names(tensors, config).items())),
-        config=_digest(_relevant(config.to_dict(), _CONFIG_IGNORED)),
-        code=_model_code(folder, revision) if trust_remote_code else "",
-        adapter=_adapter_digest(adapter, cache) if adapter is not None else "",
-        hashed_bytes=cache.hashed_bytes,
+    tensors = _hash_files(_weight_files(folder, revision), known)
+    return _digest(
+        [
+            FINGERPRINT_VERSION,
+            _digest(sorted(_canonical_names(tensors, config).items())),
+            _digest(_relevant(config.to_dict(), _CONFIG_IGNORED)),
+            _model_code(folder, revision) if trust_remote_code else "",
+            _adapter_digest(adapter, known) if adapter is not None else "",
+        ]
     )
 
 
@@ -207,7 +182,7 @@ def _model_code(folder: str, revision: str | None) -> str:
     return _digest([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]) if files else ""
 
 
-def _adapter_digest(adapter: str, cache: _FileCache) -> str:
+def _adapter_digest(adapter: str, known: Path) -> str:
     weights, config = (_find(adapter, name, None) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
     if weights is None or config is None:
         raise ModelError(f"{adapter}: expected a PEFT adapter, with {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}")
@@ -217,14 +192,14 @@ def _adapter_digest(adapter: str, cache: _FileCache) -> str:
         raise ModelError(f"{config}: cannot be read as an adapter's config") from None
     # lists of modules are sets, which PEFT writes in any order
     settings = {name: sorted(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
-    return _digest([sorted(_hash_files([weights], cache).items()), settings])
+    return _digest([sorted(_hash_files([weights], known).items()), settings])
 
 
-def _hash_files(files: list[Path], cache: _FileCache) -> dict[str, str]:
+def _hash_files(files: list[Path], known: Path) -> dict[str, str]:
     """Digest of every tensor in the files, by name."""
     tensors: dict[str, str] = {}
     for file in files:
-        of_file = cache.get(file)
+        of_file = _hash_file(file.resolve(), known)
         twice = sorted(tensors.keys() & of_file.keys())
         if twice:
             raise ModelError(f"{file}: has {twice[0]}, which another file of the model has too")
@@ -232,31 +207,22 @@ def _hash_files(files: list[Path], cache: _FileCache) -> dict[str, str]:
     return tensors
 
 
-class _FileCache:
-    """Digests of the tensors of safetensors files, remembered by the file's path, inode, size and times."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self.hashed_bytes = 0
-
-    def get(self, path: Path) -> dict[str, str]:
-        path = path.resolve()
-        before = _identity(path)
-        entry = self._folder / f"{_digest([FINGERPRINT_VERSION, CHUNK_BYTES, before])}.json"
-        try:
-            return read_signed(entry)["tensors"]
-        except (OSError, ValueError):
-            pass  # not known yet, or damaged: hashed (again) either way
-        began = time.time()
-        tensors = hash_tensors(path)
-        if _identity(path) != before:
-            raise ModelError(f"{path}: changed while it was read; is something still writing it?")
-        self.hashed_bytes += before[2]
-        if began - max(before[3], before[4]) / 1e9 > _SETTLED_SECONDS:
-            advice = "set DPO_SCALE_CACHE to a folder that can"
-            with naming(self._folder, ModelError, to="written", advice=advice):
-                write_signed(entry, {"file": str(path), "tensors": tensors})
-        return tensors
+def _hash_file(path: Path, known: Path) -> dict[str, str]:
+    """`hash_tensors`, remembered in the folder `known` by the file's path, inode, size and times."""
+    before = _identity(path)
+    entry = known / f"{_digest([FINGERPRINT_VERSION, CHUNK_BYTES, before])}.json"
+    try:
+        return read_signed(entry)["tensors"]
+    except (OSError, ValueError):
+        pass  # not known yet, or damaged: hashed (again) either way
+    began = time.time()
+    tensors = hash_tensors(path)
+    if _identity(path) != before:
+        raise ModelError(f"{path}: changed while it was read; is something still writing it?")
+    if began - max(before[3], before[4]) / 1e9 > _SETTLED_SECONDS:
+        with naming(known, ModelError, to="written", advice="set DPO_SCALE_CACHE to a folder that can"):
+            write_signed(entry, {"file": str(path), "tensors": tensors})
+    return tensors
 
 
 def _identity(path: Path) -> tuple[str, int, int, int, int]:
@@ -274,42 +240,26 @@ def hash_tensors(path: Path) -> dict[str, str]:
     """
     try:
         with naming(path, ModelError, to="read"), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            with safe_open(path, "np"):  # checks the header, and that the tensors fill the file
+                pass
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            layout = {}
-            for name, entry in header.items():
-                begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-                layout[name] = _Tensor(str(entry["dtype"]), [int(n) for n in entry["shape"]], begin, end)
-            if max((tensor.end for tensor in layout.values()), default=8 + length) != size:
-                raise ValueError
-            if any((tensor.end > tensor.begin) != (math.prod(tensor.shape) > 0) for tensor in layout.values()):
-                raise ValueError
-            return _hash_layout(file.fileno(), layout)
-    except ModelError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+            return _hash_layout(file.fileno(), header, 8 + length)
+    except (SafetensorError, _CutError):
         raise ModelError(f"{path}: not a safetensors file, or not a whole one") from None
 
 
-class _Tensor(NamedTuple):
-    """A tensor of a file: bytes begin .. end."""
-
-    dtype: str
-    shape: list[int]
-    begin: int
-    end: int
+class _CutError(Exception):
+    """The file became shorter while it was read."""
 
 
-def _hash_layout(descriptor: int, layout: dict[str, _Tensor]) -> dict[str, str]:
-    chunks = [
-        (name, begin, min(begin + CHUNK_BYTES, tensor.end))
-        for name, tensor in layout.items()
-        for begin in range(tensor.begin, tensor.end, CHUNK_BYTES)
-    ]
+def _hash_layout(descriptor: int, header: dict[str, Any], data: int) -> dict[str, str]:
+    """Digests of the tensors that a header describes; their bytes begin at `data`."""
+    chunks = []
+    for name, entry in header.items():
+        first, last = (data + offset for offset in entry["data_offsets"])
+        chunks += [(name, begin, min(begin + CHUNK_BYTES, last)) for begin in range(first, last, CHUNK_BYTES)]
     buffers = threading.local()
 
     def hash_chunk(chunk: tuple[str, int, int]) -> str:
@@ -320,7 +270,7 @@ def _hash_layout(descriptor: int, layout: dict[str, _Tensor]) -> dict[str, str]:
         while begin < end:  # a read may give less than it was asked for
             count = os.preadv(descriptor, [buffers.memory[: end - begin]], begin)
             if count == 0:
-                raise ValueError("the file became shorter")
+                raise _CutError
             digest.update(buffers.memory[:count])
             begin += count
         note_activity()
@@ -329,7 +279,7 @@ def _hash_layout(descriptor: int, layout: dict[str, _Tensor]) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(min(cores, MAX_THREADS)) as pool:
         digests = list(pool.map(hash_chunk, chunks))
-    parts: dict[str, list[str]] = {name: [] for name in layout}
+    parts: dict[str, list[str]] = {name: [] for name in header}
     for (name, _, _), digest in zip(chunks, digests, strict=True):
         parts[name].append(digest)
-    return {name: _digest([tensor.dtype, tensor.shape, parts[name]]) for name, tensor in layout.items()}
+    return {name: _digest([entry["dtype"], entry["shape"], parts[name]]) for name, entry in header.items()}

@@ -40,7 +40,7 @@ _RESIDENT_BYTES = 144 << 20
 _MAX_MAPPED_SHARDS = 256
 _LOOKUP_BATCH = 1 << 15
 # While another process removes what it compacted, the listing changes file by file. This is about eight seconds.
-_LISTING_TRIES = 20
+_TRIES = 20
 _T = TypeVar("_T")
 
 
@@ -161,19 +161,16 @@ class Book:
 
     def refresh(self) -> None:
         """See the shards that were added, by this process or others, and not those that were compacted away."""
-        for attempt in range(_LISTING_TRIES):
-            if attempt:
-                time.sleep(min(0.5, 0.005 * 2**attempt))
+
+        def open_all() -> dict[str, Shard]:
             names = self._list()
-            try:
-                opened = {name: self._shards.get(name) or Shard(self.folder / name) for name in names}
-            except FileNotFoundError:
-                continue
+            opened = {name: self._shards.get(name) or Shard(self.folder / name) for name in names}
             # A listing taken while another process compacts may lack both the old shards and the new one.
-            if self._list() == names:
-                self._shards = opened
-                return
-        raise changing(self.folder)
+            if self._list() != names:
+                raise FileNotFoundError
+            return opened
+
+        self._shards = retried(self.folder, open_all)
 
     def lookup(self, pair_keys: np.ndarray) -> Lookup:
         """The values of pairs.
@@ -231,12 +228,14 @@ class Book:
         return [path.name for path in shards]
 
     def _with_all_shards(self, look_up: Callable[[np.ndarray], _T], keys: np.ndarray) -> _T:
-        for _ in range(_LISTING_TRIES):
+        def attempt() -> _T:
             try:
                 return look_up(keys)
-            except FileNotFoundError:  # compacted away by another process since the listing was read
+            except FileNotFoundError:
                 self.refresh()
-        raise changing(self.folder)
+                raise
+
+        return retried(self.folder, attempt)
 
     def _lookup(self, keys: np.ndarray) -> Lookup:
         with_tokens, plain = self._by_kind()
@@ -299,9 +298,18 @@ class _Served:
             self.found[chosen], self.sources[chosen] = True, number
 
 
-def changing(folder: Path) -> StoreError:
-    """What to raise when other processes change a book faster than this one can look."""
-    return StoreError(f"{folder}: its files keep changing; is something else than dpo_scale writing there?")
+def retried(folder: Path, action: Callable[[], _T]) -> _T:
+    """What `action` returns, tried again where another process compacted away what it was looking at.
+
+    Raises:
+        StoreError: if it happens again and again.
+    """
+    for attempt in range(_TRIES):
+        try:
+            return action()
+        except FileNotFoundError:
+            time.sleep(min(0.5, 0.005 * 2**attempt))
+    raise StoreError(f"{folder}: its files keep changing; is something else than dpo_scale writing there?")
 
 
 class BookWriter:

@@ -21,12 +21,11 @@ from dpo_scale.progress import noting_activity
 from dpo_scale.reference.manifest import MANIFEST_FILE, Manifest, now, read_manifest, write_manifest
 from dpo_scale.reference.rows import Rows, concatenate, contains, differences, first_not_below, merge
 from dpo_scale.reference.shard import DamagedError, Shard, write_shard
-from dpo_scale.reference.store import DAMAGED_DIR, Book, changing
+from dpo_scale.reference.store import DAMAGED_DIR, Book, retried
 
 TARGET_SHARD_BYTES = 64 << 20  # small against the memory of a process that maps one
 _PART_BYTES = 32 << 20  # of the key space that is merged at a time
 _RETIRED = ".retired-"
-_TRIES = 10
 
 
 @dataclass
@@ -74,6 +73,10 @@ def verify_book(folder: Path) -> Findings:
     Raises:
         NewerVersionError: if it holds files of a newer format.
     """
+    return retried(folder, lambda: _verify(folder))
+
+
+def _verify(folder: Path) -> Findings:
     findings = Findings(folder, temporary=sum(is_temporary(path) and is_abandoned(path) for path in _files(folder)))
     whole: list[Shard] = []
     for checked in _checked_files(folder):
@@ -158,12 +161,7 @@ def compact_book(folder: Path, *, drop_damaged: bool = False, grace_hours: float
         NewerVersionError: if it holds files of a newer format.
     """
     set_aside = _set_damaged_aside(folder) if drop_damaged else []
-    for _ in range(_TRIES):
-        try:
-            return _compact(folder, grace_hours, set_aside)
-        except FileNotFoundError:  # another process compacts: begin again with what it made
-            continue
-    raise changing(folder)
+    return retried(folder, lambda: _compact(folder, grace_hours, set_aside))
 
 
 def _compact(folder: Path, grace_hours: float, set_aside: list[Path]) -> Compaction:
