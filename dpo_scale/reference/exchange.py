@@ -60,7 +60,7 @@ def export_parquet(
     written = 0
     with naming(path, StoreError, to="written"), pq.ParquetWriter(path, schema) as writer:
         for part in merged_parts(book.shards):
-            for rows in (part.with_tokens, part.without_tokens):
+            for rows, *_ in part:
                 chosen = rows if texts is None else rows.take(contains(texts.keys, rows.keys))
                 for begin in range(0, len(chosen), _ROWS_PER_WRITE):
                     some = chosen.take(slice(begin, begin + _ROWS_PER_WRITE))

@@ -112,12 +112,27 @@ def merge(parts: Sequence[Rows], *, tokens: bool) -> Merged:
     first = np.ones(len(order), dtype=bool)
     first[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
     left_out, kept = order[~first], order[first][np.cumsum(first)[~first] - 1]
-    apart = differences(sums[left_out], sums[kept])
+    apart = _apart(sums[left_out], sums[kept])
     differ = (apart > 0) | (everything.counts[left_out] != everything.counts[kept]).any(axis=1)
     return Merged(everything.take(order[first]), len(left_out), int(differ.sum()), float(apart.max(initial=0.0)))
 
 
-def differences(sums: np.ndarray, others: np.ndarray) -> np.ndarray:
+def without(merged: Merged, others: Rows) -> Merged:
+    """The rows whose keys are not among those of `others` (sorted); the rest count as copies of them."""
+    again = contains(others.keys, merged.rows.keys)
+    if not again.any():
+        return merged
+    places = first_not_below(others.keys, merged.rows.keys[again], 0, len(others))
+    apart = _apart(merged.rows.sums[again], others.sums[places])
+    return Merged(
+        merged.rows.take(~again),
+        merged.copies + len(apart),
+        merged.differing + int((apart > 0).sum()),
+        max(merged.largest_difference, float(apart.max())),
+    )
+
+
+def _apart(sums: np.ndarray, others: np.ndarray) -> np.ndarray:
     """fp64 [N]: by how much the sums of two copies of N rows (fp32 [N, 2] each) differ at most."""
     return np.abs(sums.astype(np.float64) - others).max(axis=1, initial=0)
 

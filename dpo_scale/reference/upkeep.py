@@ -19,7 +19,7 @@ from dpo_scale.disk.atomic import is_abandoned, is_temporary, naming, sync_folde
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
 from dpo_scale.reference.manifest import MANIFEST_FILE, Manifest, now, read_manifest, write_manifest
-from dpo_scale.reference.rows import Rows, concatenate, contains, differences, first_not_below, merge
+from dpo_scale.reference.rows import Merged, Rows, concatenate, merge, without
 from dpo_scale.reference.shard import DamagedError, Shard, write_shard
 from dpo_scale.reference.store import DAMAGED_DIR, Book, retried
 
@@ -39,7 +39,6 @@ class Findings:
         temporary: files left by writers that are gone.
     """
 
-    folder: Path
     shards: int = 0
     nbytes: int = 0
     rows: int = 0
@@ -56,7 +55,6 @@ class Compaction:
     """What `compact_book` did: shards and bytes before and after, rows kept, copies and temporary files removed,
     and where damaged files were moved to."""
 
-    folder: Path
     shards_before: int = 0
     shards: int = 0
     bytes_before: int = 0
@@ -77,7 +75,7 @@ def verify_book(folder: Path) -> Findings:
 
 
 def _verify(folder: Path) -> Findings:
-    findings = Findings(folder, temporary=sum(is_temporary(path) and is_abandoned(path) for path in _files(folder)))
+    findings = Findings(temporary=sum(is_temporary(path) and is_abandoned(path) for path in _files(folder)))
     whole: list[Shard] = []
     for checked in _checked_files(folder):
         if checked.shard is not None:
@@ -91,32 +89,22 @@ def _verify(folder: Path) -> Findings:
     if manifest_damage is not None:
         findings.damaged.append((folder / MANIFEST_FILE, manifest_damage))
     for part in merged_parts(whole):
-        findings.rows += len(part.with_tokens) + len(part.without_tokens)
-        findings.rows_with_tokens += len(part.with_tokens)
-        findings.copies += part.copies
-        findings.differing += part.differing
-        findings.largest_difference = max(findings.largest_difference, part.largest_difference)
+        findings.rows_with_tokens += len(part[0].rows)
+        for merged in part:
+            findings.rows += len(merged.rows)
+            findings.copies += merged.copies
+            findings.differing += merged.differing
+            findings.largest_difference = max(findings.largest_difference, merged.largest_difference)
     return findings
 
 
-@dataclass(frozen=True)
-class MergedPart:
-    """The rows of a range of keys, sorted, each key once: those that have per-token values, and the others.
-
-    The counts of copies are as in `dpo_scale.reference.rows.Merged`.
-    """
-
-    with_tokens: Rows
-    without_tokens: Rows
-    copies: int
-    differing: int
-    largest_difference: float
-
-
-def merged_parts(shards: Sequence[Shard]) -> Iterator[MergedPart]:
-    """The rows of all shards in the order of their keys, a bounded part at a time.
+def merged_parts(shards: Sequence[Shard]) -> Iterator[tuple[Merged, Merged]]:
+    """The rows of all shards in the order of their keys, each key once, a bounded part at a time.
 
     Keys are hashes, so equal ranges of them hold about equally many rows.
+
+    Returns:
+        for each part the rows that have per-token values, and the others.
     """
     parts = -(-sum(shard.nbytes for shard in shards) // _PART_BYTES)
     inner = np.array([[(part << 64) // parts, 0] for part in range(1, parts)], np.uint64).reshape(-1, 2)
@@ -133,16 +121,7 @@ def merged_parts(shards: Sequence[Shard]) -> Iterator[MergedPart]:
             shard.close()
         rich, plain = merge(found[True], tokens=True), merge(found[False], tokens=False)
         # a row that has tokens is the same row without them, and more: see `Book.lookup`
-        again = contains(rich.rows.keys, plain.rows.keys)
-        places = first_not_below(rich.rows.keys, plain.rows.keys[again], 0, len(rich.rows)) if again.any() else []
-        apart = differences(plain.rows.sums[again], rich.rows.sums[places])
-        yield MergedPart(
-            rich.rows,
-            plain.rows.take(~again),
-            rich.copies + plain.copies + len(apart),
-            rich.differing + plain.differing + int((apart > 0).sum()),
-            max(rich.largest_difference, plain.largest_difference, float(apart.max(initial=0.0))),
-        )
+        yield rich, without(plain, rich.rows)
 
 
 def compact_book(folder: Path, *, drop_damaged: bool = False, grace_hours: float = 0.0) -> Compaction:
@@ -169,18 +148,18 @@ def _compact(folder: Path, grace_hours: float, set_aside: list[Path]) -> Compact
     for shard in book.shards:
         if bad := shard.damaged_groups():
             raise DamagedError(shard.path, f"checksums of {len(bad)} groups of rows")
-    result = Compaction(folder, len(book.shards), bytes_before=book.nbytes, set_aside=set_aside)
+    result = Compaction(len(book.shards), bytes_before=book.nbytes, set_aside=set_aside)
     if book.shards:
         # taken from the old shards, so that equal rows give equal files
         newest = max(book.shards, key=lambda shard: (shard.metadata["created"], shard.metadata["tool"]))
         metadata = book.manifest.shard_metadata(newest.metadata["created"], newest.metadata["tool"])
-        rich, plain = (_ShardStream(folder, metadata, tokens=tokens) for tokens in (True, False))
+        streams = [_ShardStream(folder, metadata, tokens=tokens) for tokens in (True, False)]
         for part in merged_parts(book.shards):
-            rich.add(part.with_tokens)
-            plain.add(part.without_tokens)
-            result.copies += part.copies
-            result.rows += len(part.with_tokens) + len(part.without_tokens)
-        written = {*rich.finish(), *plain.finish()}
+            for stream, merged in zip(streams, part, strict=True):
+                stream.add(merged.rows)
+                result.rows += len(merged.rows)
+                result.copies += merged.copies
+        written = {path for stream in streams for path in stream.finish()}
         _retire([shard.path for shard in book.shards if shard.path not in written], keep=grace_hours > 0)
     for path in _files(folder):
         old = path.name.startswith(_RETIRED) and _hours_since_renamed(path) >= grace_hours
