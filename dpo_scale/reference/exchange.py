@@ -6,7 +6,8 @@ for values of this package's numerics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dpo_scale.data.cache import TokenizedSource, tokenize_source
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
+from dpo_scale.data.sources import RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.disk.atomic import naming
 from dpo_scale.errors import DataError, StoreError
@@ -145,29 +146,28 @@ def column_values(source: SourceSettings, tokenized: TokenizedSource) -> np.ndar
     for number, file in enumerate(find_files(source)):
         mine = np.flatnonzero(files == number)
         wanted = dict(zip(rows[mine].tolist(), mine.tolist(), strict=True))
-        for row, values in _read_values(file, wanted):
-            sums[wanted[row]] = values
+        for row, content in file.records():
+            if row in wanted:  # the others were left out, as bad or too long
+                sums[wanted[row]] = _values(file.label, row, content)
     return sums
 
 
-def _read_values(file: DataFile, wanted: dict[int, int]) -> Iterator[tuple[int, list[float]]]:
-    for row, content in file.records():
-        if row not in wanted:  # a row that was left out, as bad or too long
-            continue
+def _values(label: str, row: int, content: Any) -> list[float]:
+    """What a row states in the two columns."""
+    try:
+        record = parse_record(content)
+    except RowProblem as problem:
+        raise DataError(f"{label} row {row}: {problem}") from None
+    values = []
+    for name in COLUMNS:
+        value = record.get(name)
         try:
-            record = parse_record(content)
-        except RowProblem as problem:
-            raise DataError(f"{file.label} row {row}: {problem}") from None
-        values = []
-        for name in COLUMNS:
-            value = record.get(name)
-            try:
-                number = float("nan") if value is None or isinstance(value, bool) else float(value)
-            except (TypeError, ValueError):
-                number = float("nan")
-            if not np.isfinite(np.float32(number)):
-                raise DataError(
-                    f"{file.label} row {row}: {name} = {str(value)[:40]!r}, expected the completion's summed log-prob"
-                )
-            values.append(number)
-        yield row, values
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not np.isfinite(np.float32(number)):
+            raise DataError(
+                f"{label} row {row}: {name} = {str(value)[:40]!r}, expected the completion's summed log-prob"
+            )
+        values.append(number)
+    return values

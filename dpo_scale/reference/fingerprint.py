@@ -36,8 +36,8 @@ MAX_THREADS = 16
 # A file may be written again without a change of its time stamp while that is younger than the clock's tick.
 _SETTLED_SECONDS = 2.0
 
-# Entries of config.json that no forward pass of a causal language model in evaluation mode reads, or that say what
-# the weights' own headers say better; besides these, all that begin with an underscore.
+# Entries of config.json that no forward pass of a causal language model in evaluation mode reads, or that the weights'
+# own headers state better. Entries that begin with an underscore are ignored too.
 _CONFIG_IGNORED = set(
     """
     architectures bos_token_id dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_range
@@ -104,10 +104,10 @@ def _relevant(config: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
 
 
 def _canonical_names(tensors: dict[str, str], config: Any) -> dict[str, str]:
-    """Digests by the names that the model itself uses, whichever of the ways to save it was taken.
+    """Digests by the names that the model itself uses, however it was saved.
 
-    A backbone may have been saved with or without the prefix that the whole model gives it, and a head that is tied
-    to the embedding may be in the files as well or not.
+    A backbone may have been saved with or without the prefix that the whole model gives it. A head that is tied to the
+    embedding may be in the files or not.
     """
     prefix, tied = _model_names(config)
     names = {name: name.removeprefix(prefix) for name in tensors}
