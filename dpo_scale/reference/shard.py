@@ -244,10 +244,9 @@ class Shard:
             keys: uint64 [M, 2].
         """
         rows = np.full(len(keys), -1, dtype=np.int64)
-        inside = (keys[:, 0] >= self._group_keys[0, 0]) & (keys[:, 0] <= self._last_key[0])
-        if not inside.any():
+        inside = np.flatnonzero((keys[:, 0] >= self._group_keys[0, 0]) & (keys[:, 0] <= self._last_key[0]))
+        if len(inside) == 0:
             return rows
-        inside = np.flatnonzero(inside)
         keys = keys[inside]
         place = self.lower_bound(keys)
         here = (self._array("keys")[np.minimum(place, len(self) - 1)] == keys).all(axis=1)
