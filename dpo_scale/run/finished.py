@@ -28,7 +28,7 @@ def mark_finished(run_dir: Path, step: int, model: Path) -> None:
     if ranks.is_main():
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         record = {"step": step, "model": model.name, "finished": now, "tool": f"dpo_scale {__version__}"}
-        advice = "training is done and the model is written; make room, then start the run again with --resume=auto"
+        advice = "training is done and the model is written; make room, then start the run again with --resume auto"
         with naming(run_dir / FINISHED_FILE, CheckpointError, to="written", advice=advice):
             write_signed(run_dir / FINISHED_FILE, record)
 
