@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +30,7 @@ class Rows:
         keys: uint64 [N, 2].
         sums: fp32 [N, 2], summed log-probs of the chosen and the rejected completion.
         counts: int32 [N, 2], tokens of the two.
-        tokens: fp32 [counts.sum()], log-probs token by token: row by row, chosen before rejected. None if not
-            kept.
+        tokens: fp32 [counts.sum()], log-probs token by token, row by row, chosen before rejected; None if not kept.
     """
 
     keys: np.ndarray
@@ -49,9 +49,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def nbytes(self) -> int:
-        return 32 * len(self) + (0 if self.tokens is None else self.tokens.nbytes + 8 * len(self))
+    def row_bytes(self) -> np.ndarray:
+        """int64 [N]: the bytes that each row takes in a shard, its part of the index included."""
+        if self.tokens is None:
+            return np.full(len(self), 32, np.int64)
+        return 40 + 4 * self.counts.sum(axis=1, dtype=np.int64)
 
     def token_starts(self) -> np.ndarray:
         """int64 [N + 1], where each row's tokens begin, and the end of the last."""
@@ -66,23 +68,14 @@ class Rows:
         return Rows(self.keys[index], self.sums[index], self.counts[index], tokens)
 
 
-def empty_rows(*, tokens: bool) -> Rows:
-    return Rows(
-        np.zeros((0, 2), np.uint64),
-        np.zeros((0, 2), np.float32),
-        np.zeros((0, 2), np.int32),
-        np.zeros(0, np.float32) if tokens else None,
-    )
-
-
 def concatenate(parts: Sequence[Rows], *, tokens: bool) -> Rows:
     """The rows of all parts, one after another."""
-    parts = [empty_rows(tokens=tokens), *parts]
+    no_tokens = np.zeros(0, np.float32)
     return Rows(
-        np.concatenate([part.keys for part in parts]),
-        np.concatenate([part.sums for part in parts]),
-        np.concatenate([part.counts for part in parts]),
-        np.concatenate([part.tokens for part in parts if part.tokens is not None]) if tokens else None,
+        np.concatenate([np.zeros((0, 2), np.uint64), *(part.keys for part in parts)]),
+        np.concatenate([np.zeros((0, 2), np.float32), *(part.sums for part in parts)]),
+        np.concatenate([np.zeros((0, 2), np.int32), *(part.counts for part in parts)]),
+        np.concatenate([no_tokens, *(part.tokens for part in parts if part.tokens is not None)]) if tokens else None,
     )
 
 
@@ -92,29 +85,56 @@ def ragged_index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def merge(parts: Sequence[Rows], *, tokens: bool) -> tuple[Rows, int, int, float]:
+class Merged(NamedTuple):
+    """Rows sorted by key, each key once.
+
+    Attributes:
+        copies: how many rows were left out because their key was there already.
+        differing: how many of these differed from the one kept, and `largest_difference` of a sum among them.
+    """
+
+    rows: Rows
+    copies: int
+    differing: int
+    largest_difference: float
+
+
+def merge(parts: Sequence[Rows], *, tokens: bool) -> Merged:
     """The rows of all parts, sorted by key, each key once.
 
-    Of copies that differ, the one whose two sums have the smallest bits is kept: a rule on the values alone, so
-    that it gives the same whatever the order, the files, and what was merged before. (In low precision, copies
-    from batches composed differently do differ a little; none is more right than the other.)
-
-    Returns:
-        the rows, how many copies were left out, how many of these differed from the one kept, and by how much
-        at most.
+    Of copies that differ, the one whose two sums have the smallest bits is kept. This rule looks at the values alone,
+    so it gives the same whatever the order, the files, and what was merged before. (In low precision, copies from
+    batches composed differently do differ a little. None is more right than the other.)
     """
     everything = concatenate(parts, tokens=tokens)
-    keys = everything.keys
-    order = np.lexsort((sum_bits(everything.sums), keys[:, 1], keys[:, 0]))
+    keys, sums = everything.keys, everything.sums
+    order = np.lexsort((sum_bits(sums), keys[:, 1], keys[:, 0]))
     first = np.ones(len(order), dtype=bool)
     first[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
-    winners = order[first]
-    copies = np.flatnonzero(~first)
-    kept = winners[np.cumsum(first)[copies] - 1]
-    left_out = order[copies]
-    apart = np.abs(everything.sums[left_out].astype(np.float64) - everything.sums[kept]).max(axis=1, initial=0)
+    left_out, kept = order[~first], order[first][np.cumsum(first)[~first] - 1]
+    apart = _apart(sums[left_out], sums[kept])
     differ = (apart > 0) | (everything.counts[left_out] != everything.counts[kept]).any(axis=1)
-    return everything.take(winners), len(copies), int(differ.sum()), float(apart.max(initial=0.0))
+    return Merged(everything.take(order[first]), len(left_out), int(differ.sum()), float(apart.max(initial=0.0)))
+
+
+def without(merged: Merged, others: Rows) -> Merged:
+    """The rows whose keys are not among those of `others` (sorted); the rest count as copies of them."""
+    again = contains(others.keys, merged.rows.keys)
+    if not again.any():
+        return merged
+    places = first_not_below(others.keys, merged.rows.keys[again], 0, len(others))
+    apart = _apart(merged.rows.sums[again], others.sums[places])
+    return Merged(
+        merged.rows.take(~again),
+        merged.copies + len(apart),
+        merged.differing + int((apart > 0).sum()),
+        max(merged.largest_difference, float(apart.max())),
+    )
+
+
+def _apart(sums: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """fp64 [N]: by how much the sums of two copies of N rows (fp32 [N, 2] each) differ at most."""
+    return np.abs(sums.astype(np.float64) - others).max(axis=1, initial=0)
 
 
 def sum_bits(sums: np.ndarray) -> np.ndarray:
@@ -122,32 +142,38 @@ def sum_bits(sums: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(sums, dtype="<f4").view("<u8")[:, 0]
 
 
-def first_not_below(table: np.ndarray, keys: np.ndarray, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
-    """For each key, the first row of low .. high of a sorted table whose key is not smaller; high if there is none.
+def first_not_below(table: np.ndarray, keys: np.ndarray, low: np.ndarray | int, span: int) -> np.ndarray:
+    """For each key, the first row of a sorted table whose key is not smaller, int64 [M]; the table's length if none.
 
-    All keys are searched for together, halving their ranges in step; only those ranges of the table are read.
+    All keys are searched for together: by their first halves, in steps that halve; the few rows whose first halves are
+    equal are then walked over. Only the part of the table between `low` and the answers is read.
 
     Args:
-        table: uint64 [R, 2], sorted; may be a memory map.
+        table: uint64 [R, 2], R > 0, sorted; may be a memory map.
         keys: uint64 [M, 2].
-        low, high: int64 [M], or one for all.
+        low: int64 [M], or one for all: no answer lies before it.
+        span: no answer lies further than this behind `low`, rows of equal first halves aside.
     """
-    low = np.array(np.broadcast_to(low, len(keys)), dtype=np.int64)
-    high = np.array(np.broadcast_to(high, len(keys)), dtype=np.int64)
     first, second = keys[:, 0], keys[:, 1]
-    for _ in range(int((high - low).max(initial=0)).bit_length()):
-        middle = (low + high) >> 1
-        probe = table[np.minimum(middle, len(table) - 1)]
-        below = (probe[:, 0] < first) | ((probe[:, 0] == first) & (probe[:, 1] < second))
-        below &= middle < high  # a closed range stays where it is
-        low = np.where(below, middle + 1, low)
-        high = np.where(below, high, np.minimum(middle, high))
-    return low
+    halves, last = table[:, 0], len(table) - 1
+    place = np.array(np.broadcast_to(low, len(keys)), dtype=np.int64)
+    step = 1 << (span - 1).bit_length()
+    while step > 1:
+        step //= 2
+        place += step * (halves[np.minimum(place + (step - 1), last)] < first)
+    np.minimum(place, len(table), out=place)
+    while True:
+        row = table[np.minimum(place, last)]
+        below = (row[:, 0] < first) | ((row[:, 0] == first) & (row[:, 1] < second))
+        below &= place <= last
+        if not below.any():
+            return place
+        place += below
 
 
 def contains(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """bool [M]: which of `keys` [M, 2] are in the sorted `table` [R, 2]."""
     if len(table) == 0:
         return np.zeros(len(keys), dtype=bool)
-    place = first_not_below(table, keys, 0, len(table))
-    return (table[np.minimum(place, len(table) - 1)] == keys).all(axis=1) & (place < len(table))
+    # behind the last row it is the last that is compared, which is smaller
+    return (table[np.minimum(first_not_below(table, keys, 0, len(table)), len(table) - 1)] == keys).all(axis=1)

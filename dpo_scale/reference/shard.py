@@ -1,10 +1,10 @@
 """One shard: an immutable safetensors file of rows sorted by key, whose name vouches for every byte in it.
 
-The rows are cut into groups. An index of each group's first key and SHA-256 stands at the front of the file,
-behind the header, and the file's name carries the SHA-256 of header and index. So opening a shard reads and
-verifies a few kilobytes whatever its size, a look-up verifies just the groups that it touches, the first time
-it touches them, and a byte that changed anywhere is found before a value of its group is used. Since the name
-follows from the content, a shard is never rewritten, and no list of shards is needed beside the folder's own.
+The rows are cut into groups. An index at the front of the file, behind the header, has each group's first key and
+SHA-256. The file's name carries the SHA-256 of header and index. So opening a shard reads and verifies a few kilobytes,
+whatever its size. A look-up verifies the groups that it touches, the first time it touches them, so a byte that changed
+anywhere is found before a value of its group is used. Since the name follows from the content, a shard is never
+rewritten, and no list of shards is needed beside the folder's own.
 
 Tensors, in the order of the file (G groups, N rows):
 
@@ -17,8 +17,8 @@ Tensors, in the order of the file (G groups, N rows):
     counts          int32 [N, 2]
     tokens          fp32 [counts.sum()]   row by row, chosen before rejected; optional
 
-Written by hand rather than with the safetensors library because the index has to stand in front and the name has
-to be known before the file is; any safetensors reader can load it.
+Any safetensors reader can load it. It is written by hand because the safetensors library would not put the index in
+front, and because the name has to be known before the file is written.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_scale.disk.atomic import write_atomically
+from dpo_scale.disk.atomic import naming, write_atomically
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.rows import Rows
+from dpo_scale.reference.rows import Rows, first_not_below, ragged_index
 
 FORMAT = "dpo_scale reference store"
 FORMAT_VERSION = 1  # in the names of shards and in manifests: raise it when older code must not read them
@@ -48,7 +48,7 @@ _MAX_HEADER = 1 << 24
 
 _NAME = re.compile(r"v(\d+)-(\d+)-([0-9a-f]{32})\.safetensors")
 _DTYPES = {"U64": "<u8", "I64": "<i8", "I32": "<i4", "F32": "<f4", "U8": "u1"}
-_INDEX = ("group_keys", "group_tokens", "group_digests", "token_digests")
+_ROW_TENSORS = ("keys", "sums", "counts")
 
 
 class DamagedError(StoreError):
@@ -57,8 +57,8 @@ class DamagedError(StoreError):
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = path, reason
         super().__init__(
-            f"{path}: damaged ({reason}); nothing of it was used. What is whole is kept and the rest left to be "
-            f"computed again by: python launch/store.py compact {path.parent.parent} --drop-damaged"
+            f"{path}: damaged ({reason}); nothing of it was used. To keep what is whole, and to have the rest computed "
+            f"again, run: python launch/store.py compact {path.parent.parent} --drop-damaged"
         )
 
 
@@ -72,17 +72,31 @@ class NewerVersionError(StoreError):
         )
 
 
-def shard_version(name: str) -> int | None:
-    """The format version in a shard's file name; None if it is not the name of a shard."""
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match else None
+class ShardName(NamedTuple):
+    """What a shard's file name states: its rows, and the first 32 hex digits of the SHA-256 of header and index."""
+
+    rows: int
+    digest: str
+
+
+def parse_name(path: Path) -> ShardName:
+    """What the name of a shard states.
+
+    Raises:
+        DamagedError: if it is not the name of a shard.
+        NewerVersionError: if it is that of a shard of a newer format.
+    """
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise DamagedError(path, "its name is not that of a file of a reference store")
+    if int(match[1]) != FORMAT_VERSION:
+        raise NewerVersionError(path, int(match[1]))
+    return ShardName(int(match[2]), match[3])
 
 
 def rows_in_name(name: str) -> int:
     """The number of rows that a shard's file name states."""
-    match = _NAME.fullmatch(name)
-    assert match is not None, name
-    return int(match[2])
+    return parse_name(Path(name)).rows
 
 
 def write_shard(folder: Path, rows: Rows, metadata: dict[str, str]) -> Path:
@@ -97,26 +111,15 @@ def write_shard(folder: Path, rows: Rows, metadata: dict[str, str]) -> Path:
     """
     assert len(rows) > 0
     step = ROWS_PER_GROUP if rows.tokens is None else ROWS_PER_GROUP_WITH_TOKENS
-    starts = np.arange(0, len(rows), step)
-    ends = np.minimum(starts + step, len(rows))
-    data = [np.ascontiguousarray(rows.keys, "<u8"), np.ascontiguousarray(rows.sums, "<f4")]
-    data.append(np.ascontiguousarray(rows.counts, "<i4"))
-    tensors: dict[str, np.ndarray] = {"group_keys": data[0][starts]}
-    digests = [_sha256(part[a:b] for part in data) for a, b in zip(starts, ends, strict=True)]
+    edges = np.minimum(np.arange(0, len(rows) + step, step), len(rows))
+    data = {name: np.ascontiguousarray(getattr(rows, name)) for name in _ROW_TENSORS}
+    index = {"group_keys": data["keys"][edges[:-1]]}
     if rows.tokens is not None:
-        tokens = np.ascontiguousarray(rows.tokens, "<f4")
-        token_starts = rows.token_starts().astype("<i8")
-        tensors["group_tokens"] = token_starts[np.append(starts, len(rows))]
-        bounds = zip(tensors["group_tokens"][:-1], tensors["group_tokens"][1:], strict=True)
-        token_digests = [_sha256([tokens[a:b]]) for a, b in bounds]
-    tensors["group_digests"] = _stack(digests)
+        index["group_tokens"] = rows.token_starts()[edges]
+    index["group_digests"] = _digests(list(data.values()), edges)
     if rows.tokens is not None:
-        tensors["token_digests"] = _stack(token_digests)
-    index = [np.ascontiguousarray(tensor) for tensor in tensors.values()]
-    tensors |= {"keys": data[0], "sums": data[1], "counts": data[2]}
-    if rows.tokens is not None:
-        tensors["tokens"] = tokens
-        data.append(tokens)
+        data["tokens"] = np.ascontiguousarray(rows.tokens)
+        index["token_digests"] = _digests([data["tokens"]], index["group_tokens"])
 
     header: dict[str, Any] = {
         "__metadata__": {
@@ -130,33 +133,36 @@ def write_shard(folder: Path, rows: Rows, metadata: dict[str, str]) -> Path:
     }
     offset = 0
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        entry = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        header[name] = entry
-        offset = end
+    for name, tensor in (index | data).items():
+        offsets = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        offset += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    front = [len(text).to_bytes(8, "little"), text, *index]
+    front = [len(text).to_bytes(8, "little"), text, *map(_bytes, index.values())]
     path = folder / f"v{FORMAT_VERSION}-{len(rows)}-{_sha256(front).hex()[:32]}.safetensors"
     if not path.exists():
-        write_atomically(path, [_bytes(part) for part in (*front, *data)])
+        with naming(folder, StoreError, to="written"):
+            write_atomically(path, [*front, *map(_bytes, data.values())])
     return path
+
+
+def _digests(tensors: list[np.ndarray], edges: np.ndarray) -> np.ndarray:
+    """uint8 [G, 32]: SHA-256 of the part of all tensors between each two edges."""
+    parts = zip(edges[:-1], edges[1:], strict=True)
+    joined = b"".join(_sha256(_bytes(tensor[a:b]) for tensor in tensors) for a, b in parts)
+    return np.frombuffer(joined, np.uint8).reshape(-1, 32)
 
 
 def _sha256(parts: Iterable[Any]) -> bytes:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(_bytes(part))
+        digest.update(part)
     return digest.digest()
 
 
-def _bytes(part: Any) -> Any:
-    return part.reshape(-1).view(np.uint8).data if isinstance(part, np.ndarray) else part
-
-
-def _stack(digests: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+def _bytes(tensor: np.ndarray) -> memoryview:
+    return tensor.reshape(-1).view(np.uint8).data
 
 
 class Shard:
@@ -165,31 +171,33 @@ class Shard:
     Attributes:
         metadata: the header's, as it was written.
         has_tokens: whether it holds per-token values.
+        nbytes: the file's size.
+        in_use: whether pages of the map may be resident in this process.
 
     Raises:
-        DamagedError: if header or index are not what the name vouches for, or bytes are missing or added.
+        DamagedError: if header or index are not what the name vouches for, bytes are missing or added, or the shard
+            belongs to another book than the one whose folder it is in.
         NewerVersionError: if it is of a newer format.
         FileNotFoundError: if it is gone (another process compacted it away).
     """
 
     def __init__(self, path: Path):
         self.path = path
-        match = _NAME.fullmatch(path.name)
-        assert match is not None, path
-        if int(match[1]) != FORMAT_VERSION:
-            raise NewerVersionError(path, int(match[1]))
+        self._rows, digest = parse_name(path)
         try:
-            self._read_front(int(match[2]), match[3])
+            self._read_front(digest)
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+            raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
+        if self.metadata["book"] != path.parent.name:
+            raise DamagedError(path, f"it is a shard of book {self.metadata['book']}, not of this one")
         self._map: mmap.mmap | None = None
         self._verified = np.zeros(len(self._group_keys), dtype=bool)
         self._tokens_verified = np.zeros(len(self._group_keys), dtype=bool)
-        self.in_use = False  # whether pages of the map may be resident in this process
+        self.in_use = False
 
-    def _read_front(self, rows: int, digest: str) -> None:
+    def _read_front(self, digest: str) -> None:
         """Read header and index and hold them against the name; only then is anything in them believed."""
         with open(self.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -200,40 +208,34 @@ class Shard:
             text = file.read(header_bytes)
             try:
                 header = json.loads(text)
-                ends = [header[name]["data_offsets"][1] for name in _INDEX if name in header]
-                index = file.read(min(max(ends), size))
-            except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
+                index = file.read(min(max(header["keys"]["data_offsets"][0], 0), size))
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 raise DamagedError(self.path, "its header cannot be read") from None
-        if _sha256([length, text, index]).hex()[:32] != digest:
+        front = length + text + index
+        if _sha256([front]).hex()[:32] != digest:
             raise DamagedError(self.path, "header or index differ from what its name vouches for")
         self.metadata: dict[str, str] = header.pop("__metadata__")
+        if int(self.metadata["rows"]) != self._rows:
+            raise DamagedError(self.path, f"its name states {self._rows} rows, its header {self.metadata['rows']}")
+        begin = 8 + header_bytes
+        self.nbytes = begin + max(entry["data_offsets"][1] for entry in header.values())
+        if size != self.nbytes:
+            raise DamagedError(self.path, f"it has {size} bytes, expected {self.nbytes}")
         self._layout = {
-            name: (_DTYPES[e["dtype"]], tuple(e["shape"]), 8 + header_bytes + e["data_offsets"][0])
-            for name, e in header.items()
+            name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+            for name, entry in header.items()
         }
-        self._rows = int(self.metadata["rows"])
-        if self._rows != rows:
-            raise DamagedError(self.path, f"its name states {rows} rows, its header {self._rows}")
-        self._bytes = 8 + header_bytes + max(entry["data_offsets"][1] for entry in header.values())
-        if size != self._bytes:
-            raise DamagedError(self.path, f"it has {size} bytes, expected {self._bytes}")
         self.has_tokens = "tokens" in header
         self.rows_per_group = int(self.metadata["rows_per_group"])
-        front = length + text + index
         self._group_keys = self._view("group_keys", front).copy()
         self._group_digests = self._view("group_digests", front).copy()
         if self.has_tokens:
             self._group_tokens = self._view("group_tokens", front).copy()
             self._token_digests = self._view("token_digests", front).copy()
-        last = [int(part) for part in self.metadata["last_key"].split(",")]
-        self._last_key = np.array([last], dtype=np.uint64)
+        self._last_key = np.array(self.metadata["last_key"].split(","), dtype=np.uint64)
 
     def __len__(self) -> int:
         return self._rows
-
-    @property
-    def nbytes(self) -> int:
-        return self._bytes
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The row of each key, int64 [M]; -1 where it has none. Rows found are verified.
@@ -242,7 +244,7 @@ class Shard:
             keys: uint64 [M, 2].
         """
         rows = np.full(len(keys), -1, dtype=np.int64)
-        inside = np.flatnonzero(_not_below(keys, self._group_keys[:1]) & _not_below(self._last_key, keys))
+        inside = np.flatnonzero((keys[:, 0] >= self._group_keys[0, 0]) & (keys[:, 0] <= self._last_key[0]))
         if len(inside) == 0:
             return rows
         keys = keys[inside]
@@ -254,42 +256,24 @@ class Shard:
     def lower_bound(self, keys: np.ndarray) -> np.ndarray:
         """The number of rows whose key is smaller than each of `keys` (uint64 [M, 2]), int64 [M].
 
-        The group comes from the index. Within it the first half of the key is searched for, all keys in step, each
-        step half as wide as the last; what little is left to go is where first halves are equal.
+        The index tells the group. Only this group is searched, and read.
         """
-        first, second = keys[:, 0], keys[:, 1]
-        heads = self._group_keys
-        group = np.searchsorted(heads[:, 0], first, side="right") - 1
-        while (behind := (heads[group, 0] == first) & (heads[group, 1] > second) & (group >= 0)).any():
-            group -= behind
-        group = np.maximum(group, 0)
+        group = np.maximum(np.searchsorted(self._group_keys[:, 0], keys[:, 0]) - 1, 0)
         self._verify(group)
-        table = self._array("keys")
-        column, last = table[:, 0], len(self) - 1
-        place = group * self.rows_per_group
-        step = self.rows_per_group
-        while step > 1:
-            step //= 2
-            place += step * (column[np.minimum(place + (step - 1), last)] < first)
-        place = np.minimum(place, len(self))
-        while True:
-            row = table[np.minimum(place, last)]
-            below = (row[:, 0] < first) | ((row[:, 0] == first) & (row[:, 1] < second))
-            below &= place <= last
-            if not below.any():
-                return place
-            place += below
+        place = first_not_below(self._array("keys"), keys, group * self.rows_per_group, self.rows_per_group)
+        self._verify(np.minimum(place, len(self) - 1) // self.rows_per_group)  # it may be the next group's first
+        return place
 
     def values(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sums fp32 [M, 2], counts int32 [M, 2]) of `rows`, copied out of the file."""
         self._verify(rows // self.rows_per_group)
         return self._array("sums")[rows], self._array("counts")[rows]
 
-    def token_ranges(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, lengths), int64 [M] each: where the tokens of `rows` are in `tokens`; these are verified."""
+    def tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Per-token values of `rows` (int64 [M]), fp32 [T], row by row, copied out of the file."""
         groups = rows // self.rows_per_group
         self._verify(groups)
-        self._verify_tokens(groups)
+        self._verify(groups, tokens=True)
         counts = self._array("counts")
         starts, lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         for group in np.unique(groups):
@@ -298,24 +282,21 @@ class Shard:
             begins = self._group_tokens[group] + np.cumsum(of_group) - of_group
             mine = groups == group
             starts[mine], lengths[mine] = begins[rows[mine] - first], of_group[rows[mine] - first]
-        return starts, lengths
+        return self._array("tokens")[ragged_index(starts, lengths)]
 
-    def tokens(self, places: np.ndarray) -> np.ndarray:
-        """Per-token values at `places` (int64 [T], within what `token_ranges` gave)."""
-        return self._array("tokens")[places]
-
-    def rows(self, begin: int, end: int, *, tokens: bool) -> Rows:
-        """Rows begin .. end, verified and copied; `tokens` takes their per-token values along."""
-        groups = np.arange(begin // self.rows_per_group, -(-end // self.rows_per_group))
+    def rows(self, begin: int, end: int) -> Rows:
+        """Rows begin .. end, at least one, with all that is kept of them, verified and copied."""
+        step = self.rows_per_group
+        groups = np.arange(begin // step, -(-end // step))
         self._verify(groups)
         part = slice(begin, end)
-        keys, sums, counts = (self._array(name)[part].copy() for name in ("keys", "sums", "counts"))
-        if not tokens or begin == end:
-            return Rows(keys, sums, counts, np.zeros(0, np.float32) if tokens else None)
-        self._verify_tokens(groups)
-        starts, lengths = self.token_ranges(np.array([begin, end - 1]))
-        values = self._array("tokens")[starts[0] : starts[1] + lengths[1]].copy()
-        return Rows(keys, sums, counts, values)
+        keys, sums, counts = (self._array(name)[part].copy() for name in _ROW_TENSORS)
+        tokens = None
+        if self.has_tokens:
+            self._verify(groups, tokens=True)
+            first = self._group_tokens[groups[0]] + self._array("counts")[groups[0] * step : begin].sum(dtype=np.int64)
+            tokens = self._array("tokens")[first : first + counts.sum(dtype=np.int64)].copy()
+        return Rows(keys, sums, counts, tokens)
 
     def damaged_groups(self) -> list[int]:
         """Verify everything anew; the groups whose bytes are not what was written."""
@@ -325,7 +306,7 @@ class Shard:
             try:
                 self._verify(np.array([group]))
                 if self.has_tokens:
-                    self._verify_tokens(np.array([group]))
+                    self._verify(np.array([group]), tokens=True)
             except DamagedError:
                 bad.append(group)
         self.release()
@@ -342,29 +323,28 @@ class Shard:
         self._map = None
         self.in_use = False
 
-    def _verify(self, groups: np.ndarray) -> None:
-        for group in np.unique(groups[~self._verified[groups]]):
-            part = slice(int(group) * self.rows_per_group, (int(group) + 1) * self.rows_per_group)
-            data = [self._array(name)[part] for name in ("keys", "sums", "counts")]
-            self._check(data, self._group_digests[group], part.start)
-            self._verified[group] = True
-
-    def _verify_tokens(self, groups: np.ndarray) -> None:
-        for group in np.unique(groups[~self._tokens_verified[groups]]):
-            begin, end = self._group_tokens[group : group + 2]
-            values = self._array("tokens")[begin:end]
-            self._check([values], self._token_digests[group], int(group) * self.rows_per_group)
-            self._tokens_verified[group] = True
-
-    def _check(self, data: list[np.ndarray], digest: np.ndarray, row: int) -> None:
-        if _sha256(data) != digest.tobytes():
-            raise DamagedError(self.path, f"checksum of rows {row} to {row + self.rows_per_group - 1}")
+    def _verify(self, groups: np.ndarray, *, tokens: bool = False) -> None:
+        """Compare the checksums of groups, those of their tokens with `tokens`, where that was not done yet."""
+        verified = self._tokens_verified if tokens else self._verified
+        if verified.all():
+            return
+        for group in np.unique(groups[~verified[groups]]):
+            first = int(group) * self.rows_per_group
+            if tokens:
+                begin, end = self._group_tokens[group : group + 2]
+                data, digest = [self._array("tokens")[begin:end]], self._token_digests[group]
+            else:
+                data = [self._array(name)[first : first + self.rows_per_group] for name in _ROW_TENSORS]
+                digest = self._group_digests[group]
+            if _sha256(map(_bytes, data)) != digest.tobytes():
+                raise DamagedError(self.path, f"checksum of rows {first} to {first + self.rows_per_group - 1}")
+            verified[group] = True
 
     def _array(self, name: str) -> np.ndarray:
         if self._map is None:
             with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size != self._bytes:
-                    raise DamagedError(self.path, f"it no longer has {self._bytes} bytes")
+                if os.fstat(file.fileno()).st_size != self.nbytes:
+                    raise DamagedError(self.path, f"it no longer has {self.nbytes} bytes")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.in_use = True
         return self._view(name, self._map)
@@ -372,8 +352,3 @@ class Shard:
     def _view(self, name: str, buffer: Any) -> np.ndarray:
         dtype, shape, offset = self._layout[name]
         return np.frombuffer(buffer, dtype, math.prod(shape), offset).reshape(shape)
-
-
-def _not_below(keys: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """bool: key >= other, row by row, one of the two may have a single row."""
-    return (keys[:, 0] > other[:, 0]) | ((keys[:, 0] == other[:, 0]) & (keys[:, 1] >= other[:, 1]))

@@ -1,8 +1,8 @@
 """Looking after a store: verify every byte, set aside what is damaged, make few large shards of many small ones.
 
 All of it runs beside jobs that read and write. New shards are on the disk before old ones go, so a kill in between
-leaves rows twice, never fewer; two processes that compact at once at worst do the same work twice. Memory is
-bounded by a part of the key space at a time, whatever the size of the store.
+leaves rows twice, never fewer. Two processes that compact at once do the same work twice at worst. Memory is bounded,
+whatever the size of the store: one part of the key space is in it at a time.
 """
 
 from __future__ import annotations
@@ -11,34 +11,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dpo_scale.disk.atomic import is_abandoned, is_temporary, sync_folder
+from dpo_scale.disk.atomic import is_abandoned, is_temporary, naming, sync_folder
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    now,
-    read_manifest,
-    write_manifest,
-)
-from dpo_scale.reference.rows import Rows, concatenate, contains, empty_rows, first_not_below, merge
-from dpo_scale.reference.shard import (
-    FORMAT_VERSION,
-    DamagedError,
-    NewerVersionError,
-    Shard,
-    shard_version,
-    write_shard,
-)
-from dpo_scale.reference.store import DAMAGED_DIR, Book
+from dpo_scale.reference.manifest import MANIFEST_FILE, Manifest, now, read_manifest, write_manifest
+from dpo_scale.reference.rows import Merged, Rows, concatenate, merge, without
+from dpo_scale.reference.shard import DamagedError, Shard, write_shard
+from dpo_scale.reference.store import DAMAGED_DIR, Book, retried
 
 TARGET_SHARD_BYTES = 64 << 20  # small against the memory of a process that maps one
 _PART_BYTES = 32 << 20  # of the key space that is merged at a time
 _RETIRED = ".retired-"
-_TRIES = 10
 
 
 @dataclass
@@ -52,7 +39,6 @@ class Findings:
         temporary: files left by writers that are gone.
     """
 
-    folder: Path
     shards: int = 0
     nbytes: int = 0
     rows: int = 0
@@ -69,7 +55,6 @@ class Compaction:
     """What `compact_book` did: shards and bytes before and after, rows kept, copies and temporary files removed,
     and where damaged files were moved to."""
 
-    folder: Path
     shards_before: int = 0
     shards: int = 0
     bytes_before: int = 0
@@ -86,81 +71,57 @@ def verify_book(folder: Path) -> Findings:
     Raises:
         NewerVersionError: if it holds files of a newer format.
     """
-    findings = Findings(folder)
+    return retried(folder, lambda: _verify(folder))
+
+
+def _verify(folder: Path) -> Findings:
+    findings = Findings(temporary=sum(is_temporary(path) and is_abandoned(path) for path in _files(folder)))
     whole: list[Shard] = []
-    for path in _files(folder):
-        if is_temporary(path):
-            findings.temporary += is_abandoned(path)
-        elif path.name.startswith(_RETIRED):
-            continue
-        elif shard_version(path.name) is None and path.name != MANIFEST_FILE:
-            findings.damaged.append((path, "its name is not that of a file of a reference store"))
-        elif path.name != MANIFEST_FILE:
-            try:
-                shard = _open_shard(path)
-                findings.shards += 1
-                findings.nbytes += shard.nbytes
-                if bad := shard.damaged_groups():
-                    raise DamagedError(path, f"checksums of {len(bad)} groups of rows")
-                whole.append(shard)
-            except DamagedError as error:
-                findings.damaged.append((path, error.reason))
-    manifest_error = _manifest_error(folder, needed=findings.shards > 0)
-    if manifest_error is not None:
-        findings.damaged.append((folder / MANIFEST_FILE, manifest_error))
+    for checked in _checked_files(folder):
+        if checked.shard is not None:
+            findings.shards += 1
+            findings.nbytes += checked.shard.nbytes
+            if checked.damage is None:
+                whole.append(checked.shard)
+        if checked.damage is not None:
+            findings.damaged.append((checked.path, checked.damage))
+    manifest_damage = _manifest_damage(folder, needed=findings.shards > 0)
+    if manifest_damage is not None:
+        findings.damaged.append((folder / MANIFEST_FILE, manifest_damage))
     for part in merged_parts(whole):
-        findings.rows += part.num_rows
-        findings.rows_with_tokens += len(part.with_tokens)
-        findings.copies += part.copies
-        findings.differing += part.differing
-        findings.largest_difference = max(findings.largest_difference, part.largest_difference)
+        findings.rows_with_tokens += len(part[0].rows)
+        for merged in part:
+            findings.rows += len(merged.rows)
+            findings.copies += merged.copies
+            findings.differing += merged.differing
+            findings.largest_difference = max(findings.largest_difference, merged.largest_difference)
     return findings
 
 
-@dataclass(frozen=True)
-class MergedPart:
-    """The rows of a range of keys, sorted, each key once: those that have per-token values, and the others."""
-
-    with_tokens: Rows
-    without_tokens: Rows
-    copies: int
-    differing: int
-    largest_difference: float
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.with_tokens) + len(self.without_tokens)
-
-
-def merged_parts(shards: Sequence[Shard]) -> Iterator[MergedPart]:
-    """The rows of all shards in the order of their keys, a bounded part at a time.
+def merged_parts(shards: Sequence[Shard]) -> Iterator[tuple[Merged, Merged]]:
+    """The rows of all shards in the order of their keys, each key once, a bounded part at a time.
 
     Keys are hashes, so equal ranges of them hold about equally many rows.
+
+    Returns:
+        for each part the rows that have per-token values, and the others.
     """
-    total = sum(shard.nbytes for shard in shards)
-    parts = -(-total // _PART_BYTES)
+    parts = -(-sum(shard.nbytes for shard in shards) // _PART_BYTES)
+    inner = np.array([[(part << 64) // parts, 0] for part in range(1, parts)], np.uint64).reshape(-1, 2)
+    edges = []
+    for shard in noting_activity(shards):
+        edges.append([0, *shard.lower_bound(inner).tolist(), len(shard)])
+        shard.close()
     for part in range(parts):
         found: dict[bool, list[Rows]] = {True: [], False: []}
-        for shard in noting_activity(shards):
-            begin, end = (
-                0 if edge == 0 else len(shard) if edge == parts else _rows_below(shard, (edge << 64) // parts)
-                for edge in (part, part + 1)
-            )
+        for shard, of_shard in zip(noting_activity(shards), edges, strict=True):
+            begin, end = of_shard[part : part + 2]
             if begin < end:
-                found[shard.has_tokens].append(shard.rows(begin, end, tokens=shard.has_tokens))
+                found[shard.has_tokens].append(shard.rows(begin, end))
             shard.close()
-        merged = {tokens: merge(rows, tokens=tokens) for tokens, rows in found.items()}
-        with_tokens, plain = merged[True][0], merged[False][0]
+        rich, plain = merge(found[True], tokens=True), merge(found[False], tokens=False)
         # a row that has tokens is the same row without them, and more: see `Book.lookup`
-        again = contains(with_tokens.keys, plain.keys)
-        apart = _differences(with_tokens, plain.take(again))
-        yield MergedPart(
-            with_tokens,
-            plain.take(~again),
-            merged[True][1] + merged[False][1] + int(again.sum()),
-            merged[True][2] + merged[False][2] + int((apart > 0).sum()),
-            max(merged[True][3], merged[False][3], float(apart.max(initial=0.0))),
-        )
+        yield rich, without(plain, rich.rows)
 
 
 def compact_book(folder: Path, *, drop_damaged: bool = False, grace_hours: float = 0.0) -> Compaction:
@@ -170,7 +131,7 @@ def compact_book(folder: Path, *, drop_damaged: bool = False, grace_hours: float
 
     Args:
         drop_damaged: move files that are damaged or foreign to `damaged/` in the store, after saving the rows of theirs
-            that are whole; without it they are an error, and nothing is changed.
+            that are whole. Without it they are an error, and nothing is changed.
         grace_hours: keep the old shards that long under another name. A job on this machine that has them mapped
             keeps them anyway; one on another machine, over NFS, would be cut off.
 
@@ -179,32 +140,26 @@ def compact_book(folder: Path, *, drop_damaged: bool = False, grace_hours: float
         NewerVersionError: if it holds files of a newer format.
     """
     set_aside = _set_damaged_aside(folder) if drop_damaged else []
-    for _ in range(_TRIES):
-        try:
-            return _compact(folder, grace_hours, set_aside)
-        except FileNotFoundError:  # another process compacts: begin again with what it made
-            continue
-    raise StoreError(f"{folder}: its files keep changing; it is being compacted by others")
+    return retried(folder, lambda: _compact(folder, grace_hours, set_aside))
 
 
 def _compact(folder: Path, grace_hours: float, set_aside: list[Path]) -> Compaction:
-    result = Compaction(folder, set_aside=set_aside)
     book = Book(folder)
     for shard in book.shards:
         if bad := shard.damaged_groups():
             raise DamagedError(shard.path, f"checksums of {len(bad)} groups of rows")
-    result.shards_before, result.bytes_before = len(book.shards), book.nbytes
+    result = Compaction(len(book.shards), bytes_before=book.nbytes, set_aside=set_aside)
     if book.shards:
         # taken from the old shards, so that equal rows give equal files
         newest = max(book.shards, key=lambda shard: (shard.metadata["created"], shard.metadata["tool"]))
         metadata = book.manifest.shard_metadata(newest.metadata["created"], newest.metadata["tool"])
-        streams = {tokens: _ShardStream(folder, metadata, tokens=tokens) for tokens in (True, False)}
+        streams = [_ShardStream(folder, metadata, tokens=tokens) for tokens in (True, False)]
         for part in merged_parts(book.shards):
-            streams[True].add(part.with_tokens)
-            streams[False].add(part.without_tokens)
-            result.copies += part.copies
-        written = {path for stream in streams.values() for path in stream.finish()}
-        result.rows = sum(stream.rows for stream in streams.values())
+            for stream, merged in zip(streams, part, strict=True):
+                stream.add(merged.rows)
+                result.rows += len(merged.rows)
+                result.copies += merged.copies
+        written = {path for stream in streams for path in stream.finish()}
         _retire([shard.path for shard in book.shards if shard.path not in written], keep=grace_hours > 0)
     for path in _files(folder):
         old = path.name.startswith(_RETIRED) and _hours_since_renamed(path) >= grace_hours
@@ -223,70 +178,81 @@ class _ShardStream:
     """Sorted rows in, shards of about `TARGET_SHARD_BYTES` out."""
 
     def __init__(self, folder: Path, metadata: dict[str, str], *, tokens: bool):
-        self._folder, self._metadata = folder, metadata
-        self._tokens = tokens
-        self._waiting = empty_rows(tokens=tokens)
+        self._folder, self._metadata, self._tokens = folder, metadata, tokens
+        self._waiting = concatenate([], tokens=tokens)
         self._paths: list[Path] = []
-        self.rows = 0
 
     def add(self, rows: Rows) -> None:
-        self.rows += len(rows)
         self._waiting = concatenate([self._waiting, rows], tokens=self._tokens)
-        while self._waiting.nbytes > TARGET_SHARD_BYTES:
-            ends = 32 * np.arange(1, len(self._waiting) + 1)
-            if self._waiting.tokens is not None:
-                ends += 8 * np.arange(1, len(ends) + 1) + 4 * self._waiting.token_starts()[1:]
-            cut = max(int(np.searchsorted(ends, TARGET_SHARD_BYTES)), 1)
-            self._write(self._waiting.take(slice(0, cut)))
-            self._waiting = self._waiting.take(slice(cut, None))
+        while self._waiting.row_bytes().sum() > TARGET_SHARD_BYTES:
+            ends = np.cumsum(self._waiting.row_bytes())
+            self._write(max(int(np.searchsorted(ends, TARGET_SHARD_BYTES)), 1))
 
     def finish(self) -> list[Path]:
         if len(self._waiting):
-            self._write(self._waiting)
+            self._write(len(self._waiting))
         return self._paths
 
-    def _write(self, rows: Rows) -> None:
-        self._paths.append(write_shard(self._folder, rows, self._metadata))
+    def _write(self, count: int) -> None:
+        self._paths.append(write_shard(self._folder, self._waiting.take(slice(0, count)), self._metadata))
+        self._waiting = self._waiting.take(slice(count, None))
 
 
 def _set_damaged_aside(folder: Path) -> list[Path]:
     """Save what is whole of damaged shards, move the files that are not, and mend the manifest."""
     removed: list[Path] = []
     manifest: Manifest | None = None
-    saved: list[Rows] = []
-    for path in _files(folder):
-        if is_temporary(path) or path.name.startswith(_RETIRED) or path.name == MANIFEST_FILE:
-            continue
-        try:
-            if shard_version(path.name) is None:
-                raise DamagedError(path, "its name is not that of a file of a reference store")
-            shard = _open_shard(path)
+    saved: dict[bool, list[Rows]] = {True: [], False: []}
+    for path, shard, bad, damage in _checked_files(folder):
+        if shard is not None:
             manifest = manifest or Manifest.from_shard_metadata(shard.metadata)
-            if bad := shard.damaged_groups():
-                saved += _whole_rows(shard, bad)
-                raise DamagedError(path, "checksums")
-        except DamagedError:
+            if damage is not None:
+                saved[shard.has_tokens] += _whole_rows(shard, bad)
+        if damage is not None:
             removed.append(path)
-    if _manifest_error(folder, needed=manifest is not None) is not None:
+    if _manifest_damage(folder, needed=manifest is not None) is not None:
         if (folder / MANIFEST_FILE).exists():
             _move_aside(folder / MANIFEST_FILE)
         if manifest is not None:
             write_manifest(folder, replace(manifest, updated=now()))
-    for tokens in (True, False):
-        rows, *_ = merge([part for part in saved if (part.tokens is not None) == tokens], tokens=tokens)
+    for tokens, parts in saved.items():
+        rows = merge(parts, tokens=tokens).rows
         if len(rows):
             assert manifest is not None
             write_shard(folder, rows, manifest.shard_metadata(now()))
     return [_move_aside(path) for path in removed]
 
 
+class _Checked(NamedTuple):
+    """A file of a book that should be a shard: what it is, the groups of rows that are damaged, and what is wrong."""
+
+    path: Path
+    shard: Shard | None
+    bad_groups: list[int]
+    damage: str | None
+
+
+def _checked_files(folder: Path) -> Iterator[_Checked]:
+    """Every file of a book but its manifest and what writing left, all its bytes read."""
+    for path in _files(folder):
+        if path.name.startswith(".") or path.name == MANIFEST_FILE:
+            continue
+        try:
+            shard = Shard(path)
+        except DamagedError as error:
+            yield _Checked(path, None, [], error.reason)
+        else:
+            bad = shard.damaged_groups()
+            yield _Checked(path, shard, bad, f"checksums of {len(bad)} groups of rows" if bad else None)
+
+
 def _whole_rows(shard: Shard, bad: Sequence[int]) -> list[Rows]:
     """The rows of a shard's other groups."""
-    step = shard.rows_per_group
+    begins = range(0, len(shard), shard.rows_per_group)
     return [
-        shard.rows(begin, min(begin + step, len(shard)), tokens=shard.has_tokens)
-        for group, begin in enumerate(range(0, len(shard), step))
-        if group not in set(bad)
+        shard.rows(begin, min(begin + shard.rows_per_group, len(shard)))
+        for group, begin in enumerate(begins)
+        if group not in bad
     ]
 
 
@@ -319,10 +285,8 @@ def _hours_since_renamed(path: Path) -> float:
 
 def _files(folder: Path) -> list[Path]:
     """Everything in a book's folder, but for what the system puts there (`.nfs...`, `.DS_Store`)."""
-    try:
+    with naming(folder, StoreError, to="read"):
         entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be read: {error.strerror}") from None
     return [
         path
         for path in entries
@@ -330,33 +294,10 @@ def _files(folder: Path) -> list[Path]:
     ]
 
 
-def _open_shard(path: Path) -> Shard:
-    version = shard_version(path.name)
-    if version != FORMAT_VERSION:
-        assert version is not None
-        raise NewerVersionError(path, version)
-    shard = Shard(path)
-    if shard.metadata["book"] != path.parent.name:
-        raise DamagedError(path, f"it is a shard of book {shard.metadata['book']}")
-    return shard
-
-
-def _manifest_error(folder: Path, *, needed: bool) -> str | None:
+def _manifest_damage(folder: Path, *, needed: bool) -> str | None:
     """What is wrong with the manifest; a newer version is an error that is raised."""
     try:
         missing = read_manifest(folder) is None
     except DamagedError as error:
         return error.reason
     return "it is missing" if missing and needed else None
-
-
-def _rows_below(shard: Shard, first_half: int) -> int:
-    return int(shard.lower_bound(np.array([[first_half, 0]], dtype=np.uint64))[0])
-
-
-def _differences(kept: Rows, copies: Rows) -> np.ndarray:
-    """fp64 [len(copies)]: by how much their sums differ from those of the rows kept, which have all their keys."""
-    if len(copies) == 0:
-        return np.zeros(0)
-    place = first_not_below(kept.keys, copies.keys, 0, len(kept))
-    return np.abs(kept.sums[place].astype(np.float64) - copies.sums).max(axis=1)

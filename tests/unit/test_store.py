@@ -101,7 +101,8 @@ def test_search_agrees_with_a_dictionary_for_keys_with_equal_halves(tmp_path_fac
     rows = Rows(np.array(stored, np.uint64).reshape(-1, 2), sums, np.ones((len(stored), 2), np.int32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_module, "ROWS_PER_GROUP", 4)
-        shard = Shard(write_shard(tmp_path_factory.mktemp("s"), rows, {"book": "b"}))
+        folder = tmp_path_factory.mktemp("s")
+        shard = Shard(write_shard(folder, rows, {"book": folder.name}))
     keys = np.array(asked, np.uint64).reshape(-1, 2)
     known = {key: row for row, key in enumerate(stored)}
     assert shard.find(keys).tolist() == [known.get(key, -1) for key in asked]

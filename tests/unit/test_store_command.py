@@ -166,7 +166,7 @@ def test_import_names_the_row_whose_value_cannot_be_one(command, config, tmp_pat
     ("arguments", "message"),
     [
         (["list", "nowhere"], "nowhere: no such folder"),
-        (["verify", "store", "--book", "zz"], "none of its books begins so"),
+        (["verify", "store", "--book", "zz"], "no book begins like this"),
         (["export", "store", "missing/out.parquet"], "missing/out.parquet: cannot be written"),
     ],
 )

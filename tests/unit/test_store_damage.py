@@ -58,6 +58,18 @@ def test_every_single_byte_of_a_shard_is_covered(filled):
     read_everything(book.folder, rows)
 
 
+def test_a_damaged_key_is_no_missing_row_even_if_it_alone_is_asked_for(filled):
+    book, rows = filled
+    path = book.folder / shard_names(book)[0]
+    whole = path.read_bytes()
+    for key in rows.keys:  # first rows of groups among them, which the index has too
+        damaged = bytearray(whole)
+        damaged[whole.rindex(key.tobytes())] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError):
+            Book(book.folder).lookup(key[None])
+
+
 def test_a_shard_that_was_cut_or_grew_is_noticed(filled):
     book, rows = filled
     path = book.folder / shard_names(book)[0]
