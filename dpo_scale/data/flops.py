@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from dpo_scale.data.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class ForwardFlops:
         """The layers' FLOPs of sequences of so many tokens, float64 [n]; the head is apart."""
         return self.per_token * tokens + self._attention(np.zeros_like(tokens), tokens)
 
-    def of_pairs(self, lengths: np.ndarray, layout: str, *, weights: float = 1.0, attention: float = 1.0) -> np.ndarray:
+    def of_pairs(
+        self, lengths: np.ndarray, layout: Layout, *, weights: float = 1.0, attention: float = 1.0
+    ) -> np.ndarray:
         """FLOPs of pairs, float64 [n].
 
         Args:
