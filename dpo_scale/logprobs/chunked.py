@@ -174,7 +174,8 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             direction = HiddenDirection(tiles, targets) if mode == "direction" else None
             first_peaks = hidden.new_empty((len(tiles.vocabulary_runs), in_gradient), dtype=tiles.dtype)
             held = _Held(tiles, gradient, first_peaks) if mode == "hold" else None
-            found = statistics(tiles, targets, by_products, direction or (held and held.keep_within(max_held)))
+            keep = held.keep_within(max_held) if held is not None else direction
+            found = statistics(tiles, targets, by_products, keep)
         if direction is not None:
             # bf16 has the range of fp32; in fp16 a direction of a near-certain token would be lost
             kept = direction.result(found)

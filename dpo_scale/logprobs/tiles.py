@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,7 +183,7 @@ def exact_bf16_products(hidden: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def _onednn_bf16_mode() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to torch's stubs
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -254,7 +254,7 @@ class TritonHead:
         needs_hidden, needs_weight, needs_bias = needs
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         upstream = upstream.float() * self.logit_scale
-        vectors = (logsumexp, upstream, upstream * target_gradient)
+        at_target = upstream * target_gradient
         hidden_sum = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
@@ -273,15 +273,13 @@ class TritonHead:
             bias_sum: Tensor | None = None
             for index, run in enumerate(runs(tokens, rows)):
                 part = hidden[run]
-                own = tuple(v[run] for v in vectors)
                 d = tile[: part.shape[0] * columns].view(part.shape[0], columns)
                 if kept is not None and first == 0:
-                    scale_kept(d, kept[1], targets, *own[1:])
+                    scale_kept(d, kept[1], targets, upstream, at_target)
                     of_bias = d.sum(0, dtype=torch.float32)[: span.stop] if grad_bias is not None else None
                 else:
-                    of_bias = self.logit_gradient(
-                        part, weight, bias, targets[run], *own, d, span, grad_bias is not None
-                    )
+                    vectors = targets[run], logsumexp[run], upstream[run], at_target[run]
+                    of_bias = self.logit_gradient(part, weight, bias, *vectors, d, span, grad_bias is not None)
                 d = d[:, : span.stop - span.start]
                 if hidden_sum is not None:
                     product(d, weight[span], hidden_sum[run], add=first > 0)
@@ -386,7 +384,7 @@ def scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, a
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """left @ right in fp32, into out if given, on top of what is there with add."""
-    options = {"out_dtype": torch.float32} if left.is_cuda and left.dtype != torch.float32 else {}
+    options: dict[str, Any] = {"out_dtype": torch.float32} if left.is_cuda and left.dtype != torch.float32 else {}
     if not options:
         left, right = left.float(), right.float()
     if out is None:
