@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from dpo_scale.data.layout import Layout
 
 
@@ -82,7 +84,7 @@ class ForwardFlops:
         return total
 
 
-def forward_flops(model_config: Any, *, trust_remote_code: bool = False) -> ForwardFlops:
+def forward_flops(model_config: PreTrainedConfig, *, trust_remote_code: bool = False) -> ForwardFlops:
     """The FLOPs of a model by its transformers config; its weights are counted on a model without any memory."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -7,9 +7,9 @@
     shared_prefix   one row, no padding: prompt, chosen, rejected of a pair are one document, the prompt is computed
                     once, and its last token's hidden state is scored twice, for the first token of either completion
 
-One rule says what a token may attend to, in all of them: tokens of its own document, at most its own position, of the
-prompt or of its own branch. Positions count along prompt and completion, so the rejected completion's start again at
-the prompt's length. `dpo_scale.models.attention` follows the rule.
+One rule says what a token may attend to, in all layouts: tokens of its own document, at its own position or before, of
+the prompt or of its own branch. Positions count along prompt and completion, so the rejected completion's start again
+at the prompt's length. `dpo_scale.models.attention` follows the rule.
 
 Costs are plain arithmetic on lengths [N, 3] (prompt, chosen, rejected), for whoever plans batches or counts padding.
 """

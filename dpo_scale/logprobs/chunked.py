@@ -100,12 +100,8 @@ class _Held:
     def __init__(
         self, tiles: Tiles, gradient: Tensor | None, first_peaks: Tensor, tensors: Sequence[Tensor] = ()
     ) -> None:
-        """
-        Args:
-            gradient: of the weight, not written yet; None where nothing is kept in its memory.
-            first_peaks: [vocabulary runs, first tokens], of what is kept there.
-            tensors: what an earlier object kept, its `tensors`.
-        """
+        """Args: gradient, of the weight, not written yet; first_peaks [vocabulary runs, tokens], of what is kept there;
+        tensors, those of the object that kept what is looked for now."""
         self._tiles, self._gradient, self._first_peaks = tiles, gradient, first_peaks
         self._first = first_peaks.shape[1]
         half = len(tensors) // 2

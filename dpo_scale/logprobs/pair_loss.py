@@ -321,7 +321,7 @@ def _keep_in(parts: Sequence[_Rows]) -> Keep:
 class Gradients:
     """Memory for the gradients of one call, for an upstream of 1; None where not trained.
 
-    Every row of that of hidden is written once; the first tokens write the weight's, the others add to it.
+    Each row of `hidden` is written once. The first tokens write `weight`, the others add to it.
     """
 
     def __init__(
@@ -333,11 +333,7 @@ class Gradients:
         roundings: int,
         bias_dtype: torch.dtype | None = None,
     ) -> None:
-        """
-        Args:
-            roundings: how many sums the weight's gradient will be rounded after.
-            bias_dtype: of the bias' gradient, instead of the weight's.
-        """
+        """Args: roundings, of the weight's gradient, one a chunk; bias_dtype, of the bias's, if not the weight's."""
         kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         summed = torch.float32 if roundings > MAX_ROUNDINGS and kept == torch.bfloat16 else kept
         self.hidden = torch.empty_like(hidden, dtype=kept) if trained[0] else None

@@ -256,8 +256,9 @@ class TritonHead:
         upstream = upstream.float() * self.logit_scale
         at_target = upstream * target_gradient
         hidden_sum = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
+        make = torch.empty_like if tokens else torch.zeros_like
+        grad_weight = make(weight) if needs_weight else None
+        grad_bias = make(bias) if needs_bias and bias is not None else None
         if kept is not None:  # d of the columns after these takes their place
             tile, rows, columns = kept[0].view(-1), tokens, kept[0].shape[1]
         else:
@@ -293,10 +294,6 @@ class TritonHead:
                 grad_weight[span] = weight_sum
             if grad_bias is not None and bias_sum is not None:
                 grad_bias[span] = bias_sum
-        if tokens == 0:
-            for gradient in (grad_weight, grad_bias):
-                if gradient is not None:
-                    gradient.zero_()
         return hidden_sum, grad_weight, grad_bias
 
     def logit_gradient(

@@ -211,8 +211,8 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
 def lost_updates(learning_rate: float, beta2: float) -> str:
     """What bf16 optimizer states cost, in numbers, for the log.
 
-    bf16 has 8 significant bits, so the neighbours of a weight w are |w| / 256 to |w| / 128 away, and what is added is
-    lost if it is less than half of that. Adam's step is about the learning rate, at most.
+    bf16 has 8 significant bits, so the neighbours of a weight w are |w| / 256 to |w| / 128 away. An update of less than
+    half of that is lost. Adam's is at most about the learning rate.
     """
     stuck = (
         f"; Adam's second moments can grow but not decay, as 1 - beta2 is below 1/512 (adam_beta2 = {beta2:g})"
@@ -228,10 +228,10 @@ def lost_updates(learning_rate: float, beta2: float) -> str:
 
 def offloads_checkpoints(config: Config) -> bool:
     """Whether checkpoints are kept on the host; on a CPU they are there anyway."""
-    if config.model.gradient_checkpointing_offload and ranks.device().type == "cpu":
+    offload = config.model.gradient_checkpointing_offload
+    if offload and ranks.device().type == "cpu":
         ranks.log("model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already")
-        return False
-    return config.model.gradient_checkpointing_offload
+    return offload and ranks.device().type != "cpu"
 
 
 def load_reference(config: Config, choice: LayoutChoice | None = None, beside: Sequence[Any] = ()) -> Any:
