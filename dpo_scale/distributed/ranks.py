@@ -171,14 +171,16 @@ def from_main(value: Result) -> Result:
     """Rank 0's (picklable) value, on every rank."""
     if world_size() == 1:
         return value
-    holder = [value if is_main() else None]
+    holder: list[Any] = [value if is_main() else None]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
 def main_first(work: Callable[[], Result]) -> Result:
     """Run `work` on each node's first rank, then on its others, which find the caches it left."""
-    first = local_rank() == 0
-    result = work() if first else None
+    if local_rank() == 0:
+        result = work()
+        barrier()
+        return result
     barrier()
-    return result if first else work()
+    return work()

@@ -29,6 +29,11 @@ def seal_model(folder: Path) -> None:
     write_manifest(folder / MODEL_MANIFEST, {"about": about, "tool": f"dpo_scale {__version__}"}, files)
 
 
+def looks_like_folder(path: str) -> bool:
+    """Whether a model's path is meant as a folder of this machine; otherwise it is a hub id."""
+    return path.startswith((".", "/", "~")) or Path(path).exists()
+
+
 def check_models(paths: Iterable[str | None]) -> None:
     """Refuse models and adapters whose files are not what was written, or are pickled; rank 0 looks for all.
 

@@ -70,7 +70,7 @@ def cuda():
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (torch.autograd, "grad", lambda loss, leaf: (torch.zeros_like(leaf),)),
             (torch, "compile", lambda *a, **options: compile_function(*a, **(options | {"backend": "eager"}))),
-            (triton_logps, "_on", lambda device: nullcontext()),
+            (triton_logps, "current_device", lambda device: nullcontext()),
             *((triton_logps.kernels, n, NotLaunched()) for n in vars(triton_logps.kernels) if n.endswith("_kernel")),
         ):
             stack.enter_context(patch.object(holder, name, value))
