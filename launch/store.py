@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_scale.errors import ConfigError, StoreError
-from dpo_scale.reference.manifest import BookKey
-from dpo_scale.reference.shard import DamagedError
 from dpo_scale.reference.store import Book, ReferenceStore
-from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.reference.store_manifest import BookKey
+from dpo_scale.reference.store_shard import DamagedError
+from dpo_scale.reference.store_upkeep import compact_book, verify_book
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import Config, load_config
 
@@ -170,7 +170,7 @@ def compact(arguments: argparse.Namespace, store: ReferenceStore) -> None:
 
 
 def export(arguments: argparse.Namespace, store: ReferenceStore) -> None:
-    from dpo_scale.reference.exchange import export_parquet
+    from dpo_scale.reference.store_exchange import export_parquet
 
     folders = _folders(arguments, store)
     if len(folders) != 1:
@@ -186,9 +186,9 @@ def export(arguments: argparse.Namespace, store: ReferenceStore) -> None:
 def import_values(arguments: argparse.Namespace, store: ReferenceStore) -> None:
     from dpo_scale.data.tokenize import PairTokenizer
     from dpo_scale.models.load import load_tokenizers, reference_source
-    from dpo_scale.reference.exchange import import_columns
     from dpo_scale.reference.fingerprint import weights_fingerprint
     from dpo_scale.reference.numerics import imported_numerics
+    from dpo_scale.reference.store_exchange import import_columns
 
     config = _config(arguments)
     source = reference_source(config)

@@ -19,7 +19,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from dpo_scale.disk.sealed import SealedFile
+from dpo_scale.disk.sealed_folder import SealedFile
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError
 from dpo_scale.progress import note_activity

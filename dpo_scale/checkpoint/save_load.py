@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from dpo_scale import __version__
-from dpo_scale.checkpoint.identity import Identity, check_identity
+from dpo_scale.checkpoint.compatibility import Identity, check_identity
 from dpo_scale.disk.atomic import sync_folder
-from dpo_scale.disk.sealed import damage, read_manifest, write_manifest
+from dpo_scale.disk.sealed_folder import damage, read_manifest, write_manifest
 from dpo_scale.distributed import ranks
 from dpo_scale.distributed.random_state import random_state, restore_random_state, seed_everything
 from dpo_scale.errors import CheckpointError

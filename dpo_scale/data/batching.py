@@ -42,7 +42,7 @@ def counted_pairs(ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PairOrder:
     """The steps of a run: `steps_per_epoch` global batches of `global_batch_size` of `num_pairs` pairs."""
 
     num_pairs: int

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dpo_scale import __version__
-from dpo_scale.disk.sealed import damage, describe_files, read_manifest, write_manifest
+from dpo_scale.disk.sealed_folder import damage, describe_files, read_manifest, write_manifest
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path

@@ -23,7 +23,13 @@ from dpo_scale.models import lora
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.models.files import check_models, looks_like_folder
-from dpo_scale.models.layouts import LayoutChoice, choose_layout, install_attention, prove_layout, transformers_has
+from dpo_scale.models.layout_choice import (
+    LayoutChoice,
+    choose_layout,
+    install_attention,
+    prove_layout,
+    transformers_has,
+)
 from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 from dpo_scale.models.zero3 import limit_gathers, make_leaves

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_scale.disk.atomic import naming
 from dpo_scale.disk.cache import cache_folder
-from dpo_scale.disk.signed import read_signed, write_signed
+from dpo_scale.disk.signed_json import read_signed, write_signed
 from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.progress import note_activity

@@ -13,7 +13,7 @@ from dpo_scale.data.dataset import PairDataset
 from dpo_scale.disk.cache import cache_folder
 from dpo_scale.distributed import engine, ranks
 from dpo_scale.errors import ModelError, StoreError
-from dpo_scale.models.layouts import LayoutChoice
+from dpo_scale.models.layout_choice import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.models.scorer import Policy, Scorer
 from dpo_scale.reference.adapter import AdapterReference
@@ -21,11 +21,11 @@ from dpo_scale.reference.compute import fill, missing_rows, verify
 from dpo_scale.reference.fingerprint import weights_fingerprint
 from dpo_scale.reference.from_store import StoredReference
 from dpo_scale.reference.live import LiveReference
-from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.numerics import numerics_of
 from dpo_scale.reference.protocol import KnownReference, NoReference, Reference
 from dpo_scale.reference.store import Book, ReferenceStore
+from dpo_scale.reference.store_manifest import BookKey
 from dpo_scale.settings.tree import Config
 
 

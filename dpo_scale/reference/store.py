@@ -1,9 +1,9 @@
 """The store: reference log-probs on disk, found by content, grown by any number of jobs, never silently wrong.
 
 A store is a folder of books, one for each model and numerics. A book is a folder of immutable shards
-(`dpo_scale.reference.shard`). Whoever computes values only adds files of their own. So jobs need no locks, a kill loses
-at most the rows that were not yet flushed, and a reader needs nothing but the folder's listing. The price is that two
-jobs may write the same row. It is served once, and stored once after `compact` (`dpo_scale.reference.upkeep`).
+(`store_shard`). Whoever computes values only adds files of their own. So jobs need no locks, a kill loses at most the
+rows that were not yet flushed, and a reader needs nothing but the folder's listing. The price is that two jobs may write
+the same row. It is served once, and stored once after `compact` (`store_upkeep`).
 
     store = ReferenceStore(folder)
     book = store.book(BookKey(fingerprint, numerics), model={"path": ...})
@@ -27,9 +27,9 @@ import numpy as np
 from dpo_scale.disk.atomic import naming
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.manifest import MANIFEST_FILE, BookKey, Manifest, now, read_manifest, write_manifest
-from dpo_scale.reference.rows import Rows, as_keys, merge, ragged_index, sum_bits
-from dpo_scale.reference.shard import DamagedError, Shard, parse_name, rows_in_name, write_shard
+from dpo_scale.reference.store_manifest import MANIFEST_FILE, BookKey, Manifest, now, read_manifest, write_manifest
+from dpo_scale.reference.store_rows import Rows, as_keys, merge, ragged_index, sum_bits
+from dpo_scale.reference.store_shard import DamagedError, Shard, parse_name, rows_in_name, write_shard
 
 DAMAGED_DIR = "damaged"  # in a store: what `compact --drop-damaged` took out of its books
 _BOOK_NAME = re.compile("[0-9a-f]{32}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_scale import __version__
 from dpo_scale.disk.atomic import naming
-from dpo_scale.disk.signed import read_signed, write_signed
+from dpo_scale.disk.signed_json import read_signed, write_signed
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError
 from dpo_scale.settings.resume import FINISHED_FILE

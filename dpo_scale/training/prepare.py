@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dpo_scale.data.dataset import LoadedData, load_pairs
 from dpo_scale.distributed import engine, ranks
-from dpo_scale.models.layouts import LayoutChoice
+from dpo_scale.models.layout_choice import LayoutChoice
 from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, resolve_layout
 from dpo_scale.settings.data import DataSettings
 from dpo_scale.settings.tree import Config

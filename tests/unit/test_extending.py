@@ -17,7 +17,7 @@ from dpo_scale.data.schemas import SCHEMAS
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import DataError, ModelError
 from dpo_scale.models.attention_backends import BACKENDS, log_once
-from dpo_scale.models.layouts import choose_layout, install_attention, prove_layout
+from dpo_scale.models.layout_choice import choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer
 from dpo_scale.settings.data import DataSettings, SourceSettings
 from dpo_scale.settings.loss import LOSSES, LossSettings

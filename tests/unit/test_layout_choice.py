@@ -11,8 +11,8 @@ from tiny import tiny_config
 
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, ModelError
-from dpo_scale.models.layouts import (
-    Option,
+from dpo_scale.models.layout_choice import (
+    LayoutOption,
     attention_options,
     choose_layout,
     why_padded,
@@ -57,7 +57,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_models_run_padded_with_the_reason_or_are_refused_by_name(kind):
     make, why = OTHERS[kind]
-    assert choose_layout(config_with(), [make()]).option == Option("padded", None, why_padded(make()))
+    assert choose_layout(config_with(), [make()]).option == LayoutOption("padded", None, why_padded(make()))
     assert kind in why_padded(make()) and why in why_padded(make())
     for layout in ("packed", "shared_prefix"):
         with pytest.raises(ConfigError, match=rf"data\.layout = '{layout}'.*{why}.*expected 'padded' or 'auto'"):

@@ -31,7 +31,7 @@ from dpo_scale.run.cli import run
 from dpo_scale.errors import ConfigError
 from dpo_scale.progress import heartbeat, note_activity, patience
 from dpo_scale.run.rank_files import Process, this_process
-from dpo_scale.disk.sealed import SealedFile, damage
+from dpo_scale.disk.sealed_folder import SealedFile, damage
 from dpo_scale.run.watchdog import Watchdog
 
 folder, rank, machine, timeout = Path(sys.argv[1]), int(os.environ["RANK"]), sys.argv[2], json.loads(sys.argv[3])

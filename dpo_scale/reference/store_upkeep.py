@@ -18,10 +18,10 @@ import numpy as np
 from dpo_scale.disk.atomic import is_abandoned, is_temporary, naming, sync_folder
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.manifest import MANIFEST_FILE, Manifest, now, read_manifest, write_manifest
-from dpo_scale.reference.rows import Merged, Rows, concatenate, merge, without
-from dpo_scale.reference.shard import DamagedError, Shard, write_shard
 from dpo_scale.reference.store import DAMAGED_DIR, Book, retried
+from dpo_scale.reference.store_manifest import MANIFEST_FILE, Manifest, now, read_manifest, write_manifest
+from dpo_scale.reference.store_rows import Merged, Rows, concatenate, merge, without
+from dpo_scale.reference.store_shard import DamagedError, Shard, write_shard
 
 TARGET_SHARD_BYTES = 64 << 20  # small against the memory of a process that maps one
 _PART_BYTES = 32 << 20  # of the key space that is merged at a time

@@ -21,9 +21,9 @@ from dpo_scale.data.sources import RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.disk.atomic import naming
 from dpo_scale.errors import DataError, StoreError
-from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below
 from dpo_scale.reference.store import Book
-from dpo_scale.reference.upkeep import merged_parts
+from dpo_scale.reference.store_rows import Rows, as_keys, contains, first_not_below
+from dpo_scale.reference.store_upkeep import merged_parts
 from dpo_scale.settings.data import DataSettings, SourceSettings
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from dpo_scale.disk.atomic import naming
-from dpo_scale.disk.signed import read_signed, write_signed
+from dpo_scale.disk.signed_json import read_signed, write_signed
 from dpo_scale.errors import UserError
 from dpo_scale.progress import note_activity
 

@@ -28,7 +28,7 @@ _KEEP_TO_THEMSELVES = {"doge", "moshi", "nemotron", "phimoe"}
 
 
 @dataclass(frozen=True)
-class Option:
+class LayoutOption:
     """A layout, the back end (`BACKENDS`) that keeps its sequences apart (None: the model's own), and why."""
 
     layout: Layout
@@ -46,7 +46,7 @@ class Option:
 class LayoutChoice:
     """The layout and attention of all models of a run, and what comes next if a model fails their check."""
 
-    def __init__(self, config: Config, options: Sequence[Option]) -> None:
+    def __init__(self, config: Config, options: Sequence[LayoutOption]) -> None:
         """Args: options: at least one, best first."""
         self._config, self._options = config, list(options)
         self._take()
@@ -55,7 +55,7 @@ class LayoutChoice:
         self._config.data.layout = self.option.layout
 
     @property
-    def option(self) -> Option:
+    def option(self) -> LayoutOption:
         """What is taken now. `config.data.layout` names its layout."""
         return self._options[0]
 
@@ -98,9 +98,9 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     if against:
         return _padded(config, against[0])
     layout: Layout = "shared_prefix" if asked == "auto" else asked
-    options = [Option(layout, backend, reason) for backend, reason in attention]
+    options = [LayoutOption(layout, backend, reason) for backend, reason in attention]
     if asked == "auto" and config.model.attn_implementation is None:
-        options.append(Option("padded", None, "no attention for rows of many sequences passed its check"))
+        options.append(LayoutOption("padded", None, "no attention for rows of many sequences passed its check"))
     return LayoutChoice(config, options)
 
 
@@ -112,7 +112,7 @@ def _padded(config: Config, reason: str) -> LayoutChoice:
             f"model.attn_implementation = {asked!r}: is for rows of many sequences only, and data.layout is 'padded' "
             f"here ({reason}); expected an attention of transformers, such as 'sdpa', or null"
         )
-    return LayoutChoice(config, [Option("padded", None, reason)])
+    return LayoutChoice(config, [LayoutOption("padded", None, reason)])
 
 
 def attention_options(config: Config) -> list[tuple[str | None, str]]:
@@ -169,7 +169,7 @@ def why_padded(model_config: Any) -> str | None:
     return None
 
 
-def install_attention(model: Any, option: Option) -> None:
+def install_attention(model: Any, option: LayoutOption) -> None:
     """Give a loaded transformers model the attention of an option. What it had is kept as `own_attention`."""
     if not hasattr(model, "own_attention"):
         model.own_attention = model.config._attn_implementation

@@ -38,7 +38,7 @@ import numpy as np
 from dpo_scale.disk.atomic import naming, write_atomically
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.rows import Rows, first_not_below, ragged_index
+from dpo_scale.reference.store_rows import Rows, first_not_below, ragged_index
 
 FORMAT = "dpo_scale reference store"
 FORMAT_VERSION = 1  # in the names of shards and in manifests: raise it when older code must not read them

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from dpo_scale import __version__
 from dpo_scale.disk.atomic import naming
-from dpo_scale.disk.signed import read_signed, write_signed
+from dpo_scale.disk.signed_json import read_signed, write_signed
 from dpo_scale.errors import StoreError
-from dpo_scale.reference.shard import FORMAT, FORMAT_VERSION, DamagedError, NewerVersionError
+from dpo_scale.reference.store_shard import FORMAT, FORMAT_VERSION, DamagedError, NewerVersionError
 
 MANIFEST_FILE = "manifest.json"
 _RECORDED = ("rows", "shards", "created", "updated", "tool")
