@@ -17,13 +17,13 @@ from store_rows import KEY, add, random_rows, shard_names
 from tiny import ROOT
 
 from dpo_scale.errors import StoreError
-from dpo_scale.reference import store_shard as shard_module
 from dpo_scale.reference import store as store_module
+from dpo_scale.reference import store_shard as shard_module
 from dpo_scale.reference import store_upkeep
+from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.store_manifest import MANIFEST_FILE, BookKey
 from dpo_scale.reference.store_rows import Rows, as_keys, first_not_below, merge
 from dpo_scale.reference.store_shard import Shard, write_shard
-from dpo_scale.reference.store import Book, ReferenceStore
 from dpo_scale.reference.store_upkeep import compact_book, verify_book
 
 

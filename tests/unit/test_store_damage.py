@@ -13,9 +13,9 @@ from store_rows import KEY, add, random_rows, shard_names
 from dpo_scale.errors import StoreError
 from dpo_scale.reference import store_manifest as manifest_module
 from dpo_scale.reference import store_shard as shard_module
+from dpo_scale.reference.store import DAMAGED_DIR, Book, ReferenceStore
 from dpo_scale.reference.store_manifest import MANIFEST_FILE, BookKey, Manifest, read_manifest, write_manifest
 from dpo_scale.reference.store_shard import DamagedError, NewerVersionError, write_shard
-from dpo_scale.reference.store import DAMAGED_DIR, Book, ReferenceStore
 from dpo_scale.reference.store_upkeep import compact_book, verify_book
 
 ROWS = 24
