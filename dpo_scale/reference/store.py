@@ -2,8 +2,8 @@
 
 A store is a folder of books, one for each model and numerics. A book is a folder of immutable shards
 (`store_shard`). Whoever computes values only adds files of their own. So jobs need no locks, a kill loses at most the
-rows that were not yet flushed, and a reader needs nothing but the folder's listing. The price is that two jobs may write
-the same row. It is served once, and stored once after `compact` (`store_upkeep`).
+rows that were not yet flushed, and a reader needs nothing but the folder's listing. The price is that two jobs may
+write the same row. It is served once, and stored once after `compact` (`store_upkeep`).
 
     store = ReferenceStore(folder)
     book = store.book(BookKey(fingerprint, numerics), model={"path": ...})
