@@ -177,7 +177,7 @@ def choose_checkpoint(found: list[Checkpoint], identity: Identity, allow_changes
 
 def verify(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint's bytes, on whichever rank; empty if nothing is. Every rank must call it."""
-    writers = {name: int(found[1]) if (found := _WRITER.search(name)) else 0 for name in checkpoint.files}
+    writers = {name: int(match[1]) if (match := _WRITER.search(name)) else 0 for name in checkpoint.files}
     own = [name for name, rank in writers.items() if rank % ranks.world_size() == ranks.rank()]
     found = damage(checkpoint.path, checkpoint.files, checksums=True, only=own)
     return [text for texts in ranks.gather_objects(found) for text in texts]

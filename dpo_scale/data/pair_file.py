@@ -67,7 +67,7 @@ class PairFile:
             raise ValueError(f"{path}: a list of tokens is empty")
         digest = hashlib.blake2b(digest_size=16)
         for chunk in self._keys.chunks:
-            digest.update(np.ascontiguousarray(_key_bytes(chunk)))
+            digest.update(np.ascontiguousarray(_key_bytes(chunk)).data)
         self.keys_digest = digest.hexdigest()
 
     def __len__(self) -> int:

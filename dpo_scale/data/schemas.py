@@ -166,13 +166,14 @@ def _read_sharegpt(row: Row, columns: Columns) -> Parts:
 
 
 def _behind_prompt(prompt: list[Message], row: Row, columns: Columns) -> Parts:
-    completions = []
+    completions: list[list[Message]] = []
     for name in (columns.chosen, columns.rejected):
         messages = _text_or_messages(row, name, "assistant")
         if len(messages) > len(prompt) and messages[: len(prompt)] == prompt:
             messages = messages[len(prompt) :]  # some files repeat the prompt in the completions
         completions.append(messages)
-    return Parts(prompt, *completions)
+    chosen, rejected = completions
+    return Parts(prompt, chosen, rejected)
 
 
 def _read_conversation(row: Row, columns: Columns) -> Parts:

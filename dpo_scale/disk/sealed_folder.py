@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,7 +47,7 @@ class SealedFile:
         for start in range(0, view.nbytes, _CHUNK):
             chunk = view[start : start + _CHUNK]
             if self.error is None:
-                self._attempt(lambda chunk=chunk: self._file.write(chunk))
+                self._attempt(partial(self._file.write, chunk))
                 self._hash.update(chunk)
                 self._size += chunk.nbytes
             if self.error is None and self._size - self._synced >= _SYNC:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import xxhash
 
 from dpo_scale.disk.atomic import write_atomically
 
-_HASHES = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+_HASHES: dict[str, Callable[[bytes], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
 def write_signed(path: Path, content: dict[str, Any], *, hash_name: str = "xxh3_128") -> None:

@@ -135,8 +135,8 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     disable_dropout: bool = True,
-) -> nn.Module:
-    """A causal LM with its weights in `dtype` ("float32", "bfloat16", "float16").
+) -> Any:
+    """A transformers causal LM with its weights in `dtype` ("float32", "bfloat16", "float16").
 
     Raises:
         ModelError: if the folder lacks weights for some of the model, or has none that can be read.

@@ -163,7 +163,6 @@ def verify(
     model: Scorer,
     dataset: PairDataset,
     rows: int,
-    *,
     dtype: str,
     seed: int,
     pad_token_id: int,

@@ -163,15 +163,18 @@ def verify_start(
     rows = config.reference.verify
     if rows == 0:
         return
-    settings = {"dtype": config.model.dtype, "seed": config.train.seed, "pad_token_id": pad_token_id}
+
+    def check(scorer: Scorer) -> None:
+        verify(known, scorer, dataset, rows, config.model.dtype, config.train.seed, pad_token_id)
+
     if policy_source(config) == reference_source(config):
         was_training = policy.module.training
         policy.eval()
-        verify(known, policy, dataset, rows, **settings)
+        check(policy)
         policy.train(was_training)
     elif config.reference.verify_with_model:
         reference = load_reference(config, choice, beside=[policy])
-        verify(known, reference, dataset, rows, **settings)
+        check(reference)
         engine.release(reference)
     else:
         ranks.log(

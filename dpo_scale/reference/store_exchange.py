@@ -162,7 +162,7 @@ def _values(label: str, row: int, content: Any) -> list[float]:
     for name in COLUMNS:
         value = record.get(name)
         try:
-            number = math.nan if isinstance(value, bool) else float(value)
+            number = math.nan if value is None or isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = math.nan
         if not np.isfinite(np.float32(number)):

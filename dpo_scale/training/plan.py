@@ -157,12 +157,12 @@ def _span(counts: list[int]) -> str:
     return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def make_planner(config: Config, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
+def make_planner(config: Config, layout: Layout, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
     """The planner of a run's training steps."""
     train, budget = config.train, config.reference.max_tokens_per_micro_batch
     return Planner(
         lengths,
-        config.data.layout,
+        layout,
         ranks.world_size(),
         train.micro_batch_size,
         train.max_tokens_per_micro_batch,

@@ -26,7 +26,7 @@ from dpo_scale.observe.devices import peak_flops
 from dpo_scale.observe.tracking import Tracker
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
-from dpo_scale.reference.protocol import Reference
+from dpo_scale.reference.protocol import KnownReference, Reference
 from dpo_scale.run import preemption
 from dpo_scale.run.finished import finished_step, unmark_finished
 from dpo_scale.run.folder import writing_into
@@ -93,13 +93,15 @@ def set_up(
     peak = peak_flops_of(config)
     finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
     if finished is not None and not found:
-        return _say_finished(run_dir, finished)
+        _say_finished(run_dir, finished)
+        return None
     prepared = prepare(config, report_dir=run_dir)
     course = course_of(config, prepared)
     allowed = config.checkpoint.allow_changes
     if finished is not None and finished == course.total_steps:
         check_identity(found[0].path, found[0].identity, course.identity, allowed)
-        return _say_finished(run_dir, finished)
+        _say_finished(run_dir, finished)
+        return None
     checkpoint = choose_checkpoint(found, course.identity, allowed)
     state = _state_at(checkpoint, run_dir, course.total_steps)
     if profile and not state.step < profile.start <= profile[-1] <= course.total_steps:
@@ -182,7 +184,7 @@ def build(
     """Plan the steps, fill the store if that is the reference, and load the models."""
     data, layout, total_steps = prepared.data, prepared.layout, course.total_steps
     flops = forward_flops(prepared.model_config, trust_remote_code=config.model.trust_remote_code)
-    planner = make_planner(config, flops, data.train.lengths)
+    planner = make_planner(config, layout.option.layout, flops, data.train.lengths)
     plans = planner.first_plans(course.pair_order, total_steps)
     ranks.log(f"run folder {run_dir}")
     ranks.log(
@@ -190,7 +192,7 @@ def build(
         f"{config.train.global_batch_size} pairs: {planner.describe(plans, data.train)}"
     )
     seen = data.train.select(course.pair_order.pairs_of_run(total_steps))
-    known = course.columns
+    known: KnownReference | None = course.columns
     if config.loss.needs_reference and config.reference.mode == "store":
         # before the policy is in memory: filling the store may take the reference's model
         datasets = [seen, data.eval] if data.eval else [seen]
@@ -202,8 +204,8 @@ def build(
         ranks.log(f"resumed from {checkpoint.path} at step {state.step}")
     elif known is not None:
         verify_start(config, known, policy, seen, prepared.pad_token_id, layout)
-    if config.data.layout != planner.layout:  # a model failed its check, before any step was laid out
-        planner = make_planner(config, flops, data.train.lengths)
+    if layout.option.layout != planner.layout:  # a model failed its check, before any step was laid out
+        planner = make_planner(config, layout.option.layout, flops, data.train.lengths)
         plans = planner.first_plans(course.pair_order, total_steps)
         ranks.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
     objective, reason = choose_objective(config, policy)
