@@ -16,12 +16,13 @@ from dpo_scale.data.dataset import load_pairs
 from dpo_scale.data.schemas import SCHEMAS
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import DataError, ModelError
-from dpo_scale.models.attention_backends import BACKENDS, log_once
+from dpo_scale.models.attention_backends import BACKENDS, log_once, use_attention
 from dpo_scale.models.layout_choice import choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer
 from dpo_scale.settings.data import DataSettings, SourceSettings
 from dpo_scale.settings.loss import LOSSES, LossSettings
 from dpo_scale.settings.tree import Config
+from dpo_scale.training.evaluate import evaluate
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 
@@ -137,3 +138,24 @@ def test_an_attention_back_end_that_mixes_branches_is_refused():
     names["checked_plan"] = without_branches
     with pytest.raises(ModelError, match=r"one mask for the whole row fails its check.*data\.layout=padded"):
         prove("llama", "shared_prefix")
+
+
+def test_the_reference_gives_an_evaluation_its_values(tmp_path):
+    reference = run_example("A reference mode")["UniformReference"](384)
+    rows = [
+        {"prompt": "Hi? ", "chosen": "Yes.", "rejected": "Not at all."},
+        {"prompt": "So", "chosen": "a", "rejected": "b"},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(train=[SourceSettings(str(tmp_path / "train.jsonl"))], cache_dir=str(tmp_path / "cache"))
+    data = load_pairs(settings, byte_level(), seed=0, log=lambda line: None).train
+    config = Config()
+    config.data.layout = "shared_prefix"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    use_attention(model, "blocks")
+    metrics = evaluate(Engine(PairScorer(model, layout="shared_prefix")), reference, data, config, pad_token_id=0)
+    tokens = data.lengths[:, 1:].sum() / (2 * len(data))
+    policy = (metrics["logps/chosen"] + metrics["logps/rejected"]) / 2
+    rewards = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+    assert rewards == pytest.approx(config.loss.beta * (policy + math.log(384) * tokens), rel=1e-5)
