@@ -19,7 +19,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,8 @@ from torch import Tensor
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import PairBatch, make_batch
-from dpo_scale.models.attention import AttentionPlan, attention_functions
+from dpo_scale.models.attention import AttentionPlan
+from dpo_scale.models.attention_backends import BACKENDS, attention_function
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ QUICK_TOKENS, QUICK_PAIR_TOKENS = 512, 128
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backends", nargs="+", choices=list(attention_functions()), metavar="NAME")
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), metavar="NAME")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["Llama-3-8B", "Llama-3.2-1B"])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a row")
     parser.add_argument("--pair-tokens", type=int, default=PAIR_TOKENS)
@@ -89,11 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def why_absent(backend: str, device: str) -> str | None:
     """Why a back end can't be trained with here; None if it can."""
-    if device == "cpu" and backend != "blocks":
-        return "no backward pass on a CPU" if backend == "flex" else "its kernels run on CUDA"
-    if backend == "fa_varlen" and find_spec("flash_attn") is None:
-        return "flash_attn is not installed"
-    return None
+    return BACKENDS[backend].why_not(device)
 
 
 def row_of(tokens: int, pair_tokens: int, vocabulary: int = 384) -> PairBatch:
@@ -127,10 +123,10 @@ def measure(arguments: argparse.Namespace, name: str, pair_tokens: int) -> list[
 
     inputs = [heads(shape.heads), heads(shape.key_heads), heads(shape.key_heads)]
     upstream = torch.randn(1, arguments.tokens, shape.heads, shape.width, device=device, dtype=dtype)
-    truth = once(attention_functions()["blocks"], [t.detach().float().requires_grad_() for t in inputs], plan, upstream)
+    truth = once(attention_function("blocks"), [t.detach().float().requires_grad_() for t in inputs], plan, upstream)
     flops = 4 * shape.heads * shape.width * pairs_that_attend(batch)
     rows: dict[str, dict[str, Any]] = {}
-    for backend in arguments.backends or attention_functions():
+    for backend in arguments.backends or BACKENDS:
         rows[backend] = {"shape": name, "pair_tokens": pair_tokens, "backend": backend, "flops": flops}
         if (reason := why_absent(backend, device)) is not None:
             rows[backend]["absent"] = reason
@@ -167,7 +163,7 @@ def attend(function: Callable[..., Any], inputs: list[Tensor], plan: AttentionPl
 
 
 def work_of(backend: str, inputs: list[Tensor], plan: AttentionPlan, upstream: Tensor, mode: str) -> Callable[[], None]:
-    function = attention_functions()[backend]
+    function = attention_function(backend)
 
     def forward() -> None:
         with torch.no_grad():
@@ -180,7 +176,7 @@ def observed(
     backend: str, inputs: list[Tensor], plan: AttentionPlan, upstream: Tensor, truth: list[Tensor], device: str
 ) -> dict[str, Any]:
     """Memory and errors; a first run, in which code is compiled, counts for nothing."""
-    function = attention_functions()[backend]
+    function = attention_function(backend)
     found = once(function, inputs, plan, upstream)
     work_of(backend, inputs, plan, upstream, "forward")()
 

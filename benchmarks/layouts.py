@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import PairBatch, make_batch
-from dpo_scale.models.attention import attention_functions, use_attention
+from dpo_scale.models.attention_backends import BACKENDS, use_attention
 from dpo_scale.models.scorer import PairScorer
 
 LENGTHS = [34, 127, 128, 129, 4000, 16000]
@@ -43,7 +43,7 @@ TIMES_PADDING, LOGP_SLACK, GRADIENT_SLACK = 2.0, 1e-2, 1e-2
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backends", nargs="+", choices=list(attention_functions()), metavar="NAME")
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), metavar="NAME")
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens of a row")
     parser.add_argument("--quick", action="store_true", help=f"rows of {QUICK_LENGTHS} tokens")
     parser.add_argument("--output", type=Path, help="folder of the results (default: results/<device>)")
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             truth = scored(plain, separate.to(device))
             in_bf16 = make_model(kind, torch.bfloat16, device)
             by_padding = apart(scored(in_bf16, separate.to(device)), truth)
-            for backend in arguments.backends or attention_functions():
+            for backend in arguments.backends or BACKENDS:
                 row: dict[str, Any] = {"model": kind, "tokens": tokens, "backend": backend}
                 row |= {"padded_logps": by_padding[0], "padded_gradients": by_padding[1]}
                 report["rows"].append(row)

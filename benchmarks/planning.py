@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from common import circumstances, describe_circumstances, markdown_table, processor, write_results
 
-from dpo_scale.data.batching import Schedule
+from dpo_scale.data.batching import PairOrder
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.training.plan import Planner
 
@@ -54,12 +54,12 @@ def plan_epoch(pairs: int, ranks: int, batch: int, max_tokens: int) -> dict[str,
         part[:] = draw.lognormal(5.2, 0.5, size=part.shape) + 1
     before = peak_bytes()
     began = time.perf_counter()
-    schedule = Schedule(pairs, batch, 0)
+    pair_order = PairOrder(pairs, batch, 0)
     planner = Planner(lengths, "shared_prefix", ranks, 1, max_tokens, FLOPS, 3.0, 3.0)
-    order = schedule.epoch_order(0)
+    order = pair_order.epoch_order(0)
     idle = []
-    for step in range(schedule.steps_per_epoch):
-        plan = planner.plan(schedule.global_batch(step, order))
+    for step in range(pair_order.steps_per_epoch):
+        plan = planner.plan(pair_order.global_batch(step, order))
         if step % 1000 == 0:
             idle.append(planner.idle_fraction(plan))
     seconds = time.perf_counter() - began
@@ -67,7 +67,7 @@ def plan_epoch(pairs: int, ranks: int, batch: int, max_tokens: int) -> dict[str,
         "pairs": pairs,
         "ranks": ranks,
         "seconds": seconds,
-        "seconds_per_step": seconds / schedule.steps_per_epoch,
+        "seconds_per_step": seconds / pair_order.steps_per_epoch,
         "added_bytes": peak_bytes() - before,
         "idle": float(np.mean(idle)),
     }

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from common import circumstances, describe_circumstances, markdown_table, processor, write_results
 
-from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.store import Book, ReferenceStore
-from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.reference.store_manifest import BookKey
+from dpo_scale.reference.store_upkeep import compact_book, verify_book
 
 QUICK_PAIRS = 200_000
 FILL_BATCH = 1_000_000

@@ -34,3 +34,9 @@ class TrainingError(UserError):
 
 class StoreError(UserError):
     """A reference store that is damaged, foreign, of a newer version, or cannot be read or written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

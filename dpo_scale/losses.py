@@ -10,10 +10,10 @@ Letters, for a pair with prompt x, chosen completion y_c and rejected y_r:
 
 Shapes: [P] or [P, 2] over the P pairs of a micro-step, column 0 chosen, 1 rejected; [S] over scored tokens.
 
-`preference_loss` returns a loss per pair and no mean: the mean is over the *global* batch, whose other
-micro-batches and ranks are not known here. Everything is computed in fp32 (fp64 if the inputs are) whatever
-autocast says, in forms whose values and gradients stay finite when a run has gone far astray: logarithms of
-sigmoids rather than of their values, expm1 near 0, exponents clamped at `EXPONENT_LIMIT`.
+`preference_loss` returns a loss per pair and no mean: the mean is over the *global* batch, whose other micro-batches
+and ranks are not known here. Everything is computed in fp32 (fp64 if the inputs are), under autocast too. Values and
+gradients stay finite when a run has gone far astray: sigmoids are taken as logarithms, differences near 1 by expm1,
+and exponents are clamped at `EXPONENT_LIMIT`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from torch import Tensor
 
 from dpo_scale.settings.loss import LOSSES, LossSettings
 
-# exp(30) = 1e13: far beyond where every loss of D is saturated, and its square is still an fp32 number, so a
-# gradient norm can be taken. Beyond the limit a score is constant and its gradient 0.
+Formula = Callable[["Pairs"], Tensor]  # the losses [P] of the pairs
+FORMULAS: dict[str, Formula] = {}  # by the names of LOSSES
+
+# exp(30) = 1e13 is far beyond where every loss of D is saturated. Its square is still an fp32 number, so a gradient
+# norm can be taken. Beyond the limit a score is constant and its gradient 0.
 EXPONENT_LIMIT = 30.0
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """What a loss may read: tensors [P], fp32 or fp64. The reference ones are None if no loss needs them."""
+class Pairs:
+    """What a loss may read: tensors [P], fp32 or fp64. Those of the reference are None if no loss needs them."""
 
     settings: LossSettings
     s_c: Tensor
@@ -72,11 +75,11 @@ def preference_loss(
 
     policy_logps: [P, 2] sums s_c, s_r of completion log-probs; the loss is differentiable in it.
     reference_logps: [P, 2] sums r_c, r_r; read only if `settings.needs_reference`, may be None otherwise.
-    lengths: [P, 2] numbers of completion tokens n_c, n_r; 0 counts as 1, so that a
-        completion without tokens has a finite loss and gradient.
+    lengths: [P, 2] numbers of completion tokens n_c, n_r. 0 counts as 1, so that a completion without tokens has a
+        finite loss and gradient.
     settings: validated `LossSettings`.
-    mean_chosen_tokens: mean of n_c over the pairs of the global batch; required for `sft`, whose mean over
-        pairs is then the negative log-likelihood per chosen token of the whole batch.
+    mean_chosen_tokens: mean of n_c over the pairs of the global batch. `sft` needs it: its mean over pairs is then the
+        negative log-likelihood per chosen token of the whole batch.
     pair_weights: [P] detached weights of the pairs (`wpo_weights`); the summed loss is multiplied by them.
 
     Returns the loss [P], fp32 (fp64 if policy_logps is), and detached metrics, name -> [P]: `loss`,
@@ -90,7 +93,7 @@ def preference_loss(
     """
     names, weights = settings.loss_types, settings.weights
     pairs = _as_pairs(policy_logps, reference_logps, lengths, settings, mean_chosen_tokens)
-    values = {name: _FORMULAS[name](pairs) for name in names}
+    values = {name: FORMULAS[name](pairs) for name in names}
     loss = torch.stack([weight * values[name] for name, weight in zip(names, weights, strict=True)]).sum(0)
     if pair_weights is not None:
         assert not settings.needs_batch and not pair_weights.requires_grad
@@ -108,7 +111,7 @@ def _as_pairs(
     lengths: Tensor,
     settings: LossSettings,
     mean_chosen_tokens: float | Tensor | None,
-) -> _Pairs:
+) -> Pairs:
     assert policy_logps.ndim == 2 and policy_logps.shape[1] == 2, policy_logps.shape
     assert lengths.shape == policy_logps.shape, (lengths.shape, policy_logps.shape)
     dtype = torch.float64 if policy_logps.dtype == torch.float64 else torch.float32
@@ -119,10 +122,10 @@ def _as_pairs(
         assert reference_logps is not None, f"{settings.loss_types} needs reference log-probs"
         assert reference_logps.shape == policy_logps.shape, (reference_logps.shape, policy_logps.shape)
         r_c, r_r = reference_logps.detach().to(dtype).unbind(1)
-    return _Pairs(settings, s_c, s_r, n_c, n_r, r_c, r_r, mean_chosen_tokens)
+    return Pairs(settings, s_c, s_r, n_c, n_r, r_c, r_r, mean_chosen_tokens)
 
 
-def _metrics(pairs: _Pairs) -> dict[str, Tensor]:
+def _metrics(pairs: Pairs) -> dict[str, Tensor]:
     s_c, s_r, beta = pairs.s_c, pairs.s_r, pairs.settings.beta
     metrics = {}
     if pairs.r_c is not None and pairs.r_r is not None:
@@ -130,7 +133,7 @@ def _metrics(pairs: _Pairs) -> dict[str, Tensor]:
         reward_c, reward_r = beta * l_c, beta * l_r
         metrics["ref_logps/margins"] = pairs.r_c - pairs.r_r
         metrics["kl"] = 0.5 * (l_c + l_r)
-    elif {"simpo", "orpo"} & set(pairs.settings.loss_types):
+    elif any(LOSSES[name].per_token_rewards for name in pairs.settings.loss_types):
         reward_c, reward_r = beta * s_c / pairs.n_c, beta * s_r / pairs.n_r
     else:
         reward_c, reward_r = beta * s_c, beta * s_r
@@ -165,33 +168,44 @@ def _smoothed_logistic(x: Tensor, smoothing: float) -> Tensor:
     return -(1.0 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
 
 
+def formula(function: Formula) -> Formula:
+    """Make a function the formula of the loss of its name, which has a row in `LOSSES`."""
+    FORMULAS[function.__name__] = function
+    return function
+
+
 # ---- losses of D -----------------------------------------------------------------------------------------
 
 
-def _sigmoid(p: _Pairs) -> Tensor:
+@formula
+def sigmoid(p: Pairs) -> Tensor:
     """-(1-e) ls(bD) - e ls(-bD): eq. 7 of DPO for e = 0, cDPO for e > 0."""
     return _smoothed_logistic(p.scaled_d, p.settings.label_smoothing)
 
 
-def _robust(p: _Pairs) -> Tensor:
+@formula
+def robust(p: Pairs) -> Tensor:
     """[-(1-e) ls(bD) + e ls(-bD)] / (1-2e): unbiased if a share e of the labels is swapped."""
     e, x = p.settings.label_smoothing, p.scaled_d
     return (-(1.0 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1.0 - 2.0 * e)
 
 
-def _hinge(p: _Pairs) -> Tensor:
+@formula
+def hinge(p: Pairs) -> Tensor:
     """max(0, 1 - bD)."""
     return torch.relu(1.0 - p.scaled_d)
 
 
-def _exo_pair(p: _Pairs) -> Tensor:
+@formula
+def exo_pair(p: Pairs) -> Tensor:
     """sig(bD) [ls(bD) - log(1-e)] + sig(-bD) [ls(-bD) - log e]: KL from softmax(bL) to the smoothed label."""
     e, x = p.settings.label_smoothing, p.scaled_d
     kept = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-e))
     return kept + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(e))
 
 
-def _discopop(p: _Pairs) -> Tensor:
+@formula
+def discopop(p: Pairs) -> Tensor:
     """-ls(bD) (1-m) + exp(-bD) m with m = sig(bD/t); the last product as one exponential: no overflow."""
     x, tau = p.scaled_d, p.settings.discopop_tau
     return -F.logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(F.logsigmoid(x / tau) - x)
@@ -200,50 +214,57 @@ def _discopop(p: _Pairs) -> Tensor:
 # ---- losses of the two log-ratios ------------------------------------------------------------------------
 
 
-def _ipo(p: _Pairs) -> Tensor:
+@formula
+def ipo(p: Pairs) -> Tensor:
     """(L_c/n_c - L_r/n_r - 1/(2b))^2: the form averaged over tokens."""
     l_c, l_r = p.log_ratios
     return (l_c / p.n_c - l_r / p.n_r - 0.5 / p.settings.beta).square()
 
 
-def _sigmoid_norm(p: _Pairs) -> Tensor:
+@formula
+def sigmoid_norm(p: Pairs) -> Tensor:
     """-ls(b (L_c/n_c - L_r/n_r))."""
     l_c, l_r = p.log_ratios
     return -F.logsigmoid(p.settings.beta * (l_c / p.n_c - l_r / p.n_r))
 
 
-def _nca_pair(p: _Pairs) -> Tensor:
+@formula
+def nca_pair(p: Pairs) -> Tensor:
     """-ls(bL_c) - 0.5 ls(-bL_c) - 0.5 ls(-bL_r)."""
     x_c, x_r = _scaled_log_ratios(p)
     return -F.logsigmoid(x_c) - 0.5 * F.logsigmoid(-x_c) - 0.5 * F.logsigmoid(-x_r)
 
 
-def _bco_pair(p: _Pairs) -> Tensor:
+@formula
+def bco_pair(p: Pairs) -> Tensor:
     """-ls(bL_c) - ls(-bL_r): without the running reward shift of the paper."""
     x_c, x_r = _scaled_log_ratios(p)
     return -F.logsigmoid(x_c) - F.logsigmoid(-x_r)
 
 
-def _sppo_hard(p: _Pairs) -> Tensor:
+@formula
+def sppo_hard(p: Pairs) -> Tensor:
     """(L_c - 1/(2b))^2 + (L_r + 1/(2b))^2: eq. 4.7 with win probabilities 1 and 0."""
     l_c, l_r = p.log_ratios
     half = 0.5 / p.settings.beta
     return (l_c - half).square() + (l_r + half).square()
 
 
-def _apo_zero(p: _Pairs) -> Tensor:
+@formula
+def apo_zero(p: Pairs) -> Tensor:
     """1 - sig(bL_c) + sig(bL_r): raise the chosen, lower the rejected; 1 - sig(x) = sig(-x)."""
     x_c, x_r = _scaled_log_ratios(p)
     return torch.sigmoid(-x_c) + torch.sigmoid(x_r)
 
 
-def _apo_down(p: _Pairs) -> Tensor:
+@formula
+def apo_down(p: Pairs) -> Tensor:
     """sig(bL_c) + 1 - sig(b(L_c - L_r)): lower both, the rejected more."""
     x_c, x_r = _scaled_log_ratios(p)
     return torch.sigmoid(x_c) + torch.sigmoid(x_r - x_c)
 
 
-def _scaled_log_ratios(p: _Pairs) -> tuple[Tensor, Tensor]:
+def _scaled_log_ratios(p: Pairs) -> tuple[Tensor, Tensor]:
     l_c, l_r = p.log_ratios
     return p.settings.beta * l_c, p.settings.beta * l_r
 
@@ -251,14 +272,16 @@ def _scaled_log_ratios(p: _Pairs) -> tuple[Tensor, Tensor]:
 # ---- losses over all pairs of a micro-step ---------------------------------------------------------------
 
 
-def _aot(p: _Pairs) -> Tensor:
+@formula
+def aot(p: Pairs) -> Tensor:
     """d = sort(s_c - s_r) - sort(r_c - r_r); -(1-e) ls(bd) - e ls(-bd): the policy's margins dominate."""
     assert p.r_c is not None and p.r_r is not None
     d = torch.sort(p.s_c - p.s_r).values - torch.sort(p.r_c - p.r_r).values
     return _smoothed_logistic(p.settings.beta * d, p.settings.label_smoothing)
 
 
-def _aot_unpaired(p: _Pairs) -> Tensor:
+@formula
+def aot_unpaired(p: Pairs) -> Tensor:
     """d = sort(L_c) - sort(L_r); -(1-e) ls(bd) - e ls(-bd): chosen rewards dominate rejected ones."""
     l_c, l_r = p.log_ratios
     d = torch.sort(l_c).values - torch.sort(l_r).values
@@ -268,18 +291,21 @@ def _aot_unpaired(p: _Pairs) -> Tensor:
 # ---- policy-only losses ----------------------------------------------------------------------------------
 
 
-def _sft(p: _Pairs) -> Tensor:
+@formula
+def sft(p: Pairs) -> Tensor:
     """-s_c / (mean of n_c over the global batch), so that the mean over pairs weighs every token alike."""
     assert p.mean_chosen_tokens is not None, "sft needs the global batch's mean number of chosen tokens"
     return -p.s_c / p.mean_chosen_tokens
 
 
-def _simpo(p: _Pairs) -> Tensor:
+@formula
+def simpo(p: Pairs) -> Tensor:
     """-ls(b (s_c/n_c - s_r/n_r) - gamma)."""
     return -F.logsigmoid(p.settings.beta * (p.s_c / p.n_c - p.s_r / p.n_r) - p.settings.simpo_gamma)
 
 
-def _orpo(p: _Pairs) -> Tensor:
+@formula
+def orpo(p: Pairs) -> Tensor:
     """-s_c/n_c - lambda ls(log odds(s_c/n_c) - log odds(s_r/n_r)): NLL and odds ratio."""
     mean_c, mean_r = p.s_c / p.n_c, p.s_r / p.n_r
     return -mean_c - p.settings.orpo_lambda * F.logsigmoid(_log_odds(mean_c) - _log_odds(mean_r))
@@ -291,33 +317,14 @@ def _log_odds(logp: Tensor) -> Tensor:
     return logp - torch.log(-torch.expm1(logp))
 
 
-def _cpo(p: _Pairs) -> Tensor:
+@formula
+def cpo(p: Pairs) -> Tensor:
     """-ls(b (s_c - s_r)) + alpha (-s_c/n_c)."""
     preference = -F.logsigmoid(p.settings.beta * (p.s_c - p.s_r))
     return preference - p.settings.cpo_alpha * p.s_c / p.n_c
 
 
-_FORMULAS: dict[str, Callable[[_Pairs], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "robust": _robust,
-    "hinge": _hinge,
-    "ipo": _ipo,
-    "exo_pair": _exo_pair,
-    "nca_pair": _nca_pair,
-    "bco_pair": _bco_pair,
-    "sppo_hard": _sppo_hard,
-    "aot": _aot,
-    "aot_unpaired": _aot_unpaired,
-    "apo_zero": _apo_zero,
-    "apo_down": _apo_down,
-    "discopop": _discopop,
-    "sigmoid_norm": _sigmoid_norm,
-    "sft": _sft,
-    "simpo": _simpo,
-    "orpo": _orpo,
-    "cpo": _cpo,
-}
-assert _FORMULAS.keys() == LOSSES.keys()
+assert FORMULAS.keys() == LOSSES.keys(), FORMULAS.keys() ^ LOSSES.keys()
 
 
 # ---- from tokens to pairs --------------------------------------------------------------------------------
@@ -337,9 +344,9 @@ def sum_token_logps(
     lengths: [P, 2] numbers of completion tokens; read with ld_alpha only.
     ld_alpha: LD-DPO (arXiv 2409.06411): the weight of a completion's tokens after the first min(n_c, n_r).
 
-    The S numbers are summed in fp64, which costs nothing here, and rounded once: a sum of thousands of terms
-    is as exact as the output dtype can say. Each segment is reduced by itself, in a fixed order, so results
-    are the same from run to run on CUDA too, where scattered adds are not.
+    The S numbers are summed in fp64, which costs nothing here, and rounded once. So a sum of thousands of terms is as
+    exact as the output dtype allows. Each segment is reduced by itself, in a fixed order. So results are the same from
+    run to run, on CUDA too, where scattered adds are not.
     """
     assert token_logps.ndim == 1 and segments.shape == token_logps.shape, (token_logps.shape, segments.shape)
     values = token_logps.double()

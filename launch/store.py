@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_scale.errors import ConfigError, StoreError
-from dpo_scale.reference.manifest import BookKey
-from dpo_scale.reference.shard import DamagedError
 from dpo_scale.reference.store import Book, ReferenceStore
-from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.reference.store_manifest import BookKey
+from dpo_scale.reference.store_shard import DamagedError
+from dpo_scale.reference.store_upkeep import compact_book, verify_book
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import Config, load_config
 
@@ -20,11 +20,10 @@ from dpo_scale.settings.tree import Config, load_config
 def main() -> None:
     parser = _parser()
     # Overrides are what is left over: argparse can't take a variable number of them behind STORE and options.
-    arguments, overrides = parser.parse_known_args()
-    strange = [text for text in overrides if text.startswith("-") or "=" not in text or "config" not in arguments]
+    arguments, arguments.overrides = parser.parse_known_args()
+    strange = [text for text in arguments.overrides if text[0] == "-" or "=" not in text or "config" not in arguments]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    arguments.overrides = overrides
     folder = Path(arguments.store).expanduser()
     if arguments.action is not import_values and not folder.is_dir():
         raise StoreError(f"{folder}: no such folder; expected a reference store")
@@ -49,18 +48,18 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     command("list", list_books, "One line a book: rows, size, model, numerics.")
-    sub = command("inspect", inspect, "All about the books, and what share of a config's pairs they cover.")
+    sub = command("inspect", inspect, "All about the books, and how many of a config's pairs they hold.")
     with_config(sub, "a run whose data is looked up")
     sub = command("verify", verify, "Check every byte; with a config, also compute some rows again.")
     with_config(sub, "a run whose reference computes rows of its data again")
     sub.add_argument("--rows", type=int, default=32, help="rows to compute again (default 32)")
-    sub = command("compact", compact, "Few large shards of many small ones, each row once; remove left-overs.")
+    sub = command("compact", compact, "Merge small shards into few large ones, each row once; remove left-overs.")
     sub.add_argument("--drop-damaged", action="store_true", help="set damaged and foreign files aside, keep the rest")
     sub.add_argument(
         "--grace-hours",
         type=float,
         default=0.0,
-        help="keep replaced files so long: for jobs on other machines that read the store over NFS",
+        help="keep replaced files that long, for jobs on other machines that read the store over NFS",
     )
     sub = command("export", export, "Write a book to a parquet file.")
     sub.add_argument("output", metavar="FILE.parquet")
@@ -72,9 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def list_books(arguments: argparse.Namespace, store: ReferenceStore) -> None:
-    print(
-        f"{'book':<12}  {'rows':>11}  {'shards':>6}  {'size':>9}  {'source':<8}  {'dtype':<8}  {'updated':<20}  model"
-    )
+    line = "{:<12}  {:>11}  {:>6}  {:>9}  {:<8}  {:<8}  {:<20}  {}".format
+    print(line("book", "rows", "shards", "size", "source", "dtype", "updated", "model"))
     for folder in _folders(arguments, store):
         try:
             book = Book(folder)
@@ -82,10 +80,9 @@ def list_books(arguments: argparse.Namespace, store: ReferenceStore) -> None:
             print(f"{folder.name[:12]}  {error}")
             continue
         manifest, key = book.manifest, book.manifest.key
-        print(
-            f"{key.id[:12]}  {book.num_rows:>11,}  {len(book.shards):>6}  {_size(book.nbytes):>9}  {key.source:<8}  "
-            f"{key.numerics.get('dtype', ''):<8}  {manifest.updated[:19]:<20}  {manifest.model.get('path', '')}"
-        )
+        counts = f"{book.num_rows:,}", len(book.shards), _size(book.nbytes)
+        about = key.source, key.numerics.get("dtype", ""), manifest.updated[:19], manifest.model.get("path", "")
+        print(line(key.id[:12], *counts, *about))
 
 
 def inspect(arguments: argparse.Namespace, store: ReferenceStore) -> None:
@@ -133,7 +130,7 @@ def verify(arguments: argparse.Namespace, store: ReferenceStore) -> None:
 
 
 def _verify_against_model(arguments: argparse.Namespace) -> None:
-    """Compute rows again with the config's reference, which also takes the config's book to be there."""
+    """Compute rows of the config's book again with the config's reference."""
     import numpy as np
 
     from dpo_scale.distributed import ranks
@@ -154,19 +151,11 @@ def _verify_against_model(arguments: argparse.Namespace) -> None:
         print(f"data.{split}: {len(covered):,} of {len(data):,} pairs are in book {book.manifest.key.id[:12]}")
         datasets[split] = data.select(covered)
     if not any(map(len, datasets.values())):
-        raise StoreError(f"{book.folder}: has none of the config's pairs, so there is nothing to compute again")
+        raise StoreError(f"{book.folder}: has none of the config's pairs, so nothing can be computed again")
     reference = load_reference(config)
-    for data in datasets.values():
-        if len(data):
-            compute_again(
-                StoredReference(book),
-                reference,
-                data,
-                arguments.rows,
-                dtype=config.model.dtype,
-                seed=config.train.seed,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+    settings = {"dtype": config.model.dtype, "seed": config.train.seed, "pad_token_id": tokenizer.pad_token_id}
+    for data in filter(len, datasets.values()):
+        compute_again(StoredReference(book), reference, data, arguments.rows, **settings)
 
 
 def compact(arguments: argparse.Namespace, store: ReferenceStore) -> None:
@@ -182,7 +171,7 @@ def compact(arguments: argparse.Namespace, store: ReferenceStore) -> None:
 
 
 def export(arguments: argparse.Namespace, store: ReferenceStore) -> None:
-    from dpo_scale.reference.exchange import export_parquet
+    from dpo_scale.reference.store_exchange import export_parquet
 
     folders = _folders(arguments, store)
     if len(folders) != 1:
@@ -198,17 +187,15 @@ def export(arguments: argparse.Namespace, store: ReferenceStore) -> None:
 def import_values(arguments: argparse.Namespace, store: ReferenceStore) -> None:
     from dpo_scale.data.tokenize import PairTokenizer
     from dpo_scale.models.load import load_tokenizers, reference_source
-    from dpo_scale.reference.exchange import import_columns
     from dpo_scale.reference.fingerprint import weights_fingerprint
     from dpo_scale.reference.numerics import imported_numerics
+    from dpo_scale.reference.store_exchange import import_columns
 
     config = _config(arguments)
     source = reference_source(config)
+    trusted = config.model.trust_remote_code
     fingerprint = weights_fingerprint(
-        source.path,
-        revision=source.revision,
-        adapter=source.adapter,
-        trust_remote_code=config.model.trust_remote_code,
+        source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=trusted
     )
     key = BookKey(fingerprint, imported_numerics({}), source="imported")
     described = {name: value for name, value in asdict(source).items() if value is not None}
@@ -235,7 +222,7 @@ def _pairs(config: Config) -> tuple[dict[str, Any], Any]:
     settings = config.data
     if not settings.train:
         if not settings.eval:
-            raise ConfigError("data.train: which pairs? the config names no data")
+            raise ConfigError("data.train: names no data, and data.eval neither; expected the pairs to look up")
         settings = replace(settings, train=settings.eval, eval=[], eval_fraction=0.0)
     tokenizer, _ = load_tokenizers(config)
     data = load_pairs(settings, tokenizer, seed=config.train.seed, log=_say)
@@ -245,7 +232,7 @@ def _pairs(config: Config) -> tuple[dict[str, Any], Any]:
 def _folders(arguments: argparse.Namespace, store: ReferenceStore) -> list[Path]:
     folders = [folder for folder in store.book_folders() if folder.name.startswith(arguments.book or "")]
     if arguments.book and len(folders) != 1:
-        found = f"{len(folders)} of its books begin so" if folders else "none of its books begins so"
+        found = f"{len(folders)} books begin like this" if folders else "no book begins like this"
         raise StoreError(f"--book {arguments.book}: {found} in {store.folder}")
     return folders
 

@@ -60,7 +60,8 @@ from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.utils._triton import has_triton  # noqa: E402
 
 from dpo_scale.data.layout import PROMPT  # noqa: E402
-from dpo_scale.models.attention import AttentionPlan, attention_functions  # noqa: E402
+from dpo_scale.models.attention import AttentionPlan  # noqa: E402
+from dpo_scale.models.attention_backends import attention_function  # noqa: E402
 from dpo_scale.models.flex_attention import _compiled, flex_attention  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
@@ -331,7 +332,7 @@ def random_rows(gpu: PretendedGpu, count: int) -> dict[str, int]:
     compiled themselves. Half of it in a thread of its own, where autograd computes checkpoints again on CUDA.
     """
     draw = random.Random(0)
-    attention = attention_functions()["flex"]
+    attention = attention_function("flex")
     layers = [Layer(Case((32, 8), 128, window=window), attention) for window in WINDOWS]
     # first those that are as long as something else is wide
     lengths = [128, 8, 32, 1, 2, *(draw.choice((draw.randint(1, 300), draw.randint(1, 16384))) for _ in range(count))]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole test-suite from a bare machine: bash tests/run.sh [pytest's arguments]
 #
-# Uses the quickstart's environment and model, with the test tools added. Style is checked first because that takes a
-# second. launch/environment.sh says what can be set from outside.
+# Uses the quickstart's environment and model, with the test tools added. Style and types are checked first, because
+# that is quick. launch/environment.sh says what can be set from outside.
 set -Eeuo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch/environment.sh"
@@ -20,6 +20,7 @@ stage "style"
 ruff check --quiet .
 ruff format --check --quiet .
 lint-imports --no-cache
+mypy
 
 stage "tests"
 trap - ERR # pytest's closing line is the verdict, and the last line

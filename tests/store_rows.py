@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpo_scale.reference.manifest import BookKey
-from dpo_scale.reference.rows import Rows
 from dpo_scale.reference.store import Book
+from dpo_scale.reference.store_manifest import BookKey
+from dpo_scale.reference.store_rows import Rows
 
 KEY = BookKey("f" * 64, {"dtype": "float32", "attention": "sdpa"})
 

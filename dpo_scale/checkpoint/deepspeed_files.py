@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -19,7 +19,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from dpo_scale.disk.sealed import SealedFile
+from dpo_scale.disk.sealed_folder import SealedFile
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError
 from dpo_scale.progress import note_activity
@@ -55,7 +55,7 @@ class DeepspeedFiles(CheckpointEngine):
         if self.error is not None:  # the save has failed: leave a disk alone that may be full
             return
         file = SealedFile(Path(path))
-        torch.save(state_dict, file)
+        torch.save(state_dict, cast("IO[bytes]", file))  # of a file it only needs `write`
         try:
             self.written[Path(path).name] = file.seal()
         except OSError as error:

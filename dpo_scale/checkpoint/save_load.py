@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from dpo_scale import __version__
-from dpo_scale.checkpoint.identity import Identity, check_identity
+from dpo_scale.checkpoint.compatibility import Identity, check_identity
 from dpo_scale.disk.atomic import sync_folder
-from dpo_scale.disk.sealed import damage, read_manifest, write_manifest
+from dpo_scale.disk.sealed_folder import damage, read_manifest, write_manifest
 from dpo_scale.distributed import ranks
 from dpo_scale.distributed.random_state import random_state, restore_random_state, seed_everything
 from dpo_scale.errors import CheckpointError
@@ -177,7 +177,7 @@ def choose_checkpoint(found: list[Checkpoint], identity: Identity, allow_changes
 
 def verify(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint's bytes, on whichever rank; empty if nothing is. Every rank must call it."""
-    writers = {name: int(found[1]) if (found := _WRITER.search(name)) else 0 for name in checkpoint.files}
+    writers = {name: int(match[1]) if (match := _WRITER.search(name)) else 0 for name in checkpoint.files}
     own = [name for name, rank in writers.items() if rank % ranks.world_size() == ranks.rank()]
     found = damage(checkpoint.path, checkpoint.files, checksums=True, only=own)
     return [text for texts in ranks.gather_objects(found) for text in texts]

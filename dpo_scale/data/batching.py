@@ -12,19 +12,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_scale.data.layout import pair_tokens
+from dpo_scale.data.layout import Layout, pair_tokens, row_widths
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Pairs of one rank's forward pass: dataset indices [P] and their weights [P] in the global sum.
 
-    A weight is 1, or 0 for a filler: a rank with nothing left in a micro-step repeats a short pair at weight 0, since
-    every rank must take part in every forward and backward pass of a sharded model.
+    A weight is 1, or 0 for a filler. Every rank must take part in every forward and backward pass of a sharded model,
+    so a rank with nothing left in a micro-step repeats a short pair at weight 0.
     """
 
     indices: np.ndarray
     weights: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: np.ndarray) -> MicroBatch:
+        """Pairs that count."""
+        return cls(pairs, np.ones(len(pairs), dtype=np.float32))
+
+    @classmethod
+    def filler(cls, pair: int) -> MicroBatch:
+        return cls(np.array([pair]), np.zeros(1, dtype=np.float32))
 
 
 def counted_pairs(ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
@@ -33,7 +42,7 @@ def counted_pairs(ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PairOrder:
     """The steps of a run: `steps_per_epoch` global batches of `global_batch_size` of `num_pairs` pairs."""
 
     num_pairs: int
@@ -97,18 +106,20 @@ def split_among_ranks(
         `result[micro_step][rank]`.
     """
     assert len(pairs) > 0
-    of_pairs = lengths[pairs]
-    longest_row = of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)
-    ordered = pairs[np.lexsort((pairs, -longest_row))]
+    ordered = pairs[np.lexsort((pairs, -row_widths(lengths[pairs])))]
     micro_steps = micro_steps_of(len(pairs), micro_batch_size, world_size)
     runs = np.array_split(ordered, micro_steps * world_size)
-    filler = MicroBatch(ordered[-1:], np.zeros(1, dtype=np.float32))
-    batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) if len(run) else filler for run in runs]
-    return [batches[step * world_size : (step + 1) * world_size] for step in range(micro_steps)]
+    return deal([MicroBatch.of(run) for run in runs if len(run)], world_size, ordered[-1])
+
+
+def deal(batches: list[MicroBatch], world_size: int, spare: int) -> list[list[MicroBatch]]:
+    """Micro-batches in their order as `result[micro_step][rank]`; ranks left without one repeat the pair `spare`."""
+    batches = batches + [MicroBatch.filler(spare)] * (-len(batches) % world_size)
+    return [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
 
 
 def forward_batches(
-    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int, layout: str = "padded"
+    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int, layout: Layout = "padded"
 ) -> list[list[MicroBatch]]:
     """Lay pairs out for forward passes alone: by length, as many a micro-batch as fit a budget of tokens.
 
@@ -130,7 +141,7 @@ def forward_batches(
     order = np.lexsort((pairs, -tokens))
     before = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens of all pairs before each in order
     share = -(-len(pairs) // world_size)  # few pairs are spread over the ranks all the same
-    runs = []
+    runs: list[np.ndarray] = []
     start = 0
     while start < len(order):
         if layout == "padded":  # sorted longest first, so the first pair's row is the width of the whole run
@@ -141,14 +152,11 @@ def forward_batches(
         count = max(1, min(share, fit, left_for_others))
         runs.append(pairs[order[start : start + count]])
         start += count
-    batches = [MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs]
-    while len(batches) % world_size:
-        batches.append(MicroBatch(runs[-1][-1:], np.zeros(1, dtype=np.float32)))
-    return [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
+    return deal([MicroBatch.of(run) for run in runs], world_size, runs[-1][-1])
 
 
 def regroup_for_forward(
-    micro_steps: Sequence[Sequence[MicroBatch]], lengths: np.ndarray, *, max_tokens: int, layout: str
+    micro_steps: Sequence[Sequence[MicroBatch]], lengths: np.ndarray, *, max_tokens: int, layout: Layout
 ) -> list[list[MicroBatch]]:
     """Lay each rank's pairs of some micro-steps out again, for forward passes alone under a budget of their own.
 
@@ -171,21 +179,19 @@ def regroup_for_forward(
         sizes = [len(micro_batch.indices) for micro_batch in micro_batches]
         counts = _merged(tokens.tolist(), sizes, max_tokens, layout)
         runs = np.split(pairs, np.cumsum(counts)[:-1])
-        of_ranks.append(
-            ([MicroBatch(run, np.ones(len(run), dtype=np.float32)) for run in runs], pairs[tokens.argmin()])
-        )
+        of_ranks.append(([MicroBatch.of(run) for run in runs], pairs[tokens.argmin()]))
     passes = max(len(batches) for batches, _ in of_ranks)
     for batches, shortest in of_ranks:
-        batches += [MicroBatch(np.array([shortest]), np.zeros(1, dtype=np.float32))] * (passes - len(batches))
+        batches += [MicroBatch.filler(shortest)] * (passes - len(batches))
     return [list(ranks) for ranks in zip(*(batches for batches, _ in of_ranks), strict=True)]
 
 
-# Merging padded micro-batches makes all rows as wide as the widest. This bounds what it may cost in computing, since a
-# pass less saves a replicated model next to nothing.
+# Merging padded micro-batches makes all rows as wide as the widest. This bounds the extra computing: where the model is
+# replicated, one pass less saves next to nothing.
 MAX_ADDED_SLOTS = 1.25
 
 
-def _merged(tokens: list[int], sizes: list[int], max_tokens: int, layout: str) -> list[int]:
+def _merged(tokens: list[int], sizes: list[int], max_tokens: int, layout: Layout) -> list[int]:
     """How many pairs each pass takes, from the first on, as many as go together; `tokens` as by `_slots_alone`.
 
     Args:
@@ -210,8 +216,8 @@ def _merged(tokens: list[int], sizes: list[int], max_tokens: int, layout: str) -
     return [*passes[1:], count]
 
 
-def _slots_alone(lengths: np.ndarray, layout: str) -> np.ndarray:
+def _slots_alone(lengths: np.ndarray, layout: Layout) -> np.ndarray:
     """Token slots that each pair takes in a batch of its own, int64 [n], for lengths [n, 3]."""
     if layout == "padded":
-        return 2 * (lengths[:, 0] + lengths[:, 1:].max(axis=1)).astype(np.int64)
+        return 2 * row_widths(lengths).astype(np.int64)
     return pair_tokens(lengths, layout)

@@ -1,10 +1,10 @@
 """Tokenizes a source once and keeps the result on disk under a hash of everything that decides it.
 
-The hash covers the files' bytes, the tokenizer, the chat template, the settings that matter and this code's
-version, and nothing else: a renamed or moved file hits, a changed row, template or length misses. A cache is
-built under a temporary name and renamed when it is complete, so a reader sees all of it or nothing, and of
-two builders at once one wins. Rows stream through in chunks, in order, so memory does not grow with the data
-and the result is the same for any number of processes.
+The hash covers the files' bytes, the tokenizer, the chat template, the settings that matter and this code's version.
+Nothing else counts: a renamed or moved file hits; a changed row, template or length misses. A cache is built under a
+temporary name and renamed when it is complete, so a reader sees all of it or nothing, and of two builders at once one
+wins. Rows stream through in chunks, in order. So memory does not grow with the data, and the result is the same for any
+number of processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -24,10 +25,11 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_scale.data.pair_file import SCHEMA, PairFile
-from dpo_scale.data.schemas import MESSAGE_SCHEMAS, SCHEMAS, Columns, columns_of, detect_schema
+from dpo_scale.data.schemas import SCHEMAS, Columns, columns_of, detect_schema
 from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.data.workers import RowTokenizer, read_chunks, run_chunks
+from dpo_scale.disk.atomic import naming
 from dpo_scale.disk.cache import cache_folder
 from dpo_scale.errors import DataError
 from dpo_scale.progress import note_activity
@@ -40,6 +42,10 @@ _PROGRESS_SECONDS = 15.0
 _STALE_SECONDS = 24 * 3600
 
 PAIRS_FILE, META_FILE, BAD_ROWS_FILE = "pairs.arrow", "meta.json", "bad_rows.jsonl"
+COUNTS = (
+    *("rows", "kept", "bad", "prompt_cut", "completion_cut", "overlong"),
+    *("identical_after_cut", "multi_turn", "generation_prompt_differs"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,7 @@ class TokenizedSource:
 
     Attributes:
         schema, columns: as detected or named.
-        counts: rows, kept, bad, prompt_cut, completion_cut, overlong, identical_after_cut, multi_turn,
-            generation_prompt_differs.
+        counts: of rows, by what became of them (`COUNTS`).
         cached: whether the pairs were there already.
     """
 
@@ -77,8 +82,8 @@ def tokenize_source(
     """The tokenized pairs of a source, from the cache or made now.
 
     Raises:
-        DataError: for a source that cannot be read, no recognisable schema, a bad row under `on_bad_row:
-            error`, or no usable row at all.
+        DataError: for a source that cannot be read, rows of no known schema, a bad row under `on_bad_row: error`, or
+            no usable row at all.
     """
     began = time.monotonic()
     source = settings.for_source(source)
@@ -129,47 +134,30 @@ def _open(
         log(f"tokenized data in {folder} is damaged and made anew: {' '.join(str(error).split())[:200]}")
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    seconds = time.monotonic() - began
-    return TokenizedSource(
-        pairs,
-        meta["schema"],
-        tuple(meta["columns"]),
-        meta["counts"],
-        bad_rows,
-        cached=cached,
-        seconds=seconds,
-    )
+    columns, seconds = tuple(meta["columns"]), time.monotonic() - began
+    return TokenizedSource(pairs, meta["schema"], columns, meta["counts"], bad_rows, cached, seconds)
 
 
-class _building_folder:
+@contextmanager
+def _building_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `final` on success, unless another process was quicker."""
-
-    def __init__(self, final: Path):
-        self.final = final
-
-    def __enter__(self) -> Path:
+    root = final.parent
+    with naming(root, DataError, to="written", advice="set data.cache_dir to a folder that can"):
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob("building-*"):  # by processes that were killed
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        building = root / f"building-{uuid.uuid4().hex}"
+        building.mkdir()
         try:
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.final.parent.glob("building-*"):  # by processes that were killed
-                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
-            self.building = self.final.parent / f"building-{uuid.uuid4().hex}"
-            self.building.mkdir()
-        except OSError as error:
-            raise DataError(f"{self.final.parent}: cannot be written ({error.strerror}); set data.cache_dir") from None
-        return self.building
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                self.building.rename(self.final)
-        except OSError:
-            if not self.final.exists():
-                raise
+            yield building
+            try:
+                building.rename(final)
+            except OSError:
+                if not final.exists():
+                    raise
         finally:
-            shutil.rmtree(self.building, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise DataError(f"{self.final.parent}: cannot be written ({error}); set data.cache_dir") from None
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _build(
@@ -181,9 +169,9 @@ def _build(
     log: Callable[[str], None],
 ) -> None:
     columns, found_columns = _find_schema(source, files)
-    if columns.schema in MESSAGE_SCHEMAS and not tokenizer.chat:
+    if SCHEMAS[columns.schema].of_messages and not tokenizer.chat:
         raise DataError(
-            f"{files[0].label}: rows are messages (schema {columns.schema}), which take a chat template, and "
+            f"{files[0].label}: rows are messages (schema {columns.schema}), which need a chat template, but "
             "the tokenizer has none or data.chat_template is 'none'; set data.chat_template"
         )
     counts: Counter[str] = Counter()
@@ -211,20 +199,10 @@ def _build(
     if counts["rows"] == 0:
         raise DataError(f"{files[0].label}: holds no rows")
     digest = PairFile(folder / PAIRS_FILE, [file.label for file in files]).keys_digest
-    names = (
-        "rows",
-        "kept",
-        "bad",
-        "prompt_cut",
-        "completion_cut",
-        "overlong",
-        "identical_after_cut",
-        "multi_turn",
-    )
     meta = {
         "schema": columns.schema,
         "columns": found_columns,
-        "counts": {name: counts[name] for name in (*names, "generation_prompt_differs")},
+        "counts": {name: counts[name] for name in COUNTS},
         "keys_digest": digest,
     }
     (folder / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -254,24 +232,20 @@ def _find_schema(source: SourceSettings, files: list[DataFile]) -> tuple[Columns
             if problem is None:
                 raise DataError(f"{files[0].label}: holds no rows")
             raise DataError(f"{files[0].label} row {problem[0]}: {problem[1]}; nor can the rows after it be read")
-        known = "; ".join(f"{name} ({meaning})" for name, meaning in SCHEMAS.items())
+        known = "; ".join(f"{name} ({known.meaning})" for name, known in SCHEMAS.items())
         raise DataError(
             f"{files[0].label}: the rows have no known schema; columns found: {', '.join(found)}; expected "
             f"one of: {known}. Columns of other names are given by data.prompt_column, chosen_column and "
             "rejected_column"
         )
     columns = columns_of(source, schema)
-    named = [columns.prompt, columns.chosen, columns.rejected]
-    if schema in ("conversation", "transcript"):
-        named = named[1:]
-    missing = [name for name in named if rows and name not in found]
+    missing = [name for name in columns.required if rows and name not in found]
     if missing:
         raise DataError(
             f"{files[0].label}: no column {', '.join(map(repr, missing))}, which schema {schema} takes; "
             f"columns found: {', '.join(found)}"
         )
-    used = [name for name in ("system", "tools") if name in found and (schema != "transcript")]
-    return columns, used + named
+    return columns, [name for name in SCHEMAS[schema].optional if name in found] + columns.required
 
 
 def _bad_row_error(bad: BadRow) -> DataError:

@@ -1,8 +1,7 @@
-"""The pairs of a run: every source tokenized, weighted, split into training and held-out data, and accounted
-for.
+"""The pairs of a run: every source tokenized, weighted, and split into training and held-out data.
 
-A `PairDataset` is a list of indices into memory-mapped files, so weights, splits and selections move no
-tokens, and equal settings give equal datasets on every rank without communication.
+A `PairDataset` is a list of indices into memory-mapped files, so weights, splits and selections move no tokens. Equal
+settings give equal datasets on every rank without communication.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +22,9 @@ from dpo_scale.data.pair_file import PairFile
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.errors import DataError
 from dpo_scale.settings.data import DataSettings, SourceSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
@@ -109,7 +111,7 @@ class LoadedData:
 
 def load_pairs(
     settings: DataSettings,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
     log: Callable[[str], None],
@@ -178,15 +180,8 @@ def _load_split(
         tokenized.append(result)
         indices.append(start + _weighted(len(result.pairs), source.weight, seed, number))
         start += len(result.pairs)
-        reports.append(
-            {
-                "path": source.path,
-                "weight": source.weight,
-                "schema": result.schema,
-                "columns": list(result.columns),
-                **result.counts,
-            }
-        )
+        read_as = {"schema": result.schema, "columns": list(result.columns)}
+        reports.append({"path": source.path, "weight": source.weight, **read_as, **result.counts})
     return tokenized, np.concatenate(indices), {split: reports}
 
 

@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from dpo_scale.data.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class ForwardFlops:
         """The layers' FLOPs of sequences of so many tokens, float64 [n]; the head is apart."""
         return self.per_token * tokens + self._attention(np.zeros_like(tokens), tokens)
 
-    def of_pairs(self, lengths: np.ndarray, layout: str, *, weights: float = 1.0, attention: float = 1.0) -> np.ndarray:
+    def of_pairs(
+        self, lengths: np.ndarray, layout: Layout, *, weights: float = 1.0, attention: float = 1.0
+    ) -> np.ndarray:
         """FLOPs of pairs, float64 [n].
 
         Args:
@@ -77,7 +84,7 @@ class ForwardFlops:
         return total
 
 
-def forward_flops(model_config: Any, *, trust_remote_code: bool = False) -> ForwardFlops:
+def forward_flops(model_config: PreTrainedConfig, *, trust_remote_code: bool = False) -> ForwardFlops:
     """The FLOPs of a model by its transformers config; its weights are counted on a model without any memory."""
     import torch
     from transformers import AutoModelForCausalLM

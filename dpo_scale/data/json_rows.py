@@ -1,11 +1,10 @@
 """JSON files cut into rows without reading them whole and without trusting them.
 
-`datasets` and Arrow refuse a whole file for one bad row, and say neither which row nor why. Here a file is
-only cut into byte strings, one a row, quickly and in bounded memory; each is decoded and parsed later, on its
-own (and in parallel), so one bad row is one bad row. Lines are trivially cut. Arrays are cut by a scanner
-that follows strings and brackets with one regular expression, at the price of losing its footing where a
-bracket or quote is missing: what it then can't cut ends the file with an error that names the row, never
-silently.
+`datasets` and Arrow refuse a whole file for one bad row, and say neither which row nor why. Here a file is only cut
+into byte strings, one a row, quickly and in bounded memory. Each is decoded and parsed later, on its own (and in
+parallel), so one bad row is one bad row. Lines are easily cut. Arrays are cut by a scanner that follows strings and
+brackets with one regular expression. Where a bracket or quote is missing it loses its footing. The file then ends with
+an error that names the row, never silently.
 """
 
 from __future__ import annotations
@@ -82,39 +81,39 @@ def _read_values(
                 scan_from = token.start()  # the string goes on behind the buffer
                 break
             scan_from = token.end()
+            ends_array = in_array and depth == 0 and character == b"]"
+            ends_row = ends_array or (in_array and depth == 0 and character == b",")
             if character in (b"{", b"["):
                 depth += 1
-                continue
-            if character in (b"}", b"]") and depth > 0:
+            elif character in (b"}", b"]") and depth > 0:
                 depth -= 1
-                if depth > 0 or in_array:
-                    continue
-                yield number, buffer[start : token.end()]
-                number, start = number + 1, token.end()
-            elif character == b"]" and in_array:
-                if buffer[start : token.start()].strip():
-                    yield number, buffer[start : token.start()]
-                if not more_may_follow:
-                    _check_nothing_follows(buffer[token.end() :] + stream.read(_HEAD_BYTES), label, number)
+                ends_row = depth == 0 and not in_array
+            if not ends_row:
+                continue
+            row = buffer[start : token.start() if in_array else token.end()]
+            if row.strip() or not ends_array:
+                yield number, row
+            if ends_array:
+                rest = b"" if more_may_follow else buffer[token.end() :] + stream.read(_HEAD_BYTES)
+                if rest.strip():
+                    raise DataError(
+                        f"{label}: text follows the array's end (after row {number}); expected one array of objects"
+                    )
                 return
-            elif character == b"," and depth == 0 and in_array:
-                yield number, buffer[start : token.start()]
-                number, start = number + 1, token.end()
+            number, start = number + 1, scan_from
         if len(buffer) - start > MAX_ROW_BYTES:
             raise _never_ends(label, number)
-        # what was read is looked at again from an open string's start, so growing geometrically keeps it
-        # linear
+        # An open string is looked at again from its start, so reading more each time keeps the work linear.
         more = stream.read(max(_READ_BYTES, len(buffer) - start))
         if not more:
             break
         buffer = buffer[start:] + more
         scan_from, start = scan_from - start, 0
-    if in_array:
+    rest = buffer[start:]
+    if in_array or (depth > 0 and rest.strip()):
         raise _never_ends(label, number)
-    if buffer[start:].strip():
-        if depth > 0:
-            raise _never_ends(label, number)
-        yield number, buffer[start:]
+    if rest.strip():
+        yield number, rest
 
 
 def _is_object(line: bytes) -> bool:
@@ -127,10 +126,5 @@ def _is_object(line: bytes) -> bool:
 def _never_ends(label: str, number: int) -> DataError:
     return DataError(
         f"{label} row {number}: the file ends within it: a bracket, quote or the array's end is missing, "
-        "and what follows cannot be told apart into rows (in JSON Lines a bad row does not spoil the next)"
+        "and what follows cannot be cut into rows (in JSON Lines a bad row does not spoil the next)"
     )
-
-
-def _check_nothing_follows(rest: bytes, label: str, number: int) -> None:
-    if rest.strip():
-        raise DataError(f"{label}: text follows the array's end (after row {number}); expected one array of objects")

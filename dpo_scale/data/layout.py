@@ -7,9 +7,9 @@
     shared_prefix   one row, no padding: prompt, chosen, rejected of a pair are one document, the prompt is computed
                     once, and its last token's hidden state is scored twice, for the first token of either completion
 
-One rule says what a token may attend to, in all of them: tokens of its own document, at most its own position, of the
-prompt or of its own branch. Positions count along prompt and completion, so the rejected completion's start again at
-the prompt's length. `dpo_scale.models.attention` follows the rule.
+One rule says what a token may attend to, in all layouts: tokens of its own document, at its own position or before, of
+the prompt or of its own branch. Positions count along prompt and completion, so the rejected completion's start again
+at the prompt's length. `dpo_scale.models.attention` follows the rule.
 
 Costs are plain arithmetic on lengths [N, 3] (prompt, chosen, rejected), for whoever plans batches or counts padding.
 """
@@ -86,7 +86,8 @@ class PairBatch:
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PairBatch:
         """The batch with `function` applied to each of its tensors."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+        changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **changed)
 
     def pinned(self) -> PairBatch:
         """The batch in page-locked memory, from which `to` copies without holding up the host."""
@@ -200,14 +201,15 @@ class _Row:
 def pair_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
     """Tokens that a model computes for each pair: the prompt twice, or once where it is shared, and both completions.
 
-    Args:
-        lengths: [n, 3] tokens of prompt, chosen and rejected.
-
-    Returns:
-        int64 [n].
+    int64 [n], for lengths [n, 3] of prompt, chosen and rejected.
     """
     prompts = 1 if layout == "shared_prefix" else 2
     return prompts * lengths[:, 0].astype(np.int64) + lengths[:, 1] + lengths[:, 2]
+
+
+def row_widths(lengths: np.ndarray) -> np.ndarray:
+    """Tokens of the longer of each pair's two sequences, int [n], for lengths [n, 3]."""
+    return lengths[:, 0] + lengths[:, 1:].max(axis=1)
 
 
 def filled_slots(layout: Layout, pairs: np.ndarray, lengths: np.ndarray) -> int:
@@ -224,5 +226,4 @@ def slots(layout: Layout, pairs: np.ndarray, lengths: np.ndarray) -> int:
     """Token slots of a batch of these pairs, padding included (B * T); arguments as in `filled_slots`."""
     if layout != "padded":
         return filled_slots(layout, pairs, lengths)
-    of_pairs = lengths[pairs]
-    return 2 * len(pairs) * int((of_pairs[:, 0] + of_pairs[:, 1:].max(axis=1)).max())
+    return 2 * len(pairs) * int(row_widths(lengths[pairs]).max())

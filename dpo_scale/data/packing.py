@@ -22,13 +22,13 @@ from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
-from dpo_scale.data.batching import MicroBatch
+from dpo_scale.data.batching import MicroBatch, deal
 from dpo_scale.data.flops import ForwardFlops
-from dpo_scale.data.layout import pair_tokens
+from dpo_scale.data.layout import Layout, pair_tokens, row_widths
 
 
 def pack_among_ranks(
-    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int, layout: str, flops: ForwardFlops
+    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int, layout: Layout, flops: ForwardFlops
 ) -> list[list[MicroBatch]]:
     """Lay a global batch out over micro-steps and ranks.
 
@@ -54,10 +54,7 @@ def pack_among_ranks(
     else:
         groups = _even_bins(pair_tokens(of_pairs, layout), costs, max_tokens, world_size)
     groups.sort(key=lambda group: -group[0])  # stable, so equal costs keep the order in which they were made
-    batches = [MicroBatch(pairs[members], np.ones(len(members), dtype=np.float32)) for _, members in groups]
-    filler = MicroBatch(pairs[[costs.argmin()]], np.zeros(1, dtype=np.float32))
-    batches += [filler] * (-len(batches) % world_size)
-    steps = [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
+    steps = deal([MicroBatch.of(pairs[members]) for _, members in groups], world_size, pairs[costs.argmin()])
     # every other micro-step the other way round: otherwise rank 0 would have the most to do in all of them
     return [ranks[::-1] if k % 2 else ranks for k, ranks in enumerate(steps)]
 
@@ -105,7 +102,7 @@ def _even_runs(
     lengths: np.ndarray, costs: np.ndarray, max_tokens: int, world_size: int
 ) -> list[tuple[float, list[int]]]:
     """(cost, positions of pairs) of runs of neighbours by width, of at most `max_tokens` slots, as even as can be."""
-    widths = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    widths = row_widths(lengths)
     order = np.lexsort((np.arange(len(widths)), -widths))
     fits = np.maximum(1, max_tokens // (2 * widths[order])).tolist()
     pair_costs = costs[order].tolist()

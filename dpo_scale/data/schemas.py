@@ -1,9 +1,9 @@
 """The shapes that preference rows come in, all turned into one: prompt, chosen, rejected.
 
-Every schema ends in the same `Preference`: either three texts (no chat template: plain text) or three lists
-of messages. Whole conversations are split where they first differ, which must be an answer of the assistant:
-the part in common is the prompt. A schema is recognised from the first rows, then held for the file: a row of
-another shape is a bad row with a reason, not a silent second schema.
+A schema is one record: a row of `SCHEMAS`, at the end of this file (docs/extending.md). Each ends in the same
+`Preference`: three texts, or three lists of messages where a chat template is in force. Whole conversations are
+split where they first differ, which must be at an answer of the assistant; what they share is the prompt. The first
+rows decide the schema of a file. A row of another shape is then a bad row with a reason, not a second schema.
 """
 
 from __future__ import annotations
@@ -11,33 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from dpo_scale.data.sources import RowProblem, type_name
-from dpo_scale.settings.data import SourceSettings
+from dpo_scale.settings.data import Schema, SourceSettings
 
+Row = dict[str, Any]  # column values as JSON would give them
 Message = dict[str, Any]
 
-SCHEMAS = {
-    "prompt_completion": "texts prompt, chosen, rejected",
-    "prompt_messages": "prompt, chosen, rejected with at least one a list of messages",
-    "conversation": "chosen and rejected as whole lists of messages, their common part is the prompt",
-    "transcript": 'chosen and rejected as whole "\\n\\nHuman: ...\\n\\nAssistant: ..." texts',
-    "sharegpt": "conversations (from/value), chosen, rejected",
-}
-MESSAGE_SCHEMAS = ("prompt_messages", "conversation", "sharegpt")
-
-_ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
+_ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool")} | {
+    "human": "user",  # and the names of ShareGPT
     "gpt": "assistant",
     "function_call": "assistant",
-    "tool": "tool",
     "observation": "tool",
 }
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -49,8 +36,7 @@ class Preference:
 
     Attributes:
         prompt_hash: 64 bits of the prompt's content, the same for every schema, tokenizer and chat template.
-        multi_turn: a completion has messages that aren't the assistant's; their tokens are scored with the
-            others.
+        multi_turn: a completion has messages that aren't the assistant's; their tokens are scored too.
     """
 
     prompt: str | list[Message]
@@ -70,48 +56,82 @@ class Columns:
     chosen: str
     rejected: str
 
+    @property
+    def required(self) -> list[str]:
+        """Names of the columns without which a file does not have the schema."""
+        names = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        return [names.get(column, column) for column in SCHEMAS[self.schema].columns]
+
+
+class Parts(NamedTuple):
+    """What a row holds: messages, and the same as three texts if rows like it can be trained on without a template."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    texts: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True)
+class RowSchema:
+    """One shape of rows.
+
+    Attributes:
+        meaning: what a row holds, for messages.
+        read: the row's parts. Raises `RowProblem` with the reason why the row cannot be used.
+        matches: whether a row that has the columns has this schema. The first schema that matches a row is taken.
+        columns: what a row must have: prompt, chosen, rejected, which `data.*_column` may rename, or others.
+        prompt_column: what `prompt` is called where `data.prompt_column` does not say.
+        of_messages: rows hold messages, so a chat template must be in force.
+        optional: which of `system` and `tools` a row may have besides.
+    """
+
+    meaning: str
+    read: Callable[[Row, Columns], Parts]
+    matches: Callable[[Row, Columns], bool] = lambda row, columns: True
+    columns: tuple[str, ...] = ("prompt", "chosen", "rejected")
+    prompt_column: str = "prompt"
+    of_messages: bool = False
+    optional: tuple[str, ...] = ("system", "tools")
+
 
 def columns_of(source: SourceSettings, schema: str) -> Columns:
     """The column names of a source, under `schema`."""
-    prompt = "conversations" if schema == "sharegpt" else "prompt"
     return Columns(
         schema,
-        source.prompt_column or prompt,
+        source.prompt_column or SCHEMAS[schema].prompt_column,
         source.chosen_column or "chosen",
         source.rejected_column or "rejected",
     )
 
 
-def detect_schema(rows: Iterable[dict[str, Any]], source: SourceSettings) -> str | None:
+def detect_schema(rows: Iterable[Row], source: SourceSettings) -> str | None:
     """The schema of the first row that has one, None if no row has."""
+    candidates = [columns_of(source, name) for name in SCHEMAS]
     for row in rows:
-        if schema := _schema_of_row(row, source):
-            return schema
+        for columns in candidates:
+            has_columns = all(row.get(name) is not None for name in columns.required)
+            if has_columns and SCHEMAS[columns.schema].matches(row, columns):
+                return columns.schema
     return None
 
 
-def to_preference(row: dict[str, Any], columns: Columns, *, chat: bool) -> Preference:
+def to_preference(row: Row, columns: Columns, *, chat: bool) -> Preference:
     """Read a row by its schema.
 
     Args:
         row: column values as JSON would give them.
         columns: schema and column names.
-        chat: a chat template is in force: texts become user and assistant messages. Without, texts stay
-            texts; message schemas are refused before any row gets here.
+        chat: a chat template is in force, and texts become messages of user and assistant. Otherwise texts stay
+            texts; schemas of messages are refused before any row gets here.
 
     Raises:
         RowProblem: with the reason why this row cannot be used.
     """
-    assert chat or columns.schema not in MESSAGE_SCHEMAS
-    reader = {
-        "prompt_completion": _read_prompt_completion,
-        "prompt_messages": _read_prompt_messages,
-        "conversation": _read_conversation,
-        "transcript": _read_transcript,
-        "sharegpt": _read_sharegpt,
-    }[columns.schema]
-    prompt, chosen, rejected, plain = reader(row, columns)
-    if columns.schema != "transcript":  # there, the system text would be part of the transcript
+    schema = SCHEMAS[columns.schema]
+    assert chat or not schema.of_messages
+    prompt, chosen, rejected, texts = schema.read(row, columns)
+    if "system" in schema.optional:
         system = _system(row)
         if system and not chat:
             raise RowProblem("has a system message, which plain text has no place for; give data.chat_template")
@@ -123,64 +143,63 @@ def to_preference(row: dict[str, Any], columns: Columns, *, chat: bool) -> Prefe
         raise RowProblem("chosen is equal to rejected")
     prompt_hash = _hash_prompt(prompt)
     if not chat:
-        assert plain is not None
-        return Preference(*plain, None, prompt_hash)
+        assert texts is not None
+        return Preference(*texts, None, prompt_hash)
     _check_prompt(prompt)
     multi_turn = any(message["role"] != "assistant" for message in chosen + rejected)
     return Preference(prompt, chosen, rejected, _tools(row), prompt_hash, multi_turn)
 
 
-# --- one reader a schema: (prompt, chosen, rejected as messages, the same as texts where plain text can be
-# trained)
-
-_Read = tuple[list[Message], list[Message], list[Message], tuple[str, str, str] | None]
+# --- one reader a schema
 
 
-def _read_prompt_completion(row: dict[str, Any], columns: Columns) -> _Read:
-    prompt, chosen, rejected = (_text(row, name) for name in (columns.prompt, columns.chosen, columns.rejected))
-    return _user(prompt), _assistant(chosen), _assistant(rejected), (prompt, chosen, rejected)
+def _read_prompt_completion(row: Row, columns: Columns) -> Parts:
+    return of_texts(*(text_field(row, name) for name in (columns.prompt, columns.chosen, columns.rejected)))
 
 
-def _read_prompt_messages(row: dict[str, Any], columns: Columns) -> _Read:
-    prompt = _text_or_messages(row, columns.prompt, _user)
-    completions = []
+def _read_prompt_messages(row: Row, columns: Columns) -> Parts:
+    return _behind_prompt(_text_or_messages(row, columns.prompt, "user"), row, columns)
+
+
+def _read_sharegpt(row: Row, columns: Columns) -> Parts:
+    return _behind_prompt(messages_field(row, columns.prompt), row, columns)
+
+
+def _behind_prompt(prompt: list[Message], row: Row, columns: Columns) -> Parts:
+    completions: list[list[Message]] = []
     for name in (columns.chosen, columns.rejected):
-        messages = _text_or_messages(row, name, _assistant)
+        messages = _text_or_messages(row, name, "assistant")
         if len(messages) > len(prompt) and messages[: len(prompt)] == prompt:
             messages = messages[len(prompt) :]  # some files repeat the prompt in the completions
         completions.append(messages)
-    return prompt, completions[0], completions[1], None
+    chosen, rejected = completions
+    return Parts(prompt, chosen, rejected)
 
 
-def _read_conversation(row: dict[str, Any], columns: Columns) -> _Read:
-    chosen, rejected = _messages(row, columns.chosen), _messages(row, columns.rejected)
-    return *_split_conversations(chosen, rejected), None
+def _read_conversation(row: Row, columns: Columns) -> Parts:
+    return _split_conversations(messages_field(row, columns.chosen), messages_field(row, columns.rejected))
 
 
-def _read_transcript(row: dict[str, Any], columns: Columns) -> _Read:
-    texts = [_text(row, name) for name in (columns.chosen, columns.rejected)]
+def _read_transcript(row: Row, columns: Columns) -> Parts:
+    texts = [text_field(row, name) for name in (columns.chosen, columns.rejected)]
     (chosen, chosen_ends), (rejected, rejected_ends) = map(_parse_transcript, texts)
-    prompt, chosen_rest, rejected_rest = _split_conversations(chosen, rejected)
-    # in plain text the answer's "Assistant:" belongs to the prompt; both texts agree up to there but for
-    # spaces
-    ends = chosen_ends[len(prompt)], rejected_ends[len(prompt)]
-    plain = texts[0][: ends[0]], texts[0][ends[0] :], texts[1][ends[1] :]
-    return prompt, chosen_rest, rejected_rest, plain
+    parts = _split_conversations(chosen, rejected)
+    # in plain text the answer's "Assistant:" belongs to the prompt; up to there the texts differ in spaces only
+    end, rejected_end = chosen_ends[len(parts.prompt)], rejected_ends[len(parts.prompt)]
+    return parts._replace(texts=(texts[0][:end], texts[0][end:], texts[1][rejected_end:]))
 
 
-def _read_sharegpt(row: dict[str, Any], columns: Columns) -> _Read:
-    prompt = _messages(row, columns.prompt)
-    chosen, rejected = (_text_or_messages(row, name, _assistant) for name in (columns.chosen, columns.rejected))
-    return prompt, chosen, rejected, None
+# --- parts of rows
 
 
-# --- parts
+def of_texts(prompt: str, chosen: str, rejected: str) -> Parts:
+    """One question and two answers."""
+    texts = prompt, chosen, rejected
+    return Parts(_said("user", prompt), _said("assistant", chosen), _said("assistant", rejected), texts)
 
 
-def _split_conversations(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """(common part, rest of chosen, rest of rejected) of two whole conversations."""
+def _split_conversations(chosen: list[Message], rejected: list[Message]) -> Parts:
+    """What two whole conversations share, and the rest of each."""
     if chosen == rejected:
         raise RowProblem("chosen is equal to rejected")
     shared = 0
@@ -194,7 +213,7 @@ def _split_conversations(
                 f"the conversations first differ in message {shared + 1}, which is the "
                 f"{messages[shared]['role']}'s in {name}; expected the same up to an answer of the assistant"
             )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return Parts(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def _parse_transcript(text: str) -> tuple[list[Message], list[int]]:
@@ -211,14 +230,16 @@ def _parse_transcript(text: str) -> tuple[list[Message], list[int]]:
     return messages, starts
 
 
-def _text(row: dict[str, Any], name: str) -> str:
+def text_field(row: Row, name: str) -> str:
+    """A column's text; `RowProblem` if it holds none."""
     value = _field(row, name)
     if not isinstance(value, str):
         raise RowProblem(f"field {name!r} is {type_name(value)}, expected text")
     return value
 
 
-def _messages(row: dict[str, Any], name: str) -> list[Message]:
+def messages_field(row: Row, name: str) -> list[Message]:
+    """A column's messages; `RowProblem` if it holds none."""
     value = _field(row, name)
     if isinstance(value, dict):
         value = [value]  # ShareGPT's chosen and rejected are single messages
@@ -227,22 +248,18 @@ def _messages(row: dict[str, Any], name: str) -> list[Message]:
     return [_message(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
 
-def _text_or_messages(row: dict[str, Any], name: str, wrap: Any) -> list[Message]:
-    return wrap(_text(row, name)) if isinstance(row.get(name), str) else _messages(row, name)
+def _text_or_messages(row: Row, name: str, role: str) -> list[Message]:
+    return _said(role, row[name]) if isinstance(row.get(name), str) else messages_field(row, name)
 
 
-def _field(row: dict[str, Any], name: str) -> Any:
+def _field(row: Row, name: str) -> Any:
     if row.get(name) is None:
         raise RowProblem(f"field {name!r} is {'null' if name in row else 'missing'}")
     return row[name]
 
 
-def _user(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
-
-
-def _assistant(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
+def _said(role: str, text: str) -> list[Message]:
+    return [{"role": role, "content": text}]
 
 
 def _message(value: Any, where: str) -> Message:
@@ -287,14 +304,14 @@ def _function_calls(text: str, where: str) -> list[dict[str, Any]]:
     ]
 
 
-def _system(row: dict[str, Any]) -> str:
+def _system(row: Row) -> str:
     value = row.get("system")
     if value is not None and not isinstance(value, str):
         raise RowProblem(f"field 'system' is {type_name(value)}, expected text")
     return value or ""
 
 
-def _tools(row: dict[str, Any]) -> list[Any] | None:
+def _tools(row: Row) -> list[Any] | None:
     value = row.get("tools")
     if isinstance(value, str) and value.strip():
         try:
@@ -329,32 +346,66 @@ def _check_completion(name: str, messages: list[Message]) -> None:
 
 def _hash_prompt(prompt: list[Message]) -> int:
     text = json.dumps(prompt, ensure_ascii=False, sort_keys=True, default=str)
-    # "surrogatepass": text that isn't Unicode is refused by the tokenizing step, whichever field it is in
+    # "surrogatepass": text that isn't Unicode is refused when it is tokenized, whichever field it is in
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def _schema_of_row(row: dict[str, Any], source: SourceSettings) -> str | None:
-    names = columns_of(source, "prompt_completion")
-    prompt, chosen, rejected = row.get(names.prompt), row.get(names.chosen), row.get(names.rejected)
-    if chosen is None or rejected is None:
-        return None
-    turns = row.get(columns_of(source, "sharegpt").prompt)
-    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
-        return "sharegpt"
-    if isinstance(row.get("conversations"), list) and prompt is None:
-        return "sharegpt"
-    if prompt is None:
-        if isinstance(chosen, list):
-            return "conversation"
-        return "transcript" if isinstance(chosen, str) and _TURN.search(chosen) else None
-    if isinstance(chosen, list) and isinstance(prompt, str) and not _begins_with_assistant(chosen):
-        return "conversation"  # the prompt again as text (UltraFeedback): the conversations have all of it
-    if isinstance(prompt, list) or isinstance(chosen, list | dict):
-        return "prompt_messages"
-    return "prompt_completion" if isinstance(prompt, str) and isinstance(chosen, str) else None
+# --- how each schema is recognised, in rows that have its columns
+
+
+def _is_sharegpt(row: Row, columns: Columns) -> bool:
+    turns = row[columns.prompt]
+    if not isinstance(turns, list):
+        return False
+    if turns and isinstance(turns[0], dict) and "from" in turns[0]:
+        return True
+    return columns.prompt == "conversations" and row.get("prompt") is None
+
+
+def _is_conversation(row: Row, columns: Columns) -> bool:
+    prompt, chosen = row.get(columns.prompt), row[columns.chosen]
+    if not isinstance(chosen, list):
+        return False
+    # UltraFeedback has the prompt again as text; the conversations have all of it
+    return prompt is None or (isinstance(prompt, str) and not _begins_with_assistant(chosen))
 
 
 def _begins_with_assistant(messages: list[Any]) -> bool:
     first = messages[0] if messages else None
     return isinstance(first, dict) and _ROLES.get(str(first.get("role", first.get("from")))) == "assistant"
+
+
+def _is_transcript(row: Row, columns: Columns) -> bool:
+    chosen = row[columns.chosen]
+    return row.get(columns.prompt) is None and isinstance(chosen, str) and _TURN.search(chosen) is not None
+
+
+def _is_prompt_messages(row: Row, columns: Columns) -> bool:
+    return isinstance(row[columns.prompt], list) or isinstance(row[columns.chosen], list | dict)
+
+
+def _is_prompt_completion(row: Row, columns: Columns) -> bool:
+    return isinstance(row[columns.prompt], str) and isinstance(row[columns.chosen], str)
+
+
+SCHEMAS = {
+    "sharegpt": RowSchema(
+        "conversations (from/value), chosen, rejected",
+        _read_sharegpt, _is_sharegpt, prompt_column="conversations", of_messages=True,
+    ),
+    "conversation": RowSchema(
+        "chosen and rejected as whole lists of messages, their common part is the prompt",
+        _read_conversation, _is_conversation, columns=("chosen", "rejected"), of_messages=True,
+    ),
+    "prompt_messages": RowSchema(
+        "prompt, chosen, rejected with at least one a list of messages",
+        _read_prompt_messages, _is_prompt_messages, of_messages=True,
+    ),
+    "transcript": RowSchema(  # a system text is part of the transcript
+        'chosen and rejected as whole "\\n\\nHuman: ...\\n\\nAssistant: ..." texts',
+        _read_transcript, _is_transcript, columns=("chosen", "rejected"), optional=("tools",),
+    ),
+    "prompt_completion": RowSchema("texts prompt, chosen, rejected", _read_prompt_completion, _is_prompt_completion),
+}  # fmt: skip
+assert {"auto", *SCHEMAS} == set(get_args(Schema)), "settings.data.Schema lists other names"

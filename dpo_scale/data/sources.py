@@ -1,11 +1,10 @@
 """Any preference file to rows: where a source's files are, what they hold, and their rows one by one.
 
-A row leaves here as a `Record`: its number and either its undecoded JSON or its columns. Nothing about a
-row's content is judged here beyond that it can be read; what can't be read becomes an `Unreadable` record, so
-that the bad rows of every format are counted, reported and skipped in one place (`dpo_scale.data.schemas`).
+A row leaves here as a `Record`: its number, and its undecoded JSON or its columns. What cannot be read becomes an
+`Unreadable` record. So bad rows of every format are counted, reported and skipped in one place, `data.cache`.
 
-JSON and CSV are read with our own tolerant readers, since Arrow's refuse the whole file for one row; parquet,
-saved folders and hub names go through pyarrow and `datasets`.
+JSON and CSV have tolerant readers of our own, since Arrow's refuse a whole file for one row. Parquet, saved folders and
+hub names go through pyarrow and `datasets`.
 """
 
 from __future__ import annotations
@@ -29,14 +28,7 @@ from dpo_scale.data.json_rows import MAX_ROW_BYTES, read_json, read_lines
 from dpo_scale.errors import DataError
 from dpo_scale.settings.data import SourceSettings
 
-FORMATS = {
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
+FORMATS = {f".{name}": name for name in ("json", "jsonl", "csv", "tsv", "parquet")} | {".ndjson": "jsonl"}
 FORMATS_TEXT = ".json, .jsonl, .ndjson, .csv, .tsv (each also as .gz) or .parquet"
 BUILTIN = "builtin:"
 _UNDECODED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that aren't UTF-8
@@ -44,12 +36,12 @@ _ARROW_ROWS = 256  # rows of an Arrow table turned into Python objects at a time
 
 
 class RowProblem(Exception):
-    """Why one row cannot be used; file and row number are added by whoever knows them."""
+    """Why one row cannot be used. Who catches it adds the file and the row's number."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A row that could be told apart from its neighbours but not read."""
+    """A row that has a place in its file but cannot be read."""
 
     reason: str
 
@@ -64,7 +56,7 @@ class DataFile:
     Attributes:
         label: how messages name it.
         format: `json`, `jsonl`, `csv`, `tsv`, `parquet` or `datasets`.
-        identity: hash of what it holds, whatever it is called and wherever it is.
+        identity: hash of what it holds, apart from its name and place.
     """
 
     label: str
@@ -87,12 +79,7 @@ class DataFile:
                 yield record
         except DataError:
             raise
-        except (
-            OSError,
-            EOFError,
-            zlib.error,
-            ValueError,
-        ) as error:  # pyarrow's errors are ValueErrors and OSErrors
+        except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's are ValueErrors and OSErrors
             after = f" (after row {number})" if number else ""
             kind = f"gzipped {self.format}" if self.gzipped else self.format
             raise DataError(f"{self.label}: cannot be read as {kind}{after}: {_one_line(error)}") from None
@@ -146,8 +133,7 @@ def find_files(source: SourceSettings) -> list[DataFile]:
     """The files that a source stands for, in a fixed order.
 
     Raises:
-        DataError: if there are none, one is empty or of an unknown kind, or a folder or hub name cannot be
-            loaded.
+        DataError: if there are none, one is empty or of an unknown kind, or a folder or hub name cannot be loaded.
     """
     path = source.path
     if path.startswith(BUILTIN):
@@ -171,14 +157,8 @@ def type_name(value: Any) -> str:
     """A JSON value's type as a message names it."""
     if value is None:
         return "null"
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-    }
+    numbers = {int: "a number", float: "a number"}
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", **numbers}
     return names.get(type(value), type(value).__name__)
 
 
@@ -242,7 +222,7 @@ def _hub_dataset(source: SourceSettings) -> DataFile:
             f"{source.path}: no such file or folder, and it cannot be loaded from the hub "
             f"(split {source.split!r}): {_one_line(error)}"
         ) from None
-    # `datasets` derives the fingerprint from the revision, files and split it loaded
+    # `datasets` derives the fingerprint from the revision, files and split that it loaded
     subset = f"/{source.name}" if source.name else ""
     label = f"{source.path}{subset} [{source.split}]"
     return DataFile(label, "datasets", f"hub:{source.path}:{source.name}:{dataset._fingerprint}", dataset=dataset)
@@ -270,7 +250,7 @@ def _nearest_name(path: Path) -> str:
 
 
 def _table_rows(batches: Iterator[Any]) -> Iterator[Record]:
-    """Rows of Arrow record batches or tables; text that isn't UTF-8 spoils its own row only."""
+    """Rows of Arrow record batches or tables. Text that isn't UTF-8 spoils its own row only."""
     number = 1
     for batch in batches:
         try:

@@ -1,14 +1,13 @@
 """Pairs of texts or messages to token ids, with the boundary between prompt and completion where it belongs.
 
-Tokenizing prompt and completion apart and joining the ids gives sequences that the tokenizer would never
-produce (tokens merge across the boundary), and tokenizing only the joined text loses the boundary. So all
-three texts are tokenized as they are - prompt, prompt + chosen, prompt + rejected - and the prompt's ids are
-the longest common prefix of the three: prompt_ids + chosen_ids is exactly the joined text's ids, and the
-prompt is the same for both completions. Where a merge spans the boundary, the merged token is the
-completion's.
+Tokens merge across that boundary. To tokenize prompt and completion apart gives sequences that the tokenizer would
+never produce; to tokenize only the joined text loses the boundary. So three texts are tokenized: prompt, prompt +
+chosen, prompt + rejected. The prompt's ids are the longest common prefix of the three. prompt_ids + chosen_ids are then
+exactly the ids of the joined text, and both completions have the same prompt. A token that spans the boundary belongs
+to the completion.
 
-Completions end in the chat template's end of turn, or in the EOS, exactly once: what a template writes behind
-its end of turn (ChatML's line break) is never generated and is left out.
+Completions end in the chat template's end of turn, or in the EOS, exactly once. What a template writes behind its end
+of turn (ChatML's line break) is never generated and is left out.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from dpo_scale.data.sources import RowProblem
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.settings.data import DataSettings
 
-# Some templates write today's date. The same rows must give the same tokens tomorrow (they key the
-# reference's values), so for training every day is the one that Llama 3.1's template defaults to.
+# Some templates write today's date. The same rows must give the same tokens tomorrow, since tokens are the keys of
+# stored reference values. So training has one date, the default of Llama 3.1's template.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -52,13 +51,13 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A pair that is left out for its length; `reason` is `overlong` or `identical_after_cut`."""
+    """A pair that is left out for its length. `reason` is `overlong` or `identical_after_cut`."""
 
     reason: str
 
 
 def pair_key(prompt_ids: np.ndarray, chosen_ids: np.ndarray, rejected_ids: np.ndarray) -> bytes:
-    """128-bit hash of what the model sees: three id lists, each int32 little-endian behind its length."""
+    """128-bit hash of what the model sees: the three lists of ids, each behind its length, int32 little-endian."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in (prompt_ids, chosen_ids, rejected_ids):
         digest.update(struct.pack("<i", len(ids)))
@@ -79,8 +78,7 @@ def load_tokenizer(
         path: folder or hub id.
         revision: of a hub id.
         trust_remote_code: run the code that the folder or hub id brings along.
-        chat_template: as in `data.chat_template`; a file's or an inline template becomes the tokenizer's own,
-            so that it is saved with the model.
+        chat_template: as in `data.chat_template`. It becomes the tokenizer's own, so that it is saved with the model.
 
     Raises:
         ModelError: if it cannot be loaded, or has no EOS token.
@@ -104,8 +102,7 @@ def load_tokenizer(
 
 
 def resolve_chat_template(value: str | None, tokenizer: Any) -> str | dict[str, str] | None:
-    """The template that `data.chat_template` stands for: text, a tokenizer's named templates, or None (plain
-    text).
+    """The template that `data.chat_template` stands for: text, a tokenizer's named templates, or None for plain text.
 
     Raises:
         ConfigError: if it names no readable file.
@@ -166,13 +163,7 @@ class PairTokenizer:
             vocabulary = [type(self.tokenizer).__qualname__, sorted(self.tokenizer.get_vocab().items())]
         parts = {
             "vocabulary": vocabulary,
-            "special": [
-                self.tokenizer.bos_token_id,
-                self.eos,
-                self.adds_bos,
-                self.adds_eos,
-                sorted(self.special),
-            ],
+            "special": [self.tokenizer.bos_token_id, self.eos, self.adds_bos, self.adds_eos, sorted(self.special)],
             "template": [self.template, self.template_kwargs, str(TEMPLATE_DATE)],
             "lengths": [self.max_length, self.max_prompt_length, self.keep_end, self.overlong],
             "versions": [tokenizers.__version__, transformers.__version__],
@@ -181,24 +172,20 @@ class PairTokenizer:
 
     def tokenize(self, preferences: Sequence[Preference]) -> list[TokenizedPair | Dropped | RowProblem]:
         """Tokenize pairs; the i-th result is the i-th pair's, or why it is left out."""
-        rendered: list[tuple[str, str, str, bool] | RowProblem] = []
+        results: list[Any] = []  # texts at first, all of which the tokenizer then gets at once
         for preference in preferences:
             try:
-                rendered.append(self._render(preference))
-            except RowProblem as problem:
-                rendered.append(problem)
-        texts = [text for item in rendered if not isinstance(item, RowProblem) for text in item[:3]]
-        encoded = iter(self._encode(texts))
-        results: list[TokenizedPair | Dropped | RowProblem] = []
-        for preference, item in zip(preferences, rendered, strict=True):
-            if isinstance(item, RowProblem):
-                results.append(item)
-                continue
-            ids = next(encoded), next(encoded), next(encoded)
-            try:
-                results.append(self._pair(preference, ids, generation_prompt_differs=item[3]))
+                results.append(self._render(preference))
             except RowProblem as problem:
                 results.append(problem)
+        encoded = iter(self._encode([text for item in results if isinstance(item, tuple) for text in item[:3]]))
+        for i, item in enumerate(results):
+            if isinstance(item, tuple):
+                ids = next(encoded), next(encoded), next(encoded)
+                try:
+                    results[i] = self._pair(preferences[i], ids, generation_prompt_differs=item[3])
+                except RowProblem as problem:
+                    results[i] = problem
         return results
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -212,7 +199,7 @@ class PairTokenizer:
         return ids
 
     def _render(self, preference: Preference) -> tuple[str, str, str, bool]:
-        """Texts of prompt, prompt + chosen, prompt + rejected; False if the first begins the others."""
+        """Texts of prompt, prompt + chosen, prompt + rejected, and whether the others do not begin with the first."""
         prompt = preference.prompt
         differs = False
         if isinstance(prompt, str):
@@ -251,7 +238,7 @@ class PairTokenizer:
                 tokenize=False,
                 **self.template_kwargs,
             )
-        except Exception as error:  # a template is foreign code: its errors are of any kind, and about this row
+        except Exception as error:  # a template is foreign code and raises anything
             raise RowProblem(f"the chat template refused it: {' '.join(str(error).split())[:300]}") from error
 
     def _check_template(self) -> None:
@@ -263,9 +250,8 @@ class PairTokenizer:
         except RowProblem as problem:
             if isinstance(problem.__cause__, jinja2.TemplateSyntaxError):
                 line = problem.__cause__.lineno
-                raise ConfigError(
-                    f"data.chat_template: not a jinja template: line {line}: {problem.__cause__}"
-                ) from None
+                message = f"data.chat_template: not a jinja template: line {line}: {problem.__cause__}"
+                raise ConfigError(message) from None
 
     def _pair(
         self,
@@ -289,14 +275,13 @@ class PairTokenizer:
         whole_prompt = len(prompt)
         if self.max_prompt_length is not None:
             prompt = self._cut_prompt(prompt, self.max_prompt_length)
-        room = max(len(chosen), len(rejected)) if self.max_length is None else self.max_length - len(prompt)
-        completion_cut = max(len(chosen), len(rejected)) > room
+        longer = max(len(chosen), len(rejected))
+        room = longer if self.max_length is None else self.max_length - len(prompt)
+        completion_cut = longer > room
         if completion_cut:
             if self.overlong == "error":
-                raise RowProblem(
-                    f"{len(prompt)} prompt and {max(len(chosen), len(rejected))} completion tokens, more "
-                    f"than data.max_length = {self.max_length}"
-                )
+                tokens = f"{len(prompt)} prompt and {longer} completion tokens"
+                raise RowProblem(f"{tokens}, more than data.max_length = {self.max_length}")
             if self.overlong == "drop":
                 return Dropped("overlong")
             chosen, rejected = chosen[:room], rejected[:room]
@@ -311,7 +296,7 @@ class PairTokenizer:
             return prompt
         if not self.keep_end:
             return prompt[:limit]
-        # models that are given a BOS attend to it heavily; it is not part of what the user wrote
+        # models attend to their BOS heavily, and it is not part of what the user wrote
         if self.adds_bos and prompt[0] == self.tokenizer.bos_token_id and limit > 1:
             return [prompt[0], *prompt[-(limit - 1) :]]
         return prompt[-limit:]

@@ -1,8 +1,7 @@
 """Chunks of rows to tokenized pairs, in this process or in many.
 
-Which of the two never shows in the result: a chunk's outcome is a pure function of its rows, and outcomes are
-given back in the order of the chunks. A bounded number of chunks is under way, so memory is flat however long
-the data.
+The result is the same in both: a chunk's outcome is a pure function of its rows, and outcomes come back in the order of
+the chunks. A bounded number of chunks is under way, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from typing import Any
 from dpo_scale.data.pair_file import record_batch
 from dpo_scale.data.schemas import Columns, to_preference
 from dpo_scale.data.sources import DataFile, Record, RowProblem, parse_record
-from dpo_scale.data.tokenize import Dropped, PairTokenizer, TokenizedPair
+from dpo_scale.data.tokenize import Dropped, PairTokenizer
 from dpo_scale.errors import DataError
 
 CHUNK_ROWS = 256  # rows a worker gets at a time
 SERIAL_ROWS = 4096  # fewer rows than this are done before a worker process has started
 MAX_PROCESSES = 32
+_FLAGS = ("prompt_cut", "completion_cut", "generation_prompt_differs")  # of a pair, counted over all that are kept
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,9 @@ class RowTokenizer:
                 pairs.append(outcome)
                 hashes.append(preference.prompt_hash)
                 kept_rows.append(row)
-                counts.update(_flags(outcome), multi_turn=int(preference.multi_turn))
+                counts.update({name: int(getattr(outcome, name)) for name in _FLAGS}, multi_turn=preference.multi_turn)
         counts.update(kept=len(pairs), bad=len(bad))
         return ChunkResult(chunk.file, record_batch(pairs, hashes, chunk.file, kept_rows), sorted(bad), counts)
-
-
-def _flags(pair: TokenizedPair) -> dict[str, int]:
-    return {
-        "prompt_cut": int(pair.prompt_cut),
-        "completion_cut": int(pair.completion_cut),
-        "generation_prompt_differs": int(pair.generation_prompt_differs),
-    }
 
 
 def read_chunks(files: list[DataFile]) -> Iterator[Chunk]:
@@ -115,7 +107,9 @@ def run_chunks(chunks: Iterable[Chunk], worker: RowTokenizer, num_proc: int | No
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise DataError(f"a tokenizing process died, out of memory? data.num_proc = {num_proc}; try fewer") from None
+        raise DataError(
+            f"a tokenizing process died, perhaps out of memory; set data.num_proc below {num_proc}"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

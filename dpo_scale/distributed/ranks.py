@@ -131,13 +131,16 @@ def from_main(value: Result) -> Result:
     """Rank 0's (picklable) value, on every rank."""
     if world_size() == 1:
         return value
-    holder = [value if is_main() else None]
+    holder: list[Any] = [value if is_main() else None]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
 def first_then_others(work: Callable[[], Result], *, is_first: bool) -> Result:
     """Run `work` on the ranks that are first, then on the others, which find the caches that those left."""
-    result = work() if is_first else None
+    if is_first:
+        result = work()
+        barrier()
+        return result
     barrier()
-    return work() if result is None else result
+    return work()

@@ -48,13 +48,15 @@ from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs.tiles import (
     HiddenDirection,
+    Keep,
     Tiles,
     block_in,
     default_tile_bytes,
     exact_bf16_products,
     held_bytes,
-    in_tile,
     product_dtype,
+    put_at_targets,
+    requires_gradient,
     rows_in,
     statistics,
 )
@@ -81,7 +83,7 @@ def chunked_token_logps(
         tile_bytes = default_tile_bytes(hidden.device)
     if max_held is None:
         max_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
-    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
+    trained = requires_gradient(hidden, head_weight, bias)
     mode = "direction" if trained == [True, False, False] else "hold" if any(trained) else "values"
     logps, *extras = _ChunkedTokenLogps.apply(
         hidden, head_weight, bias, targets, logit_scale, softcap, tuple(by_products), tile_bytes, max_held, mode
@@ -95,33 +97,53 @@ class _Held:
     The first tokens in the memory of the weight's gradient; of the others the first tiles, as many as fit.
     """
 
-    def __init__(self, tiles: Tiles, gradient: Tensor | None, in_gradient: int, max_bytes: int) -> None:
-        self._tiles, self._gradient, self._first, self._bytes_left = tiles, gradient, in_gradient, max_bytes
-        self.first_peaks = tiles.given.new_empty((len(tiles.vocabulary_runs), in_gradient), dtype=tiles.dtype)
-        self.exponentials: list[Tensor] = []
-        self.peaks: list[Tensor] = []
-        self._vocabulary: slice | None = None
-
-    def __call__(
-        self, tile: Tensor, tokens: slice, vocabulary: slice, weight_rows: Tensor, peak: Tensor, shrink: Tensor
+    def __init__(
+        self, tiles: Tiles, gradient: Tensor | None, first_peaks: Tensor, tensors: Sequence[Tensor] = ()
     ) -> None:
-        dtype = self._tiles.product_dtype
+        """Args: gradient, of the weight, not written yet; first_peaks [vocabulary runs, tokens], of what is kept there;
+        tensors, those of the object that kept what is looked for now."""
+        self._tiles, self._gradient, self._first_peaks = tiles, gradient, first_peaks
+        self._first = first_peaks.shape[1]
+        half = len(tensors) // 2
+        self._exponentials, self._peaks = list(tensors[:half]), list(tensors[half:])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept outside of the gradient's memory."""
+        return self._exponentials + self._peaks
+
+    def keep_within(self, max_bytes: int) -> Keep:
+        """The `keep` of `statistics`, which takes at most so much memory of its own."""
+        bytes_left, last = max_bytes, -1
+
+        def keep(tile: Tensor, tokens: slice, vocabulary: slice, _: Tensor, peak: Tensor, __: Tensor) -> None:
+            nonlocal bytes_left, last
+            index, dtype = self._tiles.index_of(vocabulary), self._tiles.product_dtype
+            if tokens.start >= self._first and index != last:
+                last = index
+                shape = (self._tiles.given.shape[0] - self._first, vocabulary.stop - vocabulary.start)
+                bytes_left -= shape[0] * shape[1] * dtype.itemsize
+                if bytes_left >= 0:
+                    self._exponentials.append(tile.new_empty(shape, dtype=dtype))
+                    self._peaks.append(tile.new_empty(shape[0]))
+            place = self.find(index, tokens, vocabulary)
+            if place is not None:
+                exponentials, peaks = place
+                exponentials.copy_(tile)
+                peaks.copy_(peak)
+
+        return keep
+
+    def find(self, index: int, tokens: slice, vocabulary: slice) -> tuple[Tensor, Tensor] | None:
+        """Where a tile of the index-th run of the vocabulary is kept, and its peaks; None if it is not."""
         if tokens.start < self._first:
             assert self._gradient is not None
-            block_in(self._gradient, vocabulary, self._first, dtype)[tokens] = tile
-            self.first_peaks[vocabulary.start // self._tiles.vocabulary_runs[0].stop, tokens] = peak
-            return
-        if vocabulary != self._vocabulary:
-            self._vocabulary = vocabulary
-            shape = (self._tiles.given.shape[0] - self._first, vocabulary.stop - vocabulary.start)
-            self._bytes_left -= shape[0] * shape[1] * dtype.itemsize
-            if self._bytes_left >= 0:
-                self.exponentials.append(tile.new_empty(shape, dtype=dtype))
-                self.peaks.append(tile.new_empty(shape[0]))
-        if self._bytes_left >= 0:
+            block = block_in(self._gradient, vocabulary, self._first, self._tiles.product_dtype)
+            return block[tokens], self._first_peaks[index, tokens]
+        if index < len(self._exponentials):
             here = slice(tokens.start - self._first, tokens.stop - self._first)
-            self.exponentials[-1][here] = tile
-            self.peaks[-1][here] = peak
+            return self._exponentials[index][here], self._peaks[index][here]
+        return None
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):
@@ -146,8 +168,10 @@ class _ChunkedTokenLogps(torch.autograd.Function):
                 in_gradient = min(rows_in(gradient, product_dtype(hidden)), len(targets))
             tiles = Tiles(hidden, weight, bias, logit_scale, softcap, tile_bytes, (in_gradient,))
             direction = HiddenDirection(tiles, targets) if mode == "direction" else None
-            held = _Held(tiles, gradient, in_gradient, max_held) if mode == "hold" else None
-            found = statistics(tiles, targets, by_products, keep=direction or held)
+            first_peaks = hidden.new_empty((len(tiles.vocabulary_runs), in_gradient), dtype=tiles.dtype)
+            held = _Held(tiles, gradient, first_peaks) if mode == "hold" else None
+            keep = held.keep_within(max_held) if held is not None else direction
+            found = statistics(tiles, targets, by_products, keep)
         if direction is not None:
             # bf16 has the range of fp32; in fp16 a direction of a near-certain token would be lost
             kept = direction.result(found)
@@ -157,7 +181,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             # forward and filled again before its backward, which only the parameter follows.
             ctx.save_for_backward(
                 hidden, weight, bias, targets, found.logsumexp, found.target_gradient(softcap),
-                gradient, held.first_peaks, *held.exponentials, *held.peaks,
+                gradient, first_peaks, *held.tensors,
             )  # fmt: skip
         ctx.dtype, ctx.options = hidden.dtype, (logit_scale, softcap, tile_bytes, (in_gradient,))
         ctx.mark_non_differentiable(*found.by_products)
@@ -170,73 +194,31 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             (direction,) = ctx.saved_tensors
             grads: tuple[Tensor | None, ...] = ((direction * grad.unsqueeze(1)).to(ctx.dtype), None, None)
         else:
-            hidden, weight, bias, targets, logsumexp, target_gradient, gradient, first_peaks, *held = ctx.saved_tensors
+            hidden, weight, bias, targets, logsumexp, target_gradient, gradient, first_peaks, *kept = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False), exact_bf16_products(hidden):
                 tiles = Tiles(hidden, weight, bias, *ctx.options)
                 grad = grad.to(tiles.dtype) * tiles.logit_scale
-                kept = (gradient, first_peaks, held[: len(held) // 2], held[len(held) // 2 :])
-                logit_gradients = LogitGradients(tiles, targets, logsumexp, target_gradient, grad, kept)
-                grad_hidden, *others = head_gradients(tiles, logit_gradients, ctx.needs_input_grad[:3], gradient)
+                held = _Held(tiles, gradient, first_peaks, kept)
+                grad_hidden, *others = _head_gradients(
+                    tiles, targets, logsumexp, target_gradient, grad, held, ctx.needs_input_grad[:3], gradient
+                )
             grads = (None if grad_hidden is None else grad_hidden.to(ctx.dtype), *others)
         return *grads, *(None,) * 7
 
 
-class LogitGradients:
-    """d, tile by tile: out of what is kept of the soft-max, otherwise out of logits computed again."""
-
-    def __init__(
-        self,
-        tiles: Tiles,
-        targets: Tensor,
-        logsumexp: Tensor,
-        target_gradient: Tensor,
-        grad: Tensor,
-        kept: tuple[Tensor | None, Tensor, Sequence[Tensor], Sequence[Tensor]] | None = None,
-    ) -> None:
-        """Args: kept, what `_Held` was given and what it kept; None for nothing."""
-        self._tiles, self._targets, self._logsumexp = tiles, targets, logsumexp
-        self._grad = grad.unsqueeze(1)
-        self._at_target = grad * target_gradient
-        self._kept = kept or (None, targets.new_empty((len(tiles.vocabulary_runs), 0)), (), ())
-        self._first = self._kept[1].shape[1]
-
-    def __call__(self, index: int, tokens: slice, vocabulary: slice, weight_rows: Tensor) -> Tensor:
-        """[tokens, vocabulary] d of the index-th run of the vocabulary, in the dtype of the gradient products."""
-        tiles, grad = self._tiles, self._grad[tokens]
-        logsumexp = self._logsumexp[tokens].unsqueeze(1)
-        found = self._exponentials(index, tokens, vocabulary)
-        if found is not None:
-            exponentials, peaks = found
-            factors = (peaks.unsqueeze(1) - logsumexp).exp_().mul_(-grad)
-            d = tiles.scale_rows(exponentials, factors, torch.empty_like(exponentials))
-        else:
-            tile = tiles.logits(tokens, vocabulary, weight_rows)
-            slope = tiles.slope(tile)
-            d = tile.sub_(logsumexp).exp_().mul_(-grad)
-            d = (d if slope is None else d.mul_(slope)).to(tiles.product_dtype)
-        inside, column = in_tile(self._targets[tokens], vocabulary)
-        # One column a row, so read and written without the clash that would make an added value's order matter.
-        entry = torch.arange(d.shape[0], device=d.device), column.squeeze(1)
-        d[entry] = torch.where(inside, self._at_target[tokens].to(d.dtype), d[entry])
-        return d
-
-    def _exponentials(self, index: int, tokens: slice, vocabulary: slice) -> tuple[Tensor, Tensor] | None:
-        gradient, first_peaks, exponentials, peaks = self._kept
-        if tokens.start < self._first:
-            assert gradient is not None
-            block = block_in(gradient, vocabulary, self._first, self._tiles.product_dtype)
-            return block[tokens], first_peaks[index, tokens]
-        if index < len(exponentials):
-            here = slice(tokens.start - self._first, tokens.stop - self._first)
-            return exponentials[index][here], peaks[index][here]
-        return None
-
-
-def head_gradients(
-    tiles: Tiles, logit_gradients: LogitGradients, needs: Sequence[bool], grad_weight: Tensor | None = None
+def _head_gradients(
+    tiles: Tiles,
+    targets: Tensor,
+    logsumexp: Tensor,
+    target_gradient: Tensor,
+    grad: Tensor,
+    held: _Held,
+    needs: Sequence[bool],
+    grad_weight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, in fp32 or fp64, and of weight and bias in their own dtypes; None for those not needed.
 
+    grad: [S] of the log-probs, times the logit scale.
     grad_weight: memory for that of the weight, if there is any yet.
     """
     hidden, weight, bias = tiles.given, tiles.weight, tiles.bias
@@ -247,11 +229,21 @@ def head_gradients(
     if needs_weight and grad_weight is None:
         grad_weight = make(weight, memory_format=torch.contiguous_format)
     grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+    at_target = grad * target_gradient
     for index, vocabulary in enumerate(tiles.vocabulary_runs):
         weight_rows = tiles.weight_rows(vocabulary)
         weight_sum, bias_sum = None, None
         for tokens in tiles.token_runs:
-            d = logit_gradients(index, tokens, vocabulary, weight_rows)
+            kept = held.find(index, tokens, vocabulary)
+            if kept is not None:
+                block, peaks = kept
+                d = tiles.scale_kept(block, peaks, logsumexp[tokens], grad[tokens], torch.empty_like(block))
+            else:  # from logits that are computed again
+                tile = tiles.logits(tokens, vocabulary, weight_rows)
+                slope = tiles.slope(tile)
+                d = tile.sub_(logsumexp[tokens].unsqueeze(1)).exp_().mul_(-grad[tokens].unsqueeze(1))
+                d = (d if slope is None else d.mul_(slope)).to(tiles.product_dtype)
+            put_at_targets(d, targets[tokens], vocabulary, at_target[tokens])
             if grad_hidden is not None:
                 grad_hidden[tokens] += tiles.product(d, tiles.product_weight(vocabulary))
             if grad_weight is not None and d.dtype == weight.dtype and len(tiles.token_runs) == 1:

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Bounds one tile of logits. CPU: stays near the last-level cache, and well below what naive holds for some
-# hundred tokens; measured, 8, 16 and 32 MiB are equally fast and 64 is slower. On GPUs a launch must be worth
-# its while, so tiles are larger; that number is reasoned, not measured.
+# Bounds one tile of logits. On a CPU it stays near the last-level cache. A GPU's launch must be worth its while, so
+# tiles are larger there.
 CPU_TILE_BYTES = 8 * 2**20
 DEVICE_TILE_BYTES = 128 * 2**20
 # Tokens are split too when a tile of all of them would be narrower than this: thin products are slow.
@@ -32,12 +32,27 @@ MIN_TILE_WIDTH = 1024
 Keep = Callable[[Tensor, slice, slice, Tensor, Tensor, Tensor], None]
 
 
+def requires_gradient(*tensors: Tensor | None) -> list[bool]:
+    """Which tensors a call must make a gradient for."""
+    return [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
+
+
 def default_tile_bytes(device: torch.device) -> int:
     return CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
 
 
+def held_bytes(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """How much of the soft-max may be kept between a forward and a backward pass, so as not to compute it again.
+
+    A byte a logit, where the plainest naive form holds ten: with the tile and the rest this stays below a sixth of
+    what naive takes. Small calls may keep what does not matter; large ones have a limit.
+    """
+    lowest, highest = (16, 256) if device.type == "cpu" else (64, 384)
+    return min(max(tokens * vocabulary, lowest * 2**20), highest * 2**20)
+
+
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """What the operands of the gradient products have: 16 bits where the device multiplies those fast."""
+    """The dtype of the gradient products' operands: 16 bits where the device multiplies those fast."""
     fast_16_bits = hidden.is_cuda or (hidden.dtype == torch.bfloat16 and _has_bf16_products())
     return hidden.dtype if fast_16_bits or hidden.dtype == torch.float64 else torch.float32
 
@@ -53,16 +68,6 @@ def block_in(gradient: Tensor, vocabulary: slice, rows: int, dtype: torch.dtype)
     """[rows, vocabulary] of `dtype` in the memory of those rows of the weight's gradient."""
     width = vocabulary.stop - vocabulary.start
     return gradient[vocabulary].view(-1).view(dtype)[: rows * width].view(rows, width)
-
-
-def held_bytes(tokens: int, vocabulary: int, device: torch.device) -> int:
-    """How much of the soft-max may be kept between a forward and a backward pass, so as not to compute it again.
-
-    A byte a logit, where the plainest naive form holds ten: with the tile and the rest this stays below a sixth of
-    what naive takes. Small calls may keep what does not matter; large ones have a limit.
-    """
-    lowest, highest = (16, 256) if device.type == "cpu" else (64, 384)
-    return min(max(tokens * vocabulary, lowest * 2**20), highest * 2**20)
 
 
 class Tiles:
@@ -125,8 +130,16 @@ class Tiles:
         """dl/dz, or None where it is 1."""
         return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
-    def scale_rows(self, block: Tensor, factors: Tensor, out: Tensor) -> Tensor:
-        """A block [s, v] of `product_dtype`, no wider than a tile, times fp32 factors [s, 1]; out may be the block."""
+    def index_of(self, vocabulary: slice) -> int:
+        """Which of `vocabulary_runs` this is."""
+        return vocabulary.start // self.vocabulary_runs[0].stop
+
+    def scale_kept(self, block: Tensor, peaks: Tensor, logsumexp: Tensor, gradient: Tensor, out: Tensor) -> Tensor:
+        """d out of what a tile's `keep` was given: block [s, v] times -gradient * exp(peak - logsumexp) of its rows.
+
+        All but the targets' entries. The block is of `product_dtype` and no wider than a tile; out may be the block.
+        """
+        factors = (peaks - logsumexp).exp_().mul_(-gradient).unsqueeze(1)
         if block.is_cuda or block.dtype == factors.dtype:
             return torch.mul(block, factors, out=out)
         # on a CPU mixed dtypes cost torch two copies and ten times the time of this
@@ -161,8 +174,7 @@ def exact_bf16_products(hidden: Tensor) -> AbstractContextManager[None]:
     """Within it, fp32 products on a CPU go through oneDNN's bf16 mode, if the operands were bf16 before.
 
     Operands that are bf16 numbers are not changed by it, and the sums are fp32. Where the CPU has matrix units (AMX) it
-    uses them; elsewhere it is oneDNN's fp32 product, some 10% faster than MKL's on the AMD machine where this was
-    measured.
+    uses them; elsewhere it is oneDNN's fp32 product.
     """
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and _has_bf16_products():
         return _onednn_bf16_mode()
@@ -171,7 +183,7 @@ def exact_bf16_products(hidden: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def _onednn_bf16_mode() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to torch's stubs
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -187,6 +199,20 @@ def in_tile(targets: Tensor, vocabulary: slice) -> tuple[Tensor, Tensor]:
     return (column >= 0) & (column < width), column.clamp(0, width - 1).unsqueeze(1)
 
 
+def put_at_targets(block: Tensor, targets: Tensor, vocabulary: slice, values: Tensor) -> None:
+    """Overwrite a tile's entries at those targets [s] that are in it, with values [s] or [1]."""
+    inside, column = in_tile(targets, vocabulary)
+    # One column a row, so read and written without the clash that would make an added value's order matter.
+    value = torch.where(inside.unsqueeze(1), values.to(block.dtype).unsqueeze(1), block.gather(1, column))
+    block.scatter_(1, column, value)
+
+
+def target_gradient(logps: Tensor, target_logit: Tensor, softcap: float | None) -> Tensor:
+    """dlogp/dz at the target itself, (1 - p) times the soft-cap's slope; digits are kept where p is near 1."""
+    gradient = -torch.expm1(logps)
+    return gradient if softcap is None else gradient * (1.0 - (target_logit / softcap).square())
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What a pass over the vocabulary leaves of each token: [S] each, fp32 or fp64."""
@@ -198,9 +224,7 @@ class Statistics:
     by_products: list[Tensor]
 
     def target_gradient(self, softcap: float | None) -> Tensor:
-        """dlogp/dz at the target itself, (1 - p) times the soft-cap's slope; digits are kept where p is near 1."""
-        gradient = -torch.expm1(self.logps)
-        return gradient if softcap is None else gradient * (1.0 - (self.target_logit / softcap).square())
+        return target_gradient(self.logps, self.target_logit, softcap)
 
 
 def statistics(tiles: Tiles, targets: Tensor, by_products: Sequence[str] = (), keep: Keep | None = None) -> Statistics:
@@ -267,9 +291,7 @@ class HiddenDirection:
         self, tile: Tensor, tokens: slice, vocabulary: slice, weight_rows: Tensor, peak: Tensor, shrink: Tensor
     ) -> None:
         others = tile.to(self._tiles.product_dtype, copy=True)
-        inside, column = in_tile(self._targets[tokens], vocabulary)
-        entry = torch.arange(others.shape[0], device=others.device), column.squeeze(1)
-        others[entry] = others[entry].masked_fill(inside, 0.0)
+        put_at_targets(others, self._targets[tokens], vocabulary, others.new_zeros(1))
         product = self._tiles.product(others, self._tiles.product_weight(vocabulary))
         self._sum[tokens] = self._sum[tokens].mul_(shrink.unsqueeze(1)).add_(product)
 

@@ -24,17 +24,12 @@ class Blocks:
 
 # By compute capability, for 16-bit operands. One stage holds (tokens + vocabulary) * width * 2 bytes of shared memory;
 # the fp32 accumulator takes tokens * vocabulary / (32 * warps) of each thread's 255 registers. A block of s x v logits
-# reads (s + v) / (s v) numbers per multiplication, so large blocks are what keeps matrix units fed. Spills are bytes a
-# thread, once a tile, with Triton 3.6 and 3.7: 240 bytes of 256 threads are 60 KB, beside the 3 MB that the products of
-# a tile of 128 x 256 read at a width of 4096.
-#   sm_80 (A100): 163 KiB a block. 128 x 128 x 64 with 8 warps: 64 registers and 32 KiB a stage; one stage is in
-#     registers, so 4 need 96 KiB. 128 x 256 is at the limit of registers, since mma.sync keeps operands there too:
-#     some versions of Triton spill. None are spilled, or 272 bytes with soft-cap, bias and by-products.
-#   sm_90 (H100, H200): 227 KiB. wgmma reads operands from shared memory, so the 128 registers of 128 x 256 x 64 leave
-#     room for the rest, but for 240 bytes where weights are stored. 48 KiB a stage, 4 stages 192 KiB.
-#   sm_100 (B200): 227 KiB, accumulators in tensor memory until a tile is done. As sm_90, with 400 to 600 bytes where
-#     weights are stored; 128 x 128 spills none, but has its operands read faster than shared memory gives them.
-#   others (sm_86, sm_89 and sm_120 have 99 KiB, sm_75 64): 128 x 128 x 32, 16 KiB a stage, 3 stages at most 48 KiB.
+# reads (s + v) / (s v) numbers per multiplication, so large blocks are what keeps matrix units fed. A few hundred bytes
+# that a thread spills, once a tile, are little beside the megabytes that the tile's products read.
+#   sm_80 (A100): 163 KiB a block. mma.sync keeps operands in registers too, so 128 x 256 would be at their limit.
+#   sm_90 (H100, H200): 227 KiB. wgmma reads operands from shared memory; 48 KiB a stage, 4 stages 192 KiB.
+#   sm_100 (B200): 227 KiB, accumulators in tensor memory until a tile is done; otherwise as sm_90.
+#   others (sm_86, sm_89 and sm_120 have 99 KiB, sm_75 64): 16 KiB a stage, 3 stages at most 48 KiB.
 # fp32 products don't use matrix units (they would round to tf32): small blocks, registers are what is short.
 BLOCKS = {
     (8, 0): Blocks(128, 128, 64, warps=8, stages=4),
@@ -43,11 +38,10 @@ BLOCKS = {
 }
 OTHER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3)
 FP32_BLOCKS = Blocks(64, 64, 32, warps=4, stages=3)
-# A soft-cap's slope is a second number for each logit: 128 x 256 would spill 850 to 970 bytes,
-# 128 x 128 spills at most 190.
+# A soft-cap's slope is a second number for each logit, which 128 x 256 has no registers for.
 SOFTCAP_BLOCKS = Blocks(128, 128, 64, warps=8, stages=4)
-# A width that is no multiple of the block's has to be masked. Then nothing is copied to shared memory ahead of time:
-# operands and their addresses are in registers, and the blocks above spill up to 1,650 bytes, these none.
+# A width that is no multiple of the block's has to be masked. Then nothing is copied to shared memory ahead of time,
+# and operands and their addresses are in registers: smaller blocks, which spill none.
 ODD_WIDTH_BLOCKS = Blocks(64, 128, 32, warps=8, stages=3)
 
 

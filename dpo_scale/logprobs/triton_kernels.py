@@ -210,7 +210,7 @@ def combine_kernel(
     STORE_WEIGHTS: tl.constexpr, LIMIT: tl.constexpr, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Fold the runs of each token: out [8, S], see `triton_logps.Statistics`; BLOCK_RUNS >= runs."""
+    """Fold the runs of each token: out [8, S], see `triton_logps.KernelStatistics`; BLOCK_RUNS >= runs."""
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     run = tl.arange(0, BLOCK_RUNS)
     is_token = rows < tokens

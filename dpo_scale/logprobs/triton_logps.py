@@ -24,7 +24,7 @@ Every sum has a fixed order: two calls give the same bits. Under TRITON_INTERPRE
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import triton_kernels as kernels
+from dpo_scale.logprobs.tiles import put_at_targets, requires_gradient, runs, target_gradient
 from dpo_scale.logprobs.triton_blocks import Blocks, default_blocks
 
 # Whether Triton was told, before it was imported, to run kernels in its interpreter: on CPU tensors, slowly.
@@ -69,13 +70,13 @@ def triton_token_logps(
     blocks: instead of the ones chosen for the device. memory_bytes: see `MEMORY_BYTES`.
     """
     head = TritonHead(hidden, head_weight, bias, logit_scale, softcap, blocks, memory_bytes)
-    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head_weight, bias)]
+    trained = requires_gradient(hidden, head_weight, bias)
     logps, *extras = _TritonTokenLogps.apply(hidden, head_weight, bias, targets, head, tuple(by_products), trained)
     return logps, dict(zip(by_products, extras, strict=True))
 
 
 @dataclass(frozen=True)
-class Statistics:
+class KernelStatistics:
     """The rows of `combine_kernel`'s result, fp32 [S] each.
 
     total is the sum of exp2(l - anchor) over logits and an anchor in units of log 2: that of stored weights if there
@@ -95,9 +96,8 @@ class Statistics:
         return self.target_logit >= self.peak if name == "argmax_is_target" else getattr(self, name)
 
     def target_gradient(self, softcap: float | None) -> Tensor:
-        """dlogp/dl_t dl_t/dz = (1 - p_t) dl_t/dz."""
-        gradient = -torch.expm1(self.logps)
-        return gradient if softcap is None else gradient * (1.0 - (self.target_logit / softcap).square())
+        """dlogp/dz at the target, see `tiles.target_gradient`."""
+        return target_gradient(self.logps, self.target_logit, softcap)
 
 
 class TritonHead:
@@ -145,7 +145,7 @@ class TritonHead:
         targets: Tensor,
         by_products: Sequence[str] = (),
         tile: Tensor | None = None,
-    ) -> Statistics:
+    ) -> KernelStatistics:
         """One pass over the logits.
 
         Args:
@@ -155,12 +155,12 @@ class TritonHead:
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         options = {"ENTROPY": "entropy" in by_products, "SUM_P2": "log_sum_p2" in by_products}
         flags = {name: self._meta[name] for name in ("HAS_BIAS", "SOFTCAP")}
-        blocks, tiles = _ceil(tokens, self.blocks.tokens), _ceil(vocabulary, self.blocks.vocabulary)
-        tiles_per_run = _ceil(tiles, MAX_RUNS)
-        runs = _ceil(tiles, tiles_per_run)
-        partials = hidden.new_empty((3 + 2 * bool(by_products), runs, tokens), dtype=torch.float32)
+        blocks, tiles = triton.cdiv(tokens, self.blocks.tokens), triton.cdiv(vocabulary, self.blocks.vocabulary)
+        tiles_per_run = triton.cdiv(tiles, MAX_RUNS)
+        num_runs = triton.cdiv(tiles, tiles_per_run)
+        partials = hidden.new_empty((3 + 2 * bool(by_products), num_runs, tokens), dtype=torch.float32)
         out = hidden.new_empty((8, tokens), dtype=torch.float32)
-        found = Statistics(*out)
+        found = KernelStatistics(*out)
         if tokens == 0:
             return found
         operands = hidden, weight, weight if bias is None else bias, targets
@@ -173,22 +173,22 @@ class TritonHead:
         # 2^-14: there the target is put at 2^14, so that what is 2^-28 as likely keeps its digits.
         headroom, limit = (14, 15) if hidden.dtype == torch.float16 else (0, 48)
         storing = {"STORE_WEIGHTS": tile is not None, "LIMIT": limit}
-        with _on(hidden.device):
+        with current_device(hidden.device):
             if tile is not None:
                 kernels.reference_kernel[(tokens,)](
                     *operands, reference, self.width, *layout, HEADROOM=headroom, BLOCK_H=512, **flags
                 )
-            kernels.forward_kernel[(blocks * runs,)](
+            kernels.forward_kernel[(blocks * num_runs,)](
                 *operands, reference, partials, target_tile, shifts,
-                tokens, vocabulary, self.width, runs, tiles_per_run, stored, target_tile.stride(0), *layout,
+                tokens, vocabulary, self.width, num_runs, tiles_per_run, stored, target_tile.stride(0), *layout,
                 **storing, **options, **self._meta,
             )  # fmt: skip
-            kernels.combine_kernel[(_ceil(tokens, 16),)](
-                partials, reference, out, tokens, runs, LN2,
-                BLOCK_S=16, BLOCK_RUNS=triton.next_power_of_2(runs), **storing, **options,
+            kernels.combine_kernel[(triton.cdiv(tokens, 16),)](
+                partials, reference, out, tokens, num_runs, LN2,
+                BLOCK_S=16, BLOCK_RUNS=triton.next_power_of_2(num_runs), **storing, **options,
             )  # fmt: skip
             if tile is not None:
-                kernels.rescale_kernel[(_ceil(tokens, 32), stored)](
+                kernels.rescale_kernel[(triton.cdiv(tokens, 32), stored)](
                     tile, shifts, reference, found.anchor, tokens, tile.stride(0),
                     BLOCK_S=32, BLOCK_V=self.blocks.vocabulary,
                 )  # fmt: skip
@@ -205,11 +205,11 @@ class TritonHead:
     @property
     def _step(self) -> int:
         """What a tile's columns are a multiple of, unless all of them fit: whole blocks, and no thin products."""
-        return self.blocks.vocabulary * _ceil(1024, self.blocks.vocabulary)
+        return self.blocks.vocabulary * triton.cdiv(1024, self.blocks.vocabulary)
 
     def columns(self, vocabulary: int) -> int:
         """All columns, in whole blocks."""
-        return _ceil(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary
+        return triton.cdiv(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary
 
     def direction(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, by_products: Sequence[str]
@@ -224,7 +224,7 @@ class TritonHead:
         rows = max(self.blocks.tokens, fitting // self.blocks.tokens * self.blocks.tokens)
         tile = hidden.new_empty((min(rows, tokens), columns))
         parts = []
-        for run in list(_runs(tokens, rows)) or [slice(0, 0)]:
+        for run in list(runs(tokens, rows)) or [slice(0, 0)]:
             part, here = hidden[run], tile[: min(rows, tokens - run.start)]
             found = self.statistics(part, weight, bias, targets[run], by_products, here)
             others = product(here[:, :vocabulary], weight).div_(-found.total.unsqueeze(1))
@@ -248,16 +248,17 @@ class TritonHead:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, in fp32, and of weight and bias in their own dtypes; None for those not needed.
 
-        upstream, target_gradient: fp32 [S], of the log-probs, and `Statistics.target_gradient`.
-        kept: the tile that `statistics` filled and `Statistics.total`; its columns become d in place.
+        upstream, target_gradient: fp32 [S], of the log-probs, and `KernelStatistics.target_gradient`.
+        kept: the tile that `statistics` filled and `KernelStatistics.total`; its columns become d in place.
         """
         needs_hidden, needs_weight, needs_bias = needs
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         upstream = upstream.float() * self.logit_scale
-        vectors = (logsumexp, upstream, upstream * target_gradient)
+        at_target = upstream * target_gradient
         hidden_sum = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
+        make = torch.empty_like if tokens else torch.zeros_like
+        grad_weight = make(weight) if needs_weight else None
+        grad_bias = make(bias) if needs_bias and bias is not None else None
         if kept is not None:  # d of the columns after these takes their place
             tile, rows, columns = kept[0].view(-1), tokens, kept[0].shape[1]
         else:
@@ -271,17 +272,15 @@ class TritonHead:
             span = slice(first, min(first + columns, vocabulary))
             weight_sum: Tensor | None = None
             bias_sum: Tensor | None = None
-            for index, run in enumerate(_runs(tokens, rows)):
+            for index, run in enumerate(runs(tokens, rows)):
                 part = hidden[run]
-                own = tuple(v[run] for v in vectors)
                 d = tile[: part.shape[0] * columns].view(part.shape[0], columns)
                 if kept is not None and first == 0:
-                    scale_kept(d, kept[1], targets, *own[1:])
+                    scale_kept(d, kept[1], targets, upstream, at_target)
                     of_bias = d.sum(0, dtype=torch.float32)[: span.stop] if grad_bias is not None else None
                 else:
-                    of_bias = self.logit_gradient(
-                        part, weight, bias, targets[run], *own, d, span, grad_bias is not None
-                    )
+                    vectors = targets[run], logsumexp[run], upstream[run], at_target[run]
+                    of_bias = self.logit_gradient(part, weight, bias, *vectors, d, span, grad_bias is not None)
                 d = d[:, : span.stop - span.start]
                 if hidden_sum is not None:
                     product(d, weight[span], hidden_sum[run], add=first > 0)
@@ -295,10 +294,6 @@ class TritonHead:
                 grad_weight[span] = weight_sum
             if grad_bias is not None and bias_sum is not None:
                 grad_bias[span] = bias_sum
-        if tokens == 0:
-            for gradient in (grad_weight, grad_bias):
-                if gradient is not None:
-                    gradient.zero_()
         return hidden_sum, grad_weight, grad_bias
 
     def logit_gradient(
@@ -315,10 +310,10 @@ class TritonHead:
         bias_gradient: bool,
     ) -> Tensor | None:
         """Fill the tile with d of these vocabulary columns; their sums over tokens, fp32, if asked for."""
-        columns, blocks = span.stop - span.start, _ceil(hidden.shape[0], self.blocks.tokens)
+        columns, blocks = span.stop - span.start, triton.cdiv(hidden.shape[0], self.blocks.tokens)
         partials = tile.new_empty((blocks, columns) if bias_gradient else 1, dtype=torch.float32)
-        with _on(hidden.device):
-            kernels.gradient_kernel[(blocks * _ceil(columns, self.blocks.vocabulary),)](
+        with current_device(hidden.device):
+            kernels.gradient_kernel[(blocks * triton.cdiv(columns, self.blocks.vocabulary),)](
                 hidden, weight, weight if bias is None else bias, targets, logsumexp, upstream, at_target, tile,
                 partials, hidden.shape[0], span.start, span.stop, self.width, tile.stride(0),
                 *hidden.stride(), *weight.stride(), *self._factors, LOG2E,
@@ -381,24 +376,17 @@ class _TritonTokenLogps(torch.autograd.Function):
 def scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, at_target: Tensor) -> None:
     """Turn soft-max weights of all tokens and the first columns into d, in place."""
     tile.mul_((-upstream / total).unsqueeze(1))
-    column = targets.clamp(max=tile.shape[1] - 1).unsqueeze(1)
-    # one column a row, so read and written without the clash that would make a scattered sum's order matter
-    value = torch.where(
-        (targets < tile.shape[1]).unsqueeze(1), at_target.unsqueeze(1).to(tile.dtype), tile.gather(1, column)
-    )
-    tile.scatter_(1, column, value)
+    put_at_targets(tile, targets, slice(0, tile.shape[1]), at_target)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """left @ right in fp32, into out if given, on top of what is there with add."""
-    if left.is_cuda and left.dtype != torch.float32:
-        if add:
-            return torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
-        if out is None:
-            return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.mm(left, right, out_dtype=torch.float32, out=out)
-    left, right = left.float(), right.float()
-    return torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    options: dict[str, Any] = {"out_dtype": torch.float32} if left.is_cuda and left.dtype != torch.float32 else {}
+    if not options:
+        left, right = left.float(), right.float()
+    if out is None:
+        return torch.mm(left, right, **options)
+    return torch.addmm(out, left, right, **options, out=out) if add else torch.mm(left, right, **options, out=out)
 
 
 def product_in_place(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -409,14 +397,6 @@ def product_in_place(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.copy_(product(left, right))
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _ceil(total: int, size: int) -> int:
-    return -(-total // size)
-
-
-def _runs(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, max(1, size)))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_scale.logprobs.pair_loss import MAX_ROUNDINGS, Job, chunks
+from dpo_scale.logprobs.pair_loss import Gradients, Job, chunks
 from dpo_scale.logprobs.triton_logps import MEMORY_BYTES, TritonHead, product, product_in_place, scale_kept
 
 
@@ -37,7 +37,7 @@ class TritonJob(Job):
         rows = max(1, min(tokens, self.memory_bytes // (columns * hidden.element_size())))
         tile = hidden.new_empty((rows, columns))
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=torch.float32)
-        gradients = _Gradients(hidden, weight, bias, self.trained, roundings=1 + tokens // rows)
+        gradients = Gradients(hidden, weight, bias, self.trained, 1 + tokens // rows, torch.float32)
         for pairs, chunk in chunks(self.pair_loss.scored_tokens, rows, rows):
             part, targets = hidden[chunk], self.targets[chunk].contiguous()
             held = min(rows, len(targets))
@@ -47,42 +47,29 @@ class TritonJob(Job):
             gradient = self.token_gradient(torch.cat([first.logps, rest.logps]), sums, pairs, chunk) * self.logit_scale
             of_target = torch.cat([found.target_gradient(self.softcap) for found in (first, rest)]) * gradient
             scale_kept(tile[:held], first.total, targets[:held], gradient[:held], of_target[:held])
-            gradients.add(tile[:held, :vocabulary], part[:held], weight, chunk.start)
+            _add(gradients, tile[:held, :vocabulary], part[:held], weight, chunk.start)
             for start in range(held, len(targets), rows):
                 run = slice(start, min(start + rows, len(targets)))
                 logsumexp, d = rest.logsumexp[start - held : run.stop - held], tile[: run.stop - start]
                 inputs = part[run], weight, bias, targets[run], logsumexp, gradient[run], of_target[run]
                 head.logit_gradient(*inputs, d, slice(0, vocabulary), bias_gradient=False)
-                gradients.add(d[:, :vocabulary], part[run], weight, chunk.start + start)
-        return sums, [gradients.hidden, gradients.weight, gradients.bias]
+                _add(gradients, d[:, :vocabulary], part[run], weight, chunk.start + start)
+        return sums, gradients.all()
 
 
-class _Gradients:
-    """Sums over chunks; the weight's in its own dtype, with a rounding a chunk, unless those would be many."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: list[bool], roundings: int
-    ) -> None:
-        summed = torch.float32 if roundings > MAX_ROUNDINGS else weight.dtype
-        self.hidden = torch.empty_like(hidden) if trained[0] else None
-        make = torch.empty_like if hidden.shape[0] else torch.zeros_like
-        self.weight = make(weight, dtype=summed) if trained[1] else None
-        self.bias = torch.zeros_like(bias, dtype=torch.float32) if trained[2] and bias is not None else None
-        self._is_empty = True
-
-    def add(self, d: Tensor, hidden: Tensor, weight: Tensor, start: int) -> None:
-        """Add what d [s, V] gives, which is of tokens start, start + 1, ... with these hidden states."""
-        if not len(d):
-            return
-        if self.hidden is not None:
-            self.hidden[start : start + len(d)] = product(d, weight)
-        if self.weight is not None:
-            if self.weight.dtype == torch.float32:
-                product(d.t(), hidden, self.weight, add=not self._is_empty)
-            elif self._is_empty:
-                product_in_place(d.t(), hidden, self.weight)
-            else:
-                self.weight.addmm_(d.t(), hidden)
-        if self.bias is not None:
-            self.bias += d.sum(0, dtype=torch.float32)
-        self._is_empty = False
+def _add(to: Gradients, d: Tensor, hidden: Tensor, weight: Tensor, start: int) -> None:
+    """Add what d [s, V] gives, which is of tokens start, start + 1, ... with these hidden states."""
+    if not len(d):
+        return
+    if to.hidden is not None:
+        to.hidden[start : start + len(d)] = product(d, weight)
+    if to.weight is not None:
+        if to.weight.dtype == torch.float32:
+            product(d.t(), hidden, to.weight, add=not to.is_empty)
+        elif to.is_empty:
+            product_in_place(d.t(), hidden, to.weight)
+        else:
+            to.weight.addmm_(d.t(), hidden)
+    if to.bias is not None:
+        to.bias += d.sum(0, dtype=torch.float32)
+    to.is_empty = False

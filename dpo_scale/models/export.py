@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -21,12 +21,17 @@ from dpo_scale.models.scorer import causal_lm
 from dpo_scale.progress import noting_activity
 from dpo_scale.settings.tree import Config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MODEL_DIR = "model"
 _WRAPPER_PREFIX = "model."  # the name under which PairScorer holds the Hugging Face model
 MAX_SHARD_SIZE = "5GB"
 
 
-def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, results: dict[str, Any]) -> Path:
+def export_model(
+    policy: Any, tokenizer: PreTrainedTokenizerBase, config: Config, run_dir: Path, results: dict[str, Any]
+) -> Path:
     """Write `model/`, which `AutoModelForCausalLM.from_pretrained` loads. Every rank must call it.
 
     With LoRA it is the whole model with the adapter merged in or, if not `lora.merge`, the adapter alone, in peft's
@@ -57,7 +62,12 @@ def export_model(policy: Any, tokenizer: Any, config: Config, run_dir: Path, res
 
 
 def _write_model(
-    model: Any, state: dict[str, Any] | None, tokenizer: Any, config: Config, folder: Path, results: dict[str, Any]
+    model: Any,
+    state: dict[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    folder: Path,
+    results: dict[str, Any],
 ) -> None:
     """Rank 0's part: the folder appears when all of it is on the disk."""
     assert state is not None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dpo_scale import __version__
-from dpo_scale.disk.sealed import damage, describe_files, read_manifest, write_manifest
+from dpo_scale.disk.sealed_folder import damage, describe_files, read_manifest, write_manifest
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path
@@ -27,6 +27,11 @@ def seal_model(folder: Path) -> None:
     about = "Sizes and checksums of this model's files as dpo_scale wrote them. Remove this file if you change them."
     files = describe_files(folder)
     write_manifest(folder / MODEL_MANIFEST, {"about": about, "tool": f"dpo_scale {__version__}"}, files)
+
+
+def looks_like_folder(path: str) -> bool:
+    """Whether a model's path is meant as a folder of this machine; otherwise it is a hub id."""
+    return path.startswith((".", "/", "~")) or Path(path).exists()
 
 
 def check_models(paths: Iterable[str | None]) -> None:

@@ -1,9 +1,8 @@
 """FlexAttention over one row of many sequences: one compiled kernel that skips the blocks nobody attends in.
 
-The mask is a function of document, branch and position ids, so a row of another composition costs no new kernel. Which
-blocks of [128, 128] it leaves empty follows from the smallest and largest ids within each block: no [T, T] mask is
-ever made, and nothing waits for the device. A block counts as full, and is then computed without the mask, only where
-those bounds prove it.
+The mask is a function of document, branch and position ids, so rows of all compositions share one kernel. The smallest
+and largest ids of each block of [128, 128] tell which blocks are empty. No [T, T] mask is ever made, and the host does
+not wait for the device. A block is computed without the mask only where those bounds prove that it is full.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from dpo_scale.data.layout import PROMPT
 from dpo_scale.errors import ModelError
-from dpo_scale.models.attention import AttentionPlan, blockwise_attention, checked_plan
+from dpo_scale.models.attention import AttentionPlan, checked_plan
 
 BLOCK = 128
 
-# Below 128 queries torch would take its kernel for decoding, which has no block size for Llama-3's heads and 33 to 127
-# tokens (NoValidChoicesError, pytorch#185349). Asked for by name, the general kernel serves every length.
+# Below 128 queries torch takes its kernel for decoding, which has no block size for Llama-3's heads and 33 to 127
+# tokens (NoValidChoicesError, pytorch#185349). The general kernel, asked for by name, serves every length.
 KERNEL_OPTIONS = {"BACKEND": "TRITON"}
 # For the usual heads, 64 or 128 wide in 16 bits: what torch chooses spills up to 9 KB of registers a thread (backward,
 # sm_100, Triton 3.6), this at most 0.8 KB on sm_80, sm_90 and sm_100.
@@ -38,26 +37,20 @@ def flex_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # FlexAttention does not support any
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     attention_plan: AttentionPlan | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a row, with the arguments and the result of `blockwise_attention`.
-
-    Layers with dropout, which FlexAttention does not support, are left to `blockwise_attention`.
+    """Attention of a row, with the arguments and the result of `blockwise_attention`, but without dropout.
 
     Raises:
-        ModelError: if a layer would be compiled in more forms than torch allows for one function, or not at all. It
-            would otherwise run unfused, with scores [H, T, T].
+        ModelError: if torch would not compile a layer, or in more forms than it allows for one function. The layer
+            would then run unfused, with scores [H, T, T].
     """
-    if dropout > 0:
-        return blockwise_attention(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window,
-            softcap=softcap, s_aux=s_aux, attention_plan=attention_plan, **others,
-        )  # fmt: skip
+    assert not dropout
     plan = checked_plan(module, attention_mask, sliding_window, attention_plan, others)
     if sliding_window not in plan.block_masks:
         plan.block_masks[sliding_window] = block_mask(plan, sliding_window)
@@ -75,7 +68,7 @@ def _attention(softcap: float | None, scaling: float | None) -> Callable[..., Te
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as plain
 
-    # With dynamic lengths torch makes variables of the floats of a closure too, which kernels do not take.
+    # With dynamic lengths torch makes variables even of a closure's floats, which kernels do not take.
     @torch.compiler.assume_constant_result
     def constants() -> tuple[float | None, float | None]:
         return softcap, scaling
@@ -116,17 +109,17 @@ def _compiled(
 ) -> Callable[..., Tensor]:
     """`_attention`, compiled for rows of any length, once for each kind of layer, with and without gradients.
 
-    torch limits the compiled forms of one function, 8 by default, and counts them by code object, so each function here
-    has its own. One needs a form for 128 tokens and more, one for fewer and one for a single token, each again where
-    only some of query, key and value have gradients (LoRA).
+    torch limits the compiled forms of one function, to 8 by default, and counts them by code object. So each function
+    here has its own. It needs a form for 128 tokens and more, one for fewer and one for a single token, and each again
+    where only some of query, key and value have gradients (LoRA).
     """
     attention = _attention(softcap, scaling)
 
     def compiled_flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Tensor:
         if not torch.compiler.is_compiling():
             raise ModelError(
-                "FlexAttention runs uncompiled, with scores [heads, tokens, tokens]; unset what switches torch.compile "
-                "off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE, a compiler stance), or set "
+                "FlexAttention is not compiled, and would make scores [heads, tokens, tokens]; unset what switches "
+                "torch.compile off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE, a compiler stance), or set "
                 "model.attn_implementation=sdpa"
             )
         return attention(query, key, value, mask, sinks)
@@ -142,7 +135,7 @@ def _call_compiled(compiled: Callable[..., Tensor], arguments: tuple[Any, ...]) 
 
     query, key, value, _, sinks = arguments
     for tensor in (query, key, value) if sinks is None else (query, key, value, sinks):
-        # else a first row as long as there are heads, or as a head is wide, is compiled for that length alone
+        # otherwise a first row as long as there are heads, or as a head is wide, is compiled for that length alone
         mark_static(tensor, 1)
         mark_static(tensor, tensor.ndim - 1)
     try:
@@ -168,7 +161,7 @@ def block_mask(plan: AttentionPlan, window: int | None) -> Any:
         return seen if oldest is None else seen & (position[k] >= oldest[q])
 
     tokens = position.shape[0]
-    # two blocks at the least: a size of one would be compiled apart
+    # at least two blocks: a size of one would be compiled apart
     missing = max(0, 2 - -(-tokens // BLOCK))
     partial, full = (F.pad(blocks, (0, missing, 0, missing)) for blocks in _blocks(plan, window))
     return BlockMask.from_kv_blocks(
@@ -177,10 +170,10 @@ def block_mask(plan: AttentionPlan, window: int | None) -> Any:
 
 
 def _blocks(plan: AttentionPlan, window: int | None) -> tuple[Tensor, Tensor]:
-    """Which blocks may have an allowed pair that the mask must tell, and which are allowed throughout.
+    """Which blocks need the mask, and which are allowed throughout.
 
     Returns:
-        Two bool tensors [query blocks, key blocks]; no block is in both, and those in neither have no allowed pair.
+        Two bool tensors [query blocks, key blocks]. No block is in both; those in neither have no allowed pair.
     """
     document, branch, position = (_bounds(ids) for ids in (plan.document_ids, plan.branch_ids, plan.position_ids))
     tokens, count = plan.document_ids.shape[0], document[0].shape[0]

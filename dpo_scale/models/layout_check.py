@@ -1,11 +1,13 @@
-"""The proof that a layout gives a loaded model the log-probs, and its attention the gradients, of separate sequences.
+"""The check that a layout gives a loaded model the log-probs, and its attention the gradients, of separate sequences.
 
-A few pairs of random tokens go through the model twice: padded, with the model's own attention, and in the layout with
-the back end that is to keep sequences apart. Back ends choose kernels by length, so one row is short and one is longer
-than the blocks that they compute in. Gradients are those of the attention alone, layer by layer, beside those of
-`blockwise_attention` in fp32: a backward pass of the whole model would go through its engine. They are taken at random
-queries, keys and values whose scores have a variance of 1. Where a trained model's attention is nearly all on one key,
-gradients are differences of nearly equal numbers, and rounding is all that is left of them.
+A few pairs of random tokens go through the model twice: padded, with the model's own attention, and in the layout, with
+the back end that is to keep sequences apart. Back ends choose kernels by length. So one row is short, and one is longer
+than the blocks that they compute in.
+
+Gradients are those of the attention alone, layer by layer, beside those of `blockwise_attention` in fp32. A backward
+pass of the whole model would go through its engine. Queries, keys and values are random, with scores of variance 1.
+In a trained model attention may be nearly all on one key; its gradients are then differences of nearly equal numbers,
+of which only rounding is left.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from torch import Tensor
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import Layout, PairBatch, make_batch
 from dpo_scale.distributed import ranks
-from dpo_scale.models.attention import Attention, blockwise_attention, observed, use_attention
+from dpo_scale.errors import first_line
+from dpo_scale.models.attention import blockwise_attention
+from dpo_scale.models.attention_backends import BACKENDS, Attention, observed, use_attention
 
-# Mean difference per token that another order of the same sums may cause on random tokens, which models find far
-# less likely than text. Deep models in 16 bits may come to more; so several times what padding alone changes is allowed
-# too, up to a limit: sequences that see each other differ by tenths and more.
+# Mean difference per token that another order of the same sums may cause. Random tokens are far less likely than text,
+# and deep models in 16 bits may differ by more. So several times what padding alone changes is allowed too, up to a
+# limit: sequences that see each other differ by tenths and more.
 _ALLOWED_PER_TOKEN = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 _TIMES_PADDING, _MOST_ALLOWED = 4.0, 0.3
-# Norm of a gradient's error by its own norm. Rounding of 16 bits comes to a few thousandths; a key too many to tenths.
+# Norm of a gradient's error, by its own norm. 16 bits round by a few thousandths; one key too many makes tenths.
 _ALLOWED_IN_GRADIENT = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 # Tokens of prompt, chosen and rejected. The second row is longer than FlexAttention's blocks of 128, and so is one of
 # its documents, with its branches in different blocks.
@@ -35,10 +39,9 @@ _ROWS = [[(9, 7, 5), (1, 4, 8)], [(120, 30, 40), (40, 3, 20), (1, 30, 2)]]
 
 @torch.no_grad()
 def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: str) -> str | None:
-    """Why a layout does not give a model the log-probs that separate sequences have; None if it does.
+    """Why a layout does not give a model the log-probs of separate sequences; None if it does.
 
-    Every rank calls it, and all get the same answer: a failure on one is a failure on all. The back end is left in
-    place.
+    Every rank calls it and gets the same answer: a failure on one is a failure on all. The back end stays in place.
 
     Args:
         scorer: an engine around a `PairScorer`, at any stage; gradients are checked if it is in training mode.
@@ -75,8 +78,8 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
 class _Watcher:
     """Stands between a model and its attention: keeps what a back end raises, and compares its gradients.
 
-    A layer whose attention raised goes on with zeros, so that all ranks of a sharded model take part in the same
-    collectives up to the end of the pass, whichever of them it fails on.
+    A layer whose attention raised goes on with zeros. So all ranks of a sharded model take part in the same collectives
+    up to the end of the pass.
     """
 
     def __init__(self, *, gradients: bool) -> None:
@@ -85,19 +88,20 @@ class _Watcher:
         self._gradients, self._compared = gradients, set[Any]()
 
     def __call__(
-        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+        self, backend: str, function: Attention, module: Any, *inputs: Any, **settings: Any
     ) -> tuple[Tensor, None]:
         try:
-            output = function(module, query, key, value, mask, **settings)
-            if self._gradients and function is not blockwise_attention:
-                self._compare(function, module, query, key, value, mask, **settings)
+            output = function(module, *inputs, **settings)
+            if self._gradients and BACKENDS[backend].attend is not blockwise_attention:
+                self._compare(function, module, *inputs, settings)
             return output
         except Exception as error:
             self.raised.append(f"{type(error).__name__}: {first_line(error)}")
+            query, _, value, _ = inputs
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
     def _compare(
-        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+        self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, settings: dict
     ) -> None:
         """Once for each kind of layer and row."""
         kind = (query.shape, key.shape, *(settings.get(name) for name in ("sliding_window", "softcap")))
@@ -128,7 +132,7 @@ def _gradients(
 
 
 def _sizes(text_config: Any) -> tuple[int, int]:
-    """A model's vocabulary, and the tokens of its longest sequence; positions may be a table that ends there."""
+    """A model's vocabulary, and the tokens of its longest sequence, where its table of positions may end."""
     return text_config.vocab_size, getattr(text_config, "max_position_embeddings", None) or 2**31
 
 
@@ -138,9 +142,3 @@ def _random_pairs(sizes: list[tuple[int, int, int]], vocabulary: int, longest: i
     shares = min(1.0, longest / max(prompt + max(completions) for prompt, *completions in sizes))
     of_pairs = [[max(1, int(n * shares)) for n in of_pair] for of_pair in sizes]
     return [Pair(*(draw.integers(0, vocabulary, n) for n in of_pair), b"", i) for i, of_pair in enumerate(of_pairs)]
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message; its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

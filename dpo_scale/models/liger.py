@@ -18,13 +18,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.settings.tree import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _PARTS = {"rms_norm": "RMSNorm", "rope": "rotary embedding", "swiglu": "SwiGLU"}  # by the names of Liger's switches
 # Mean difference of hidden states, relative to their mean size, that another order of roundings may cause in many
@@ -33,7 +36,7 @@ _ALLOWED = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def choose_liger(
-    settings: ModelSettings, device_type: str, model_configs: Callable[[], Sequence[Any]]
+    settings: ModelSettings, device_type: str, model_configs: Callable[[], Sequence[PreTrainedConfig]]
 ) -> tuple[bool, str]:
     """Whether a run's models take Liger's kernels, and the reason, in words for the log.
 
@@ -53,7 +56,9 @@ def choose_liger(
     return False, against
 
 
-def _why_not(settings: ModelSettings, device_type: str, model_configs: Callable[[], Sequence[Any]]) -> str | None:
+def _why_not(
+    settings: ModelSettings, device_type: str, model_configs: Callable[[], Sequence[PreTrainedConfig]]
+) -> str | None:
     if device_type != "cuda":
         return f"Liger's kernels are for a CUDA device, this one is a {device_type}"
     if settings.compile:

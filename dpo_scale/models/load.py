@@ -10,26 +10,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.distributed import engine, ranks
-from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.errors import ConfigError, ModelError, first_line
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
 from dpo_scale.models.activations import compile_layers, enable_checkpointing
 from dpo_scale.models.builtin import resolve_model_path
-from dpo_scale.models.files import check_models
-from dpo_scale.models.layout_check import first_line
-from dpo_scale.models.layouts import OWN_NAMES, LayoutChoice, choose_layout, install_attention, prove_layout
+from dpo_scale.models.files import check_models, looks_like_folder
+from dpo_scale.models.layout_choice import (
+    LayoutChoice,
+    choose_layout,
+    install_attention,
+    prove_layout,
+    transformers_has,
+)
 from dpo_scale.models.liger import choose_liger, take_kernels
 from dpo_scale.models.scorer import PairScorer, causal_lm, check_head
 from dpo_scale.models.zero3 import limit_gathers, make_leaves
 from dpo_scale.progress import patience
 from dpo_scale.settings.deepspeed import MAX_LIVE, policy_deepspeed_config, reference_deepspeed_config
 from dpo_scale.settings.tree import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def check_logprobs(config: Config) -> None:
@@ -59,13 +68,14 @@ def check_liger(config: Config) -> None:
 
 def uses_liger(config: Config) -> tuple[bool, str]:
     """Whether policy and reference, which are alike in that, take Liger's kernels, and why."""
+    return choose_liger(config.model, ranks.device().type, lambda: _model_configs(config))
 
-    def model_configs() -> list[Any]:
-        code = config.model.trust_remote_code
-        sources = dict.fromkeys((policy_source(config), reference_source(config)))
-        return [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
 
-    return choose_liger(config.model, ranks.device().type, model_configs)
+def _model_configs(config: Config) -> list[PreTrainedConfig]:
+    """The transformers configs of policy and reference; one where they are the same model."""
+    code = config.model.trust_remote_code
+    sources = dict.fromkeys((policy_source(config), reference_source(config)))
+    return [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ def reference_source(config: Config) -> ModelSource:
     return source
 
 
-def load_model_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_model_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The transformers config of a folder or hub id.
 
     Raises:
@@ -103,8 +113,7 @@ def load_model_config(path: str, *, revision: str | None = None, trust_remote_co
     from transformers import AutoConfig
 
     path = resolve_model_path(path)
-    looks_like_folder = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_like_folder and not (Path(path) / "config.json").is_file():
+    if looks_like_folder(path) and not (Path(path) / "config.json").is_file():
         if (Path(path) / lora.ADAPTER_CONFIG).is_file():
             raise ModelError(f"{path}: an adapter; name it as lora.adapter, and the model it belongs on as model.path")
         raise ModelError(f"{path}: no config.json there; expected a Hugging Face model folder")
@@ -126,8 +135,8 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     disable_dropout: bool = True,
-) -> torch.nn.Module:
-    """A causal LM with its weights in `dtype` ("float32", "bfloat16", "float16").
+) -> Any:
+    """A transformers causal LM with its weights in `dtype` ("float32", "bfloat16", "float16").
 
     Raises:
         ModelError: if the folder lacks weights for some of the model, or has none that can be read.
@@ -138,7 +147,7 @@ def load_causal_lm(
     config = load_model_config(path, revision=revision, trust_remote_code=trust_remote_code)
     original_dropout = switch_off_dropout(config) if disable_dropout else {}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             revision=revision,
@@ -150,6 +159,7 @@ def load_causal_lm(
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{path}: its weights cannot be loaded: {first_line(error)}") from None
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -161,7 +171,7 @@ def load_causal_lm(
     return model
 
 
-def switch_off_dropout(config: Any) -> dict[str, float]:
+def switch_off_dropout(config: PreTrainedConfig) -> dict[str, float]:
     """Set every dropout probability of a transformers config to 0; returns those that were not."""
     text = config.get_text_config()
     found = {
@@ -185,21 +195,19 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
     deepspeed_config = policy_deepspeed_config(config, micro_steps, ranks.device().type)
     if config.deepspeed.bf16_optimizer_states:
         ranks.log(lost_updates(config.train.learning_rate, config.train.adam_beta2))
-    source, adapters = policy_source(config), config.lora
     reference_adapter = reference_source(config).adapter if config.reference.mode == "adapter" else None
-    for path in (source.adapter, reference_adapter):
-        if path is not None:
-            lora.read_adapter_config(path)  # before the base's weights are read
-    model = _load_for(config, source, deepspeed_config, choice)
-    if adapters.enabled:
-        model = lora.add_adapter(model, adapters, config.train.seed)
+    if reference_adapter is not None:
+        lora.read_adapter_config(reference_adapter)  # before the base's weights are read
+    model = _load_for(config, policy_source(config), deepspeed_config, choice)
+    if config.lora.enabled:
+        model = lora.add_adapter(model, config.lora, config.train.seed)
         if reference_adapter is not None:
             lora.add_reference_adapter(model, reference_adapter)
         ranks.log(lora.describe(model))
     if config.model.gradient_checkpointing:
         enable_checkpointing(causal_lm(model), offload=offloads_checkpoints(config))
-    _prepare_layers(model, config, deepspeed_config, "policy")
-    scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
+    prepare_layers(model, config, deepspeed_config, "policy")
+    scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
     prove_layout(choice, policy, config.model.dtype)
@@ -209,8 +217,8 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
 def lost_updates(learning_rate: float, beta2: float) -> str:
     """What bf16 optimizer states cost, in numbers, for the log.
 
-    bf16 has 8 significant bits, so the neighbours of a weight w are |w| / 256 to |w| / 128 away, and what is added is
-    lost if it is less than half of that. Adam's step is about the learning rate, at most.
+    bf16 has 8 significant bits, so the neighbours of a weight w are |w| / 256 to |w| / 128 away. An update of less than
+    half of that is lost. Adam's is at most about the learning rate.
     """
     stuck = (
         f"; Adam's second moments can grow but not decay, as 1 - beta2 is below 1/512 (adam_beta2 = {beta2:g})"
@@ -226,10 +234,10 @@ def lost_updates(learning_rate: float, beta2: float) -> str:
 
 def offloads_checkpoints(config: Config) -> bool:
     """Whether checkpoints are kept on the host; on a CPU they are there anyway."""
-    if config.model.gradient_checkpointing_offload and ranks.device().type == "cpu":
+    offload = config.model.gradient_checkpointing_offload
+    if offload and ranks.device().type == "cpu":
         ranks.log("model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already")
-        return False
-    return config.model.gradient_checkpointing_offload
+    return offload and ranks.device().type != "cpu"
 
 
 def load_reference(config: Config, choice: LayoutChoice | None = None, beside: Sequence[Any] = ()) -> Any:
@@ -249,56 +257,60 @@ def load_scoring_model(
     """
     choice = choice or resolve_layout(config)
     deepspeed_config = reference_deepspeed_config(config, ranks.device().type)
-    if source.adapter is not None:
-        lora.read_adapter_config(source.adapter)
     model = _load_for(config, source, deepspeed_config, choice)
     if source.adapter is not None:
         model = lora.wear_adapter(model, source.adapter)
-    _prepare_layers(model, config, deepspeed_config, "reference")
-    scorer = PairScorer(model, config.logprobs.implementation, config.data.layout)
+    prepare_layers(model, config, deepspeed_config, "reference")
+    scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout)
     reference = engine.initialize_reference(scorer, deepspeed_config)
     prove_layout(choice, reference, config.model.dtype, beside)
     return reference
 
 
-def _load_for(
-    config: Config, source: ModelSource, deepspeed_config: dict[str, Any], choice: LayoutChoice
-) -> torch.nn.Module:
+def _load_for(config: Config, source: ModelSource, deepspeed_config: dict[str, Any], choice: LayoutChoice) -> nn.Module:
+    """The causal LM of a source, on the device or in ZeRO-3 shards, with Liger's kernels and the choice's attention."""
+    if source.adapter is not None:
+        lora.read_adapter_config(source.adapter)  # before the base's weights are read
+    sharded = deepspeed_config["zero_optimization"]["stage"] == 3
     asked = config.model.attn_implementation
     with engine.partitioned_loading(deepspeed_config):
         model = load_causal_lm(
             source.path,
             dtype=config.model.dtype,
             revision=source.revision,
-            attn_implementation=None if asked in OWN_NAMES else asked,
+            attn_implementation=asked if transformers_has(asked) else None,
             trust_remote_code=config.model.trust_remote_code,
             disable_dropout=config.model.disable_dropout,
         )
-    if deepspeed_config["zero_optimization"]["stage"] != 3:
+    if not sharded:
         model.to(ranks.device())
         check_head(model)
     if uses_liger(config)[0]:
-        take_kernels(model, check=deepspeed_config["zero_optimization"]["stage"] != 3)
+        take_kernels(model, check=not sharded)
     install_attention(model, choice.option)
     return model
 
 
-def _prepare_layers(model: Any, config: Config, deepspeed_config: dict[str, Any], role: str) -> None:
-    """Have a model's layers gathered at stage 3 and compiled as the config says; policy and reference alike."""
-    model, zero = causal_lm(model), deepspeed_config["zero_optimization"]
-    in_hooks = zero["stage"] == 3
-    if in_hooks:
-        leaves, reason = make_leaves(model, int(zero.get(MAX_LIVE, 1e9)))
+def prepare_layers(model: nn.Module, config: Config, deepspeed_config: dict[str, Any], role: str) -> None:
+    """Make a model ready for its engine: its layers gathered one by one at ZeRO stage 3, and compiled if asked for.
+
+    Raises:
+        ModelError: if they are to be compiled but cannot be gathered so.
+    """
+    whole, zero = causal_lm(model), deepspeed_config["zero_optimization"]
+    sharded = zero["stage"] == 3
+    if sharded:
+        leaves, reason = make_leaves(whole, int(zero.get(MAX_LIVE, 1e9)))
         ranks.log(f"ZeRO-3 gathers the {role} by {'layers' if leaves else 'submodules'}: {reason}")
         if config.model.compile and not leaves:
             raise ModelError(f"model.compile with ZeRO stage 3 needs weights gathered by layers: {reason}")
         if ranks.device().type != "cpu":
-            limit_gathers(model, torch.get_device_module(ranks.device()).Event)
+            limit_gathers(whole, torch.get_device_module(ranks.device()).Event)
     if config.model.compile:
-        compile_layers(model, in_hooks=in_hooks)
+        compile_layers(whole, in_hooks=sharded)
 
 
-def load_tokenizers(config: Config) -> tuple[Any, Any]:
+def load_tokenizers(config: Config) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
     """The policy's tokenizer, checked against the reference's, and the policy's transformers config."""
     model, adapters = config.model, (config.lora.adapter, config.reference.adapter)
     check_models([model.path, model.tokenizer, config.reference.model, *(a for a in adapters if a != "none")])
@@ -325,15 +337,12 @@ def resolve_layout(config: Config) -> LayoutChoice:
     Raises:
         ConfigError: if a layout was asked for by name that the policy or the reference cannot take.
     """
-    code = config.model.trust_remote_code
-    sources = dict.fromkeys((policy_source(config), reference_source(config)))
-    models = [load_model_config(s.path, revision=s.revision, trust_remote_code=code) for s in sources]
-    choice = choose_layout(config, models)
+    choice = choose_layout(config, _model_configs(config))
     ranks.log(choice.option.describe())
     return choice
 
 
-def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
     """Refuse a tokenizer whose ids the model has no embeddings for."""
     size = model_config.get_text_config().vocab_size
     largest = max(tokenizer.get_vocab().values())  # not the number of tokens: ids may have gaps
@@ -344,11 +353,10 @@ def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
         )
 
 
-def check_same_tokenizer(policy: Any, reference: Any, policy_path: str, reference_path: str) -> None:
+def check_same_tokenizer(
+    policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, policy_path: str, reference_path: str
+) -> None:
     """Refuse a reference whose tokenizer would read the same ids as other text.
-
-    Args:
-        policy, reference: transformers tokenizers.
 
     Raises:
         ModelError: naming both and an example of the difference.

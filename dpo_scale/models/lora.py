@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpo_scale.errors import ConfigError, ModelError
+from dpo_scale.errors import ConfigError, ModelError, first_line
 from dpo_scale.models.builtin import resolve_model_path
+from dpo_scale.models.files import looks_like_folder
 from dpo_scale.models.scorer import causal_lm
 
 if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
     from dpo_scale.settings.tree import LoraSettings
 
 POLICY_ADAPTER = "default"  # the name that peft saves without a folder of its own
@@ -32,7 +35,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."  # what peft puts before the names of the model's own weights
 
 
-def read_adapter_config(path: str) -> Any:
+def read_adapter_config(path: str) -> LoraConfig:
     """The peft config of an adapter's folder or hub id, without its weights.
 
     Raises:
@@ -40,13 +43,12 @@ def read_adapter_config(path: str) -> Any:
     """
     from peft import LoraConfig, PeftConfig
 
-    looks_like_folder = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_like_folder and not (Path(path) / ADAPTER_CONFIG).is_file():
+    if looks_like_folder(path) and not (Path(path) / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{path}: no {ADAPTER_CONFIG} there; expected the folder of a LoRA adapter")
     try:
         config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not an adapter that peft can load: {_first_line(error)}") from None
+        raise ModelError(f"{path}: not an adapter that peft can load: {first_line(error)}") from None
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{path}: an adapter of type {config.peft_type}; expected LORA")
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
@@ -57,7 +59,7 @@ def read_adapter_config(path: str) -> Any:
     return config
 
 
-def add_adapter(model: nn.Module, settings: LoraSettings, seed: int) -> Any:
+def add_adapter(model: nn.Module, settings: LoraSettings, seed: int) -> PeftModel:
     """Freeze a causal LM and put the policy's adapter on it: a new one, which changes nothing yet, or a saved one.
 
     Args:
@@ -74,12 +76,14 @@ def add_adapter(model: nn.Module, settings: LoraSettings, seed: int) -> Any:
 
     if settings.adapter is not None:
         return wear_adapter(model, settings.adapter, trainable=True, dropout=settings.dropout)
+    assert settings.r is not None
+    options: dict[str, Any] = {"lora_alpha": settings.alpha}  # peft takes a fraction too, but says int
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
-        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
+        **options,
     )
     # drawn on the host, apart from the run's random state, of which loading uses more or less, as the stage may be
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +91,7 @@ def add_adapter(model: nn.Module, settings: LoraSettings, seed: int) -> Any:
         return _wrapped(model, config, "lora.target_modules")
 
 
-def wear_adapter(model: nn.Module, path: str, *, trainable: bool = False, dropout: float = 0.0) -> Any:
+def wear_adapter(model: nn.Module, path: str, *, trainable: bool = False, dropout: float = 0.0) -> PeftModel:
     """A causal LM with a saved adapter on it, all of it frozen unless `trainable`.
 
     Args:
@@ -114,7 +118,7 @@ def add_reference_adapter(model: Any, path: str) -> None:
     try:
         model.add_adapter(REFERENCE_ADAPTER, config, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError) as error:
-        raise ModelError(f"{path}: does not fit the model: {_first_line(error)}") from None
+        raise ModelError(f"{path}: does not fit the model: {first_line(error)}") from None
     _check_layers(model, REFERENCE_ADAPTER, path)
     _load_weights(model, path, REFERENCE_ADAPTER)
     model.base_model.set_adapter(POLICY_ADAPTER)
@@ -156,7 +160,7 @@ def merged_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, to
         if owner != name and POLICY_ADAPTER in layers[owner].lora_A:
             a, b = (weights[f"{owner}.lora_{side}.{POLICY_ADAPTER}.weight"].float() for side in "AB")
             delta = layers[owner].scaling[POLICY_ADAPTER] * (b @ a)
-            delta = delta.T if layers[owner].fan_in_fan_out else delta
+            delta = delta.T if getattr(layers[owner], "fan_in_fan_out", False) else delta
             tensor = (tensor.float() + delta).to(tensor.dtype).cpu()
         merged[name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")] = tensor
     return merged
@@ -185,7 +189,7 @@ def describe(model: Any) -> str:
     return f"LoRA: {counts[True]:,} weights are trained, {100 * counts[True] / total:.3g} % of {total:,}"
 
 
-def _wrapped(model: nn.Module, config: Any, named: str) -> Any:
+def _wrapped(model: nn.Module, config: LoraConfig, named: str) -> PeftModel:
     from peft import get_peft_model
 
     # GPT-2's layers hold their weights transposed; peft sees that by itself, and says so
@@ -194,7 +198,7 @@ def _wrapped(model: nn.Module, config: Any, named: str) -> Any:
         wrapped = get_peft_model(model, config, adapter_name=POLICY_ADAPTER, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError) as error:
         kind = ConfigError if named.startswith("lora.") else ModelError
-        raise kind(f"{named}: does not fit the model: {_first_line(error)}") from None
+        raise kind(f"{named}: does not fit the model: {first_line(error)}") from None
     _check_layers(wrapped, POLICY_ADAPTER, named)
     return wrapped
 
@@ -225,16 +229,11 @@ def _load_weights(model: Any, path: str, adapter: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        found = set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"), adapter_name=adapter)
+        found: Any = set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"), adapter_name=adapter)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path}: its weights cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"{path}: its weights cannot be loaded: {first_line(error)}") from None
     missing = [name for name in found.missing_keys if f".{adapter}." in name]
     wrong = missing or found.unexpected_keys
     if wrong:
         how = "lacks weights for" if missing else "has weights for other layers than the model's:"
         raise ModelError(f"{path}: the adapter {how} {wrong[0]}; was it trained on another model?")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

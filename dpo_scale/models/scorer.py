@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 from dpo_scale.models.attention import AttentionPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def head_transform(config: Any) -> HeadTransform:
     return HeadTransform(scale, float(cap) if cap else None)
 
 
-def causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: Any) -> Any:
     """The transformers model itself, out of a peft model too; adapters are inside its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -119,7 +122,7 @@ class PairScorer(nn.Module):
                 by_products=by_products,
             )
 
-        head.forward = types.MethodType(score, head)
+        head.forward = types.MethodType(score, head)  # type: ignore[method-assign]
 
     def forward(
         self,
@@ -209,7 +212,7 @@ def _one_sequence_a_row() -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Make sure that backbone, head and the known transform give this model's own logits, before it is wrapped.
 
     An architecture that does something more between hidden states and logits would train on wrong log-probs in
@@ -234,7 +237,7 @@ def check_head(model: nn.Module) -> None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     error = (logits - expected).abs().max().item()
     # both come from the same products; only the order of roundings in the model's dtype may differ
-    allowed = 4 * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())
+    allowed = 4 * torch.finfo(head.weight.dtype).eps * max(1.0, expected.abs().max().item())
     if not error <= allowed:
         raise ModelError(
             f"{type(model).__name__}: its logits are not its head applied to its last hidden state with the scale and "

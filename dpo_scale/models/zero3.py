@@ -62,7 +62,7 @@ def make_leaves(model: Any, max_parameters: int) -> tuple[bool, str]:
     if largest > max_parameters:
         return False, f"{size}, more than stage3_max_live_parameters = {max_parameters:,}"
     for layer in layers:
-        layer._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_modules does to all instances of a class
+        setattr(layer, "_z3_leaf", True)  # noqa: B010 - what deepspeed.utils.set_z3_leaf_modules does to all instances of a class
         _check_first_input(layer)
     if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):  # LoRA, or a reference
         model.enable_input_require_grads()

@@ -86,17 +86,18 @@ def held_out_prompts(config: Config, tokenizer: Any) -> list[tuple[str, list[int
     """Prompts of the first held-out source: what the user said last, and the ids that training saw."""
     from dpo_scale.data.schemas import columns_of, detect_schema, to_preference
     from dpo_scale.data.sources import find_files, parse_record
-    from dpo_scale.data.tokenize import PairTokenizer
+    from dpo_scale.data.tokenize import PairTokenizer, TokenizedPair
 
     encoder = PairTokenizer(tokenizer, config.data)
     source = config.data.for_source(config.data.eval[0])
     rows = [parse_record(content) for file in find_files(source) for _, content in file.records()]
     schema = source.schema if source.schema != "auto" else detect_schema(rows, source)
+    assert schema is not None, "the run has read these rows"
     chosen = [rows[int(share * len(rows))] for share in PROMPT_SHARES]
     preferences = [to_preference(row, columns_of(source, schema), chat=encoder.chat) for row in chosen]
     texts = [p.prompt if isinstance(p.prompt, str) else p.prompt[-1]["content"] for p in preferences]
-    pairs = encoder.tokenize(preferences)
-    return [(text, pair.prompt_ids) for text, pair in zip(texts, pairs, strict=True)]
+    pairs = zip(texts, encoder.tokenize(preferences), strict=True)
+    return [(text, pair.prompt_ids) for text, pair in pairs if isinstance(pair, TokenizedPair)]
 
 
 def greedy_answers(config: Config, path: str, tokenizer: Any, prompts: list[list[int]]) -> list[str]:

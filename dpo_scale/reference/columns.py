@@ -18,9 +18,9 @@ from dpo_scale.data.cache import tokenize_source
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.errors import DataError
-from dpo_scale.reference.exchange import COLUMNS, column_values
 from dpo_scale.reference.protocol import KnownReference
-from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below, merge
+from dpo_scale.reference.store_exchange import COLUMNS, column_values
+from dpo_scale.reference.store_rows import Rows, as_keys, contains, first_not_below, merge
 from dpo_scale.settings.data import DataSettings
 
 

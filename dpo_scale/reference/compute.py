@@ -25,7 +25,7 @@ from dpo_scale.models.scorer import Scorer, host_batch
 from dpo_scale.progress import heartbeat
 from dpo_scale.reference.protocol import KnownReference
 from dpo_scale.reference.store import Book
-from dpo_scale.reference.upkeep import TARGET_SHARD_BYTES, compact_book
+from dpo_scale.reference.store_upkeep import TARGET_SHARD_BYTES, compact_book
 
 # What the composition of a batch alone may change in a log-prob summed over n tokens, divided by sqrt(n): rounding of
 # activations moves each token to either side, so sums drift apart as a random walk does. In bf16 the steps have a
@@ -163,7 +163,6 @@ def verify(
     model: Scorer,
     dataset: PairDataset,
     rows: int,
-    *,
     dtype: str,
     seed: int,
     pad_token_id: int,

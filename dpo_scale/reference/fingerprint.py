@@ -1,99 +1,55 @@
 """Which model a reference value belongs to: a hash of what decides the model's numbers, and of nothing else.
 
-Computed from the safetensors files on disk, not from loaded weights: those may be cast, sharded by ZeRO-3 (and then
-look empty), or on several ranks. Tensors are hashed one by one and put together by name, so it makes no difference how
-they are spread over files or what these are called. Hashing runs at the speed of the disk, and what a file's tensors
-hashed to is remembered with the file's identity, so that it is done once.
+It is computed from the safetensors files on disk. Loaded weights would not do: they may be cast, on several ranks, or
+sharded by ZeRO-3 (and then look empty). Tensors are hashed one by one and put together by name, so it makes no
+difference how they are spread over files or what the files are called. Hashing runs at the speed of the disk, and is
+done once: the hashes of a file's tensors are remembered with the file's identity.
 
-What counts as the same model: equal names, shapes, dtypes and contents of all weights; an equal config, apart from
-entries that don't enter a forward pass; the same model code, if the folder brings its own; the same adapter.
+Two models are the same if they have equal names, shapes, dtypes and contents of all weights, an equal config apart from
+entries that don't enter a forward pass, the same model code if the folder brings its own, and the same adapter.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_scale.disk.atomic import write_atomically
+from safetensors import SafetensorError, safe_open
+
+from dpo_scale.disk.atomic import naming
 from dpo_scale.disk.cache import cache_folder
-from dpo_scale.errors import ModelError, StoreError
+from dpo_scale.disk.signed_json import read_signed, write_signed
+from dpo_scale.errors import ModelError
 from dpo_scale.models.builtin import resolve_model_path
 from dpo_scale.progress import note_activity
 
 FINGERPRINT_VERSION = 1  # raise it when the same model would get another fingerprint
 CHUNK_BYTES = 32 << 20  # of a tensor that one thread hashes at a time; part of the fingerprint's definition
 MAX_THREADS = 16
-# A file may be written again without a change of its time stamp as long as that is younger than the clock's tick.
+# A file may be written again without a change of its time stamp while that is younger than the clock's tick.
 _SETTLED_SECONDS = 2.0
-_MAX_HEADER = 1 << 28
 
-# Entries of config.json that no forward pass of a causal language model in evaluation mode reads, or that say what
-# the weights' own headers say better; besides these, all that begin with an underscore.
-_CONFIG_IGNORED = {
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "prefix",
-    "problem_type",
-    "return_dict",
-    "sep_token_id",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "unk_token_id",
-    "use_cache",
-}
-_ADAPTER_IGNORED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
+# Entries of config.json that no forward pass of a causal language model in evaluation mode reads, or that the weights'
+# own headers state better. Entries that begin with an underscore are ignored too.
+_CONFIG_IGNORED = set(
+    """
+    architectures bos_token_id dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_range
+    label2id output_attentions output_hidden_states pad_token_id prefix problem_type return_dict sep_token_id
+    task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache
+    """.split()
+)
+_ADAPTER_IGNORED = set(
+    "auto_mapping base_model_name_or_path inference_mode peft_version revision runtime_config task_type".split()
+)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class ModelFingerprint:
-    """A model's identity.
-
-    Attributes:
-        digest: 64 hex digits over all of the below.
-        weights, config, code, adapter: digests of the parts, to say which of them differs; code and adapter are
-            empty where there is none.
-        hashed_bytes: read to get here; 0 if all files were known.
-    """
-
-    weights: str
-    config: str
-    code: str = ""
-    adapter: str = ""
-    hashed_bytes: int = field(default=0, compare=False)
-
-    @property
-    def digest(self) -> str:
-        return _digest([FINGERPRINT_VERSION, self.weights, self.config, self.code, self.adapter])
 
 
 def weights_fingerprint(
@@ -111,38 +67,26 @@ def weights_fingerprint(
         revision: of a hub id.
         adapter: folder or hub id of a PEFT adapter on top of it.
         trust_remote_code: the folder may bring its own model code, which then belongs to the fingerprint.
-        cache_dir: where known files are remembered; the project's cache folder if None.
+        cache_dir: where the hashes of known files are remembered; the project's cache folder if None.
 
     Raises:
         ModelError: if there are no safetensors weights, a file is damaged, or one changes while it is read.
     """
-    return fingerprint_parts(
-        path, revision=revision, adapter=adapter, trust_remote_code=trust_remote_code, cache_dir=cache_dir
-    ).digest
+    from dpo_scale.models.load import load_model_config
 
-
-def fingerprint_parts(
-    path: str,
-    *,
-    revision: str | None = None,
-    adapter: str | None = None,
-    trust_remote_code: bool = False,
-    cache_dir: Path | None = None,
-) -> ModelFingerprint:
-    """As `weights_fingerprint`, part by part."""
-    cache = _FileCache(cache_dir or cache_folder() / "fingerprints")
+    known = cache_dir or cache_folder() / "fingerprints"
     folder = resolve_model_path(path)
-    config = _config(folder, revision, trust_remote_code)
-    tensors = _hash_files(_weight_files(folder, revision), cache)
-    weights = _digest(sorted(_canonical_names(tensors, config).items()))
-    code = _model_code(folder, revision) if trust_remote_code else ""
-    adapter_digest = _adapter_digest(adapter, cache) if adapter is not None else ""
-    return ModelFingerprint(
-        weights,
-        _digest(_relevant(config.to_dict(), _CONFIG_IGNORED)),
-        code,
-        adapter_digest,
-        cache.hashed_bytes,
+    # with the defaults of its kind filled in, so that writing them out makes no difference
+    config = load_model_config(folder, revision=revision, trust_remote_code=trust_remote_code)
+    tensors = _hash_files(_weight_files(folder, revision), known)
+    return _digest(
+        [
+            FINGERPRINT_VERSION,
+            _digest(sorted(_canonical_names(tensors, config).items())),
+            _digest(_relevant(config.to_dict(), _CONFIG_IGNORED)),
+            _model_code(folder, revision) if trust_remote_code else "",
+            _adapter_digest(adapter, known) if adapter is not None else "",
+        ]
     )
 
 
@@ -150,31 +94,20 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _config(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The config with the defaults of its kind filled in, so that writing them out makes no difference."""
-    from dpo_scale.models.load import load_model_config
-
-    return load_model_config(folder, revision=revision, trust_remote_code=trust_remote_code)
-
-
 def _relevant(config: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
     """The entries that decide numbers, in nested configs too; dropout is off wherever a reference is computed."""
     return {
         name: _relevant(value, ignored) if isinstance(value, dict) else value
         for name, value in config.items()
-        if name not in ignored
-        and not name.startswith("_")
-        and "dropout" not in name
-        and "pdrop" not in name
-        and value is not None
+        if name not in ignored and value is not None and not re.search("^_|dropout|pdrop", name)
     }
 
 
 def _canonical_names(tensors: dict[str, str], config: Any) -> dict[str, str]:
-    """Digests by the names that the model itself uses, whichever of the ways to save it was taken.
+    """Digests by the names that the model itself uses, however it was saved.
 
-    A backbone may have been saved with or without the prefix that the whole model gives it, and a head that is tied
-    to the embedding may be in the files as well or not.
+    A backbone may have been saved with or without the prefix that the whole model gives it. A head that is tied to the
+    embedding may be in the files or not.
     """
     prefix, tied = _model_names(config)
     names = {name: name.removeprefix(prefix) for name in tensors}
@@ -202,25 +135,22 @@ def _model_names(config: Any) -> tuple[str, dict[str, str]]:
 
 
 def _weight_files(folder: str, revision: str | None) -> list[Path]:
-    single = _find(folder, WEIGHTS, revision)
+    single, index = (_find(folder, name, revision) for name in (WEIGHTS, WEIGHTS_INDEX))
     if single is not None:
         return [single]
-    index = _find(folder, WEIGHTS_INDEX, revision)
     if index is None:
         raise ModelError(
-            f"{folder}: its weights cannot be loaded: neither {WEIGHTS} nor {WEIGHTS_INDEX} there; safetensors are read"
+            f"{folder}: its weights cannot be read: neither {WEIGHTS} nor {WEIGHTS_INDEX} there; expected safetensors"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{index}: cannot be read as an index of weight files") from None
-    files = []
-    for name in names:
-        file = _find(folder, name, revision)
+    files = {name: _find(folder, name, revision) for name in names}
+    for name, file in files.items():
         if file is None:
             raise ModelError(f"{folder}: {name} is missing, which {WEIGHTS_INDEX} names")
-        files.append(file)
-    return files
+    return list(filter(None, files.values()))
 
 
 def _find(folder: str, name: str, revision: str | None) -> Path | None:
@@ -252,7 +182,7 @@ def _model_code(folder: str, revision: str | None) -> str:
     return _digest([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]) if files else ""
 
 
-def _adapter_digest(adapter: str, cache: _FileCache) -> str:
+def _adapter_digest(adapter: str, known: Path) -> str:
     weights, config = (_find(adapter, name, None) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
     if weights is None or config is None:
         raise ModelError(f"{adapter}: expected a PEFT adapter, with {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}")
@@ -262,14 +192,14 @@ def _adapter_digest(adapter: str, cache: _FileCache) -> str:
         raise ModelError(f"{config}: cannot be read as an adapter's config") from None
     # lists of modules are sets, which PEFT writes in any order
     settings = {name: sorted(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
-    return _digest([sorted(_hash_files([weights], cache).items()), settings])
+    return _digest([sorted(_hash_files([weights], known).items()), settings])
 
 
-def _hash_files(files: list[Path], cache: _FileCache) -> dict[str, str]:
+def _hash_files(files: list[Path], known: Path) -> dict[str, str]:
     """Digest of every tensor in the files, by name."""
     tensors: dict[str, str] = {}
     for file in files:
-        of_file = cache.get(file)
+        of_file = _hash_file(file.resolve(), known)
         twice = sorted(tensors.keys() & of_file.keys())
         if twice:
             raise ModelError(f"{file}: has {twice[0]}, which another file of the model has too")
@@ -277,47 +207,28 @@ def _hash_files(files: list[Path], cache: _FileCache) -> dict[str, str]:
     return tensors
 
 
-class _FileCache:
-    """Digests of the tensors of safetensors files, remembered by the file's path, inode, size and times."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self.hashed_bytes = 0
-
-    def get(self, path: Path) -> dict[str, str]:
-        path = path.resolve()
-        before = _identity(path)
-        entry = self._folder / f"{_digest([FINGERPRINT_VERSION, CHUNK_BYTES, before])}.json"
-        known = self._read(entry)
-        if known is not None:
-            return known
-        began = time.time()
-        tensors = hash_tensors(path)
-        if _identity(path) != before:
-            raise ModelError(f"{path}: changed while it was read; is something still writing it?")
-        self.hashed_bytes += before[2]
-        if began - max(before[3], before[4]) / 1e9 > _SETTLED_SECONDS:
-            content = {"file": str(path), "tensors": tensors, "checksum": _digest(tensors)}
-            try:
-                write_atomically(entry, [json.dumps(content, indent=0).encode()])
-            except StoreError as error:
-                raise ModelError(f"{error}; set DPO_SCALE_CACHE to a folder that can") from None
-        return tensors
-
-    def _read(self, entry: Path) -> dict[str, str] | None:
-        try:
-            content = json.loads(entry.read_text(encoding="utf-8"))
-            return content["tensors"] if content["checksum"] == _digest(content["tensors"]) else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # not known yet, or damaged: hashed again either way
+def _hash_file(path: Path, known: Path) -> dict[str, str]:
+    """`hash_tensors`, remembered in the folder `known` by the file's path, inode, size and times."""
+    before = _identity(path)
+    entry = known / f"{_digest([FINGERPRINT_VERSION, CHUNK_BYTES, before])}.json"
+    try:
+        return read_signed(entry)["tensors"]
+    except (OSError, ValueError):
+        pass  # not known yet, or damaged: hashed (again) either way
+    began = time.time()
+    tensors = hash_tensors(path)
+    if _identity(path) != before:
+        raise ModelError(f"{path}: changed while it was read; is something still writing it?")
+    if began - max(before[3], before[4]) / 1e9 > _SETTLED_SECONDS:
+        with naming(known, ModelError, to="written", advice="set DPO_SCALE_CACHE to a folder that can"):
+            write_signed(entry, {"file": str(path), "tensors": tensors})
+    return tensors
 
 
 def _identity(path: Path) -> tuple[str, int, int, int, int]:
     """What changes when a file's content does: the inode if it is replaced, a time stamp if it is overwritten."""
-    try:
+    with naming(path, ModelError, to="read"):
         status = path.stat()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     return str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -328,34 +239,27 @@ def hash_tensors(path: Path) -> dict[str, str]:
         ModelError: if the file is no safetensors file, or is cut off.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with naming(path, ModelError, to="read"), open(path, "rb") as file:
+            with safe_open(path, "np"):  # checks the header, and that the tensors fill the file
+                pass
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            layout: dict[str, tuple[str, list[int], int, int]] = {}
-            for name, entry in header.items():
-                begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-                layout[name] = str(entry["dtype"]), [int(n) for n in entry["shape"]], begin, end
-            if max((end for *_, end in layout.values()), default=8 + length) != size:
-                raise ValueError
-            if any((end - begin > 0) != (math.prod(shape) > 0) for _, shape, begin, end in layout.values()):
-                raise ValueError
-            return _hash_layout(file.fileno(), layout)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+            return _hash_layout(file.fileno(), header, 8 + length)
+    except (SafetensorError, _CutError):
         raise ModelError(f"{path}: not a safetensors file, or not a whole one") from None
 
 
-def _hash_layout(descriptor: int, layout: dict[str, tuple[str, list[int], int, int]]) -> dict[str, str]:
-    chunks = [
-        (name, begin, min(begin + CHUNK_BYTES, end))
-        for name, (_, _, first, end) in layout.items()
-        for begin in range(first, end, CHUNK_BYTES)
-    ]
+class _CutError(Exception):
+    """The file became shorter while it was read."""
+
+
+def _hash_layout(descriptor: int, header: dict[str, Any], data: int) -> dict[str, str]:
+    """Digests of the tensors that a header describes; their bytes begin at `data`."""
+    chunks = []
+    for name, entry in header.items():
+        first, last = (data + offset for offset in entry["data_offsets"])
+        chunks += [(name, begin, min(begin + CHUNK_BYTES, last)) for begin in range(first, last, CHUNK_BYTES)]
     buffers = threading.local()
 
     def hash_chunk(chunk: tuple[str, int, int]) -> str:
@@ -366,7 +270,7 @@ def _hash_layout(descriptor: int, layout: dict[str, tuple[str, list[int], int, i
         while begin < end:  # a read may give less than it was asked for
             count = os.preadv(descriptor, [buffers.memory[: end - begin]], begin)
             if count == 0:
-                raise ValueError("the file became shorter")
+                raise _CutError
             digest.update(buffers.memory[:count])
             begin += count
         note_activity()
@@ -375,7 +279,7 @@ def _hash_layout(descriptor: int, layout: dict[str, tuple[str, list[int], int, i
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(min(cores, MAX_THREADS)) as pool:
         digests = list(pool.map(hash_chunk, chunks))
-    parts: dict[str, list[str]] = {name: [] for name in layout}
+    parts: dict[str, list[str]] = {name: [] for name in header}
     for (name, _, _), digest in zip(chunks, digests, strict=True):
         parts[name].append(digest)
-    return {name: _digest([dtype, shape, parts[name]]) for name, (dtype, shape, _, _) in layout.items()}
+    return {name: _digest([entry["dtype"], entry["shape"], parts[name]]) for name, entry in header.items()}

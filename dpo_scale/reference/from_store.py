@@ -48,8 +48,8 @@ class StoredReference(KnownReference):
         self._all_found(found, dataset, indices)
         lengths = np.diff(offsets)
         segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-        counts = torch.from_numpy(lengths.reshape(-1, 2))
-        return sum_token_logps(torch.from_numpy(values), segments, len(indices), counts, ld_alpha=ld_alpha)
+        of_pairs = torch.from_numpy(lengths.reshape(-1, 2))
+        return sum_token_logps(torch.from_numpy(values), segments, len(indices), of_pairs, ld_alpha=ld_alpha)
 
     def _all_found(self, found: np.ndarray, dataset: PairDataset, indices: np.ndarray) -> None:
         if not found.all():

@@ -15,7 +15,7 @@ from dpo_scale.disk.cache import cache_folder
 from dpo_scale.distributed import engine, ranks
 from dpo_scale.distributed.folders import require_shared
 from dpo_scale.errors import ModelError, StoreError
-from dpo_scale.models.layouts import LayoutChoice
+from dpo_scale.models.layout_choice import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.models.scorer import Policy, Scorer
 from dpo_scale.reference.adapter import AdapterReference
@@ -23,11 +23,11 @@ from dpo_scale.reference.compute import fill, missing_rows, verify
 from dpo_scale.reference.fingerprint import weights_fingerprint
 from dpo_scale.reference.from_store import StoredReference
 from dpo_scale.reference.live import LiveReference
-from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.moving import MovingReference
 from dpo_scale.reference.numerics import numerics_of
 from dpo_scale.reference.protocol import KnownReference, NoReference, Reference
 from dpo_scale.reference.store import Book, ReferenceStore
+from dpo_scale.reference.store_manifest import BookKey
 from dpo_scale.settings.tree import Config
 
 
@@ -166,15 +166,18 @@ def verify_start(
     rows = config.reference.verify
     if rows == 0:
         return
-    settings = {"dtype": config.model.dtype, "seed": config.train.seed, "pad_token_id": pad_token_id}
+
+    def check(scorer: Scorer) -> None:
+        verify(known, scorer, dataset, rows, config.model.dtype, config.train.seed, pad_token_id)
+
     if policy_source(config) == reference_source(config):
         was_training = policy.module.training
         policy.eval()
-        verify(known, policy, dataset, rows, **settings)
+        check(policy)
         policy.train(was_training)
     elif config.reference.verify_with_model:
         reference = load_reference(config, choice, beside=[policy])
-        verify(known, reference, dataset, rows, **settings)
+        check(reference)
         engine.release(reference)
     else:
         ranks.log(

@@ -1,6 +1,6 @@
 """How reference values are computed, as far as it decides the numbers: part of what a stored value is looked up by.
 
-Batch composition, layout, device and number of ranks are left out: they move a value by rounding only, within the
+Batch composition, layout, device and number of ranks are left out. They move a value by rounding only, within the
 tolerance that stored values are verified with.
 """
 
@@ -13,7 +13,7 @@ from dpo_scale.settings.tree import Config
 
 # Implementations of a class agree to rounding in fp32; see `dpo_scale.logprobs`.
 PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits", "triton": "fp32 logits"}
-# Those whose code computes the numbers. A patch release repairs; a minor one may change a kernel or a model.
+# The libraries whose code computes the numbers, by minor release: a patch release changes no kernel and no model.
 LIBRARIES = ("torch", "transformers")
 
 
@@ -25,13 +25,13 @@ def numerics_of(config: Config) -> dict[str, str]:
     implementation, _ = choose_implementation(config.logprobs.implementation)
     return {
         "dtype": config.model.dtype,
-        # which one is transformers' default follows from its version and the model
+        # transformers' version and the model decide which one is the default
         "attention": config.model.attn_implementation or "default",
         "logprobs": PRECISION_CLASSES[implementation],
-        # moves bf16 values by as much as another order of sums does: measured, 0.3 a completion; nothing is said where
-        # nothing is compiled, so that older books stay valid
+        # Compiling moves bf16 values by as much as another order of sums does: 0.3 a completion was measured. There is
+        # no entry where nothing is compiled, so that older books stay valid.
         **({"layers": "compiled"} if config.model.compile else {}),
-        # rounds in other places; nothing is said without it, for the same reason
+        # Liger rounds in other places. There is no entry without it, for the same reason.
         **({"elementwise": f"liger {_minor_version(version('liger-kernel'))}"} if uses_liger(config)[0] else {}),
         **{library: _minor_version(version(library)) for library in LIBRARIES},
     }

@@ -39,6 +39,7 @@ class Reference(Protocol):
 
     def after_step(self, step: int) -> None:
         """The policy's optimizer step `step` (from 1) is done. Every rank must call it."""
+        return
 
     def state(self) -> dict[str, Tensor]:
         """This rank's part, on the host, of what a checkpoint has to keep; empty if nothing."""
@@ -46,6 +47,7 @@ class Reference(Protocol):
 
     def load_state(self, states: Iterable[dict[str, Tensor]]) -> None:
         """Take what `state` gave on all ranks, as many as there were then. Every rank must call it."""
+        return
 
 
 class NoReference(Reference):

@@ -1,10 +1,9 @@
 """The store: reference log-probs on disk, found by content, grown by any number of jobs, never silently wrong.
 
-A store is a folder of books, one for each model and numerics; a book is a folder of immutable shards
-(`dpo_scale.reference.shard`). Whoever computes values only ever adds files of their own, so jobs need no locks, a
-kill loses at most the rows that were not yet flushed, and a reader needs nothing but the folder's listing. What
-that costs is that two jobs may write the same row; it is read once, and stored once after `compact`
-(`dpo_scale.reference.upkeep`).
+A store is a folder of books, one for each model and numerics. A book is a folder of immutable shards
+(`store_shard`). Whoever computes values only adds files of their own. So jobs need no locks, a kill loses at most the
+rows that were not yet flushed, and a reader needs nothing but the folder's listing. The price is that two jobs may
+write the same row. It is served once, and stored once after `compact` (`store_upkeep`).
 
     store = ReferenceStore(folder)
     book = store.book(BookKey(fingerprint, numerics), model={"path": ...})
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,30 +24,23 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from dpo_scale.disk.atomic import naming
 from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
-from dpo_scale.reference.manifest import MANIFEST_FILE, BookKey, Manifest, now, read_manifest, write_manifest
-from dpo_scale.reference.rows import Rows, as_keys, merge, ragged_index, sum_bits
-from dpo_scale.reference.shard import (
-    FORMAT_VERSION,
-    DamagedError,
-    NewerVersionError,
-    Shard,
-    rows_in_name,
-    shard_version,
-    write_shard,
-)
+from dpo_scale.reference.store_manifest import MANIFEST_FILE, BookKey, Manifest, now, read_manifest, write_manifest
+from dpo_scale.reference.store_rows import Rows, as_keys, merge, ragged_index, sum_bits
+from dpo_scale.reference.store_shard import DamagedError, Shard, parse_name, rows_in_name, write_shard
 
 DAMAGED_DIR = "damaged"  # in a store: what `compact --drop-damaged` took out of its books
 _BOOK_NAME = re.compile("[0-9a-f]{32}")
-# Mapped pages count as a process's own memory, though all share them, and one touch may bring in megabytes around it.
-# Beyond this much, shards are let go of right after use; the first ones stay, since mapping pages again takes time.
+# Mapped pages count as a process's own memory, though all processes share them, and one touch may bring in megabytes.
+# Beyond this much, shards are let go of right after use. The first ones stay, since mapping pages again takes time.
 _RESIDENT_BYTES = 144 << 20
-# Every map holds a file descriptor, of which a process may have but 1024; beyond, shards are mapped as they are used.
+# Every map holds a file descriptor, and a process may have only 1024. Beyond this many, shards are mapped when used.
 _MAX_MAPPED_SHARDS = 256
 _LOOKUP_BATCH = 1 << 15
-# While another process removes what it compacted, the listing changes file by file: about eight seconds of patience.
-_LISTING_TRIES = 20
+# While another process removes what it compacted, the listing changes file by file. This is about eight seconds.
+_TRIES = 20
 _T = TypeVar("_T")
 
 
@@ -92,7 +84,7 @@ class ReferenceStore:
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
             raise StoreError(f"{self.folder}: a file, expected the folder of a reference store")
-        self._book_folders()
+        self.book_folders()
 
     def books(self) -> list[Book]:
         """All books, opened, in the order of their creation.
@@ -100,12 +92,8 @@ class ReferenceStore:
         Raises:
             StoreError: as `Book`.
         """
-        books = [Book(folder) for folder in self._book_folders()]
+        books = [Book(folder) for folder in self.book_folders()]
         return sorted(books, key=lambda book: (book.manifest.created, book.folder.name))
-
-    def book_folders(self) -> list[Path]:
-        """The folders of all books, unopened."""
-        return sorted(self._book_folders())
 
     def book(self, key: BookKey, model: dict[str, str] | None = None) -> Book:
         """The book of a key, empty if nothing was written yet.
@@ -115,16 +103,17 @@ class ReferenceStore:
         """
         return Book(self.folder / key.id, Manifest(key, model or {}))
 
-    def _book_folders(self) -> list[Path]:
+    def book_folders(self) -> list[Path]:
+        """The folders of all books, unopened, sorted by name."""
         if not self.folder.exists():
             return []
-        entries = [entry for entry in self.folder.iterdir() if not entry.name.startswith(".")]
+        entries = sorted(entry for entry in self.folder.iterdir() if not entry.name.startswith("."))
         books = [entry for entry in entries if _BOOK_NAME.fullmatch(entry.name) and entry.is_dir()]
-        foreign = sorted(set(entries) - set(books) - {self.folder / DAMAGED_DIR})
+        foreign = [entry for entry in entries if entry not in books and entry.name != DAMAGED_DIR]
         if foreign:
             raise StoreError(
-                f"{self.folder}: not a reference store, or not only: {foreign[0].name} is none of its books; expected "
-                "an empty folder, or one that launch/precompute.py filled"
+                f"{self.folder}: not a reference store: {foreign[0].name} is no book of one; expected an empty "
+                "folder, or one that launch/precompute.py filled"
             )
         return books
 
@@ -172,19 +161,16 @@ class Book:
 
     def refresh(self) -> None:
         """See the shards that were added, by this process or others, and not those that were compacted away."""
-        for attempt in range(_LISTING_TRIES):
-            if attempt:
-                time.sleep(min(0.5, 0.005 * 2**attempt))
+
+        def open_all() -> dict[str, Shard]:
             names = self._list()
-            try:
-                opened = {name: self._shards.get(name) or self._open(self.folder / name) for name in names}
-            except FileNotFoundError:
-                continue
+            opened = {name: self._shards.get(name) or Shard(self.folder / name) for name in names}
             # A listing taken while another process compacts may lack both the old shards and the new one.
-            if self._list() == names:
-                self._shards = opened
-                return
-        raise StoreError(f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?")
+            if self._list() != names:
+                raise FileNotFoundError
+            return opened
+
+        self._shards = retried(self.folder, open_all)
 
     def lookup(self, pair_keys: np.ndarray) -> Lookup:
         """The values of pairs.
@@ -234,100 +220,102 @@ class Book:
 
     def _list(self) -> list[str]:
         """The names of all shards. What writing leaves in between begins with a dot and is passed over."""
-        try:
-            names = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise StoreError(f"{self.folder}: cannot be read: {error.strerror}") from None
-        shards = [name for name in names if name != MANIFEST_FILE]
-        for name in shards:
-            version = shard_version(name)
-            if version is None:
-                raise DamagedError(self.folder / name, "its name is not that of a file of a reference store")
-            if version != FORMAT_VERSION:
-                raise NewerVersionError(self.folder / name, version)
-        return shards
-
-    def _open(self, path: Path) -> Shard:
-        shard = Shard(path)
-        if shard.metadata["book"] != self.folder.name:
-            raise DamagedError(path, f"it is a shard of book {shard.metadata['book']}, not of this one")
-        return shard
+        with naming(self.folder, StoreError, to="read"):
+            entries = sorted(self.folder.iterdir()) if self.folder.exists() else []
+        shards = [path for path in entries if not path.name.startswith(".") and path.name != MANIFEST_FILE]
+        for path in shards:
+            parse_name(path)
+        return [path.name for path in shards]
 
     def _with_all_shards(self, look_up: Callable[[np.ndarray], _T], keys: np.ndarray) -> _T:
-        for _ in range(_LISTING_TRIES):
+        def attempt() -> _T:
             try:
                 return look_up(keys)
-            except FileNotFoundError:  # compacted away by another process since the listing was read
+            except FileNotFoundError:
                 self.refresh()
-        raise StoreError(f"{self.folder}: its files keep changing; is something else than dpo_scale writing there?")
+                raise
 
-    def _each(self, shards: list[Shard]) -> Iterator[Shard]:
-        """The shards one by one, each let go of when the next is asked for, as far as memory asks for it."""
-        for shard in noting_activity(shards):
-            yield shard
-            if len(shards) > _MAX_MAPPED_SHARDS:
-                shard.close()
-            elif shard.in_use and sum(one.nbytes for one in shards if one.in_use) > _RESIDENT_BYTES:
-                shard.release()
+        return retried(self.folder, attempt)
 
     def _lookup(self, keys: np.ndarray) -> Lookup:
-        found, with_tokens = np.zeros(len(keys), bool), np.zeros(len(keys), bool)
-        sums = np.full((len(keys), 2), np.nan, np.float32)
-        counts = np.zeros((len(keys), 2), np.int32)
-        for shard in self._each(self.shards):
-            # all shards are asked for every key, so that of copies that differ always the same one is served
-            asked = np.flatnonzero(~with_tokens) if not shard.has_tokens else np.arange(len(keys))
-            rows = shard.find(keys[asked])
-            asked, rows = asked[rows >= 0], rows[rows >= 0]
-            if len(rows) == 0:
-                continue
-            new_sums, new_counts = shard.values(rows)
-            better = ~found[asked] | (sum_bits(new_sums) < sum_bits(sums[asked]))
-            sums[asked[better]], counts[asked[better]] = new_sums[better], new_counts[better]
-            found[asked] = True
-            with_tokens[asked] |= shard.has_tokens
-        return Lookup(found, sums, counts)
+        with_tokens, plain = self._by_kind()
+        served = _Served(keys)
+        # A row that has tokens is the same row without them, and more.
+        served.choose(self._each(with_tokens))
+        served.choose(self._each(plain))
+        return Lookup(served.found, served.sums, served.counts)
 
     def _lookup_tokens(self, keys: np.ndarray) -> TokenLookup:
-        found = np.zeros(len(keys), bool)
-        sums, counts = np.zeros((len(keys), 2), np.float32), np.zeros((len(keys), 2), np.int32)
-        source, starts = np.full(len(keys), -1), np.zeros(len(keys), np.int64)
-        shards = [shard for shard in self.shards if shard.has_tokens]
-        for number, shard in enumerate(self._each(shards)):
-            rows = shard.find(keys)
-            asked = np.flatnonzero(rows >= 0)
-            rows = rows[asked]
-            if len(rows) == 0:
-                continue
-            new_sums, new_counts = shard.values(rows)
-            better = ~found[asked] | (sum_bits(new_sums) < sum_bits(sums[asked]))
-            asked, rows = asked[better], rows[better]
-            sums[asked], counts[asked] = new_sums[better], new_counts[better]
-            starts[asked] = shard.token_ranges(rows)[0]
-            source[asked], found[asked] = number, True
-        offsets = np.concatenate([[0], np.cumsum(counts.reshape(-1), dtype=np.int64)])
+        shards, _ = self._by_kind()
+        served = _Served(keys)
+        served.choose(self._each(shards))
+        offsets = np.concatenate([[0], np.cumsum(served.counts.reshape(-1), dtype=np.int64)])
         values = np.zeros(offsets[-1], np.float32)
         for number, shard in enumerate(self._each(shards)):
-            mine = np.flatnonzero(source == number)
-            if len(mine) == 0:
+            mine = np.flatnonzero(served.sources == number)
+            if len(mine):
+                lengths = served.counts[mine].sum(axis=1, dtype=np.int64)
+                values[ragged_index(offsets[2 * mine], lengths)] = shard.tokens(served.rows[mine])
+        return TokenLookup(served.found, values, offsets)
+
+    def _by_kind(self) -> tuple[list[Shard], list[Shard]]:
+        """The shards with per-token values and those without."""
+        return [one for one in self.shards if one.has_tokens], [one for one in self.shards if not one.has_tokens]
+
+    def _each(self, shards: list[Shard]) -> Iterator[Shard]:
+        """Some of the shards one by one, each let go of when the next is asked for, as far as memory asks for it."""
+        for shard in noting_activity(shards):
+            yield shard
+            if len(self._shards) > _MAX_MAPPED_SHARDS:
+                shard.close()
+            elif shard.in_use and sum(one.nbytes for one in self._shards.values() if one.in_use) > _RESIDENT_BYTES:
+                shard.release()
+
+
+class _Served:
+    """The copy of each of M keys that is served, of all copies in the shards seen so far."""
+
+    def __init__(self, keys: np.ndarray):
+        self.keys = keys
+        self.found = np.zeros(len(keys), bool)
+        self.sums = np.full((len(keys), 2), np.nan, np.float32)
+        self.counts = np.zeros((len(keys), 2), np.int32)
+        self.sources = np.full(len(keys), -1)  # which of the shards last given to `choose` the copy is in
+        self.rows = np.full(len(keys), -1)  # and in which of its rows
+
+    def choose(self, shards: Iterable[Shard]) -> None:
+        """Take the keys that are not found yet from these shards; of copies that differ always the same one."""
+        left = np.flatnonzero(~self.found)
+        for number, shard in enumerate(shards):
+            rows = shard.find(self.keys[left])
+            asked, rows = left[rows >= 0], rows[rows >= 0]
+            if len(rows) == 0:
                 continue
-            lengths = counts[mine].sum(axis=1, dtype=np.int64)
-            places = ragged_index(starts[mine], lengths)
-            values[ragged_index(offsets[2 * mine], lengths)] = shard.tokens(places)
-        return TokenLookup(found, values, offsets)
+            sums, counts = shard.values(rows)
+            better = ~self.found[asked] | (sum_bits(sums) < sum_bits(self.sums[asked]))
+            chosen = asked[better]
+            self.sums[chosen], self.counts[chosen], self.rows[chosen] = sums[better], counts[better], rows[better]
+            self.found[chosen], self.sources[chosen] = True, number
 
 
-def _copy(tokens: np.ndarray | None) -> np.ndarray | None:
-    return None if tokens is None else np.array(tokens, np.float32)
+def retried(folder: Path, action: Callable[[], _T]) -> _T:
+    """What `action` returns, tried again where another process compacted away what it was looking at.
+
+    Raises:
+        StoreError: if it happens again and again.
+    """
+    for attempt in range(_TRIES):
+        try:
+            return action()
+        except FileNotFoundError:
+            time.sleep(min(0.5, 0.005 * 2**attempt))
+    raise StoreError(f"{folder}: its files keep changing; is something else than dpo_scale writing there?")
 
 
 class BookWriter:
     """Adds rows to a book, in shards that are on the disk for good as soon as they have their name.
 
-    A context manager: leaving it writes what is buffered, also after an error, since rows that were added are
-    whole.
+    A context manager: leaving it writes what is buffered, also after an error, since rows that were added are whole.
     """
 
     def __init__(self, book: Book, tokens: bool, rows_per_shard: int, seconds_per_shard: float):
@@ -357,8 +345,8 @@ class BookWriter:
                 raise StoreError(
                     f"{self._book.folder.parent}: the reference gave a log-prob that is not finite; it was not stored"
                 )
-        rows = Rows(as_keys(pair_keys).copy(), sums.copy(), np.array(counts, np.int32), _copy(tokens))
-        self._waiting.append(rows)
+        tokens = None if tokens is None else np.array(tokens, np.float32)
+        self._waiting.append(Rows(as_keys(pair_keys).copy(), sums.copy(), np.array(counts, np.int32), tokens))
         full = sum(map(len, self._waiting)) >= self._rows_per_shard
         if full or time.monotonic() - self._last_flush >= self._seconds_per_shard:
             self.flush()
@@ -369,7 +357,7 @@ class BookWriter:
         Raises:
             StoreError: if the folder cannot be written; the rows stay waiting.
         """
-        rows, *_ = merge(self._waiting, tokens=self._tokens)
+        rows = merge(self._waiting, tokens=self._tokens).rows
         if len(rows):
             if not (self._book.folder / MANIFEST_FILE).exists():
                 self._book.write_manifest()

@@ -32,7 +32,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dpo_scale.disk.atomic import write_atomically
+from dpo_scale.disk.atomic import naming, write_atomically
+from dpo_scale.errors import CheckpointError
 from dpo_scale.run.rank_files import stat_fields
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -171,7 +172,8 @@ def mark_preempted(run_dir: Path, step: int | None, reason: str) -> None:
     Args:
         step: the step that was saved; None if there was no time for it.
     """
-    write_mark(run_dir / PREEMPTED_FILE, {"step": step, "reason": reason})
+    with naming(run_dir / PREEMPTED_FILE, CheckpointError, to="written"):
+        write_mark(run_dir / PREEMPTED_FILE, {"step": step, "reason": reason})
     (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 

@@ -78,13 +78,19 @@ class DeepspeedSettings:
     timeout_minutes: float = setting(30.0, "a collective that takes longer ends the run", unit="minutes", above=0)
     start_timeout_minutes: float = setting(10.0, "ranks that do not meet by then end", unit="minutes", above=0)
 
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The DeepSpeed JSON, once it is read (`resolve`); empty if there is none."""
+        assert not isinstance(self.config, str)
+        return self.config or {}
+
     def resolve(self) -> None:
         """Read the DeepSpeed JSON into the tree, and take from it what the settings leave open."""
         if isinstance(self.config, str):
             self.config = read_deepspeed_json(self.config)
         if self.config is not None:
             self.config = clean_user_config(self.config)
-        stated = zero_settings_of(self.config or {})
+        stated = zero_settings_of(self.stated)
         build(DeepspeedSettings, stated, "deepspeed.config: deepspeed")  # refuses impossible values
         defaults = {"stage": 2, "offload_optimizer": "none", "offload_param": "none", "bf16_optimizer_states": False}
         for name, value in (defaults | stated).items():
@@ -168,7 +174,7 @@ def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) 
         binding[("optimizer", "params", name)] = (value, _OPTIMIZER_KEYS.get(name, "train.optim and train.optim_args"))
     for name in ("offload_optimizer", "offload_param"):
         device = getattr(settings, name)
-        if device != "none" or name in zero_settings_of(settings.config or {}):
+        if device != "none" or name in zero_settings_of(settings.stated):
             binding[("zero_optimization", name, "device")] = (device, f"deepspeed.{name}")
         if device != "none":
             # a device copies page-locked memory several times as fast, and while it computes
@@ -183,7 +189,7 @@ def policy_deepspeed_config(config: Config, micro_steps: int, device_type: str) 
         defaults[("zero_force_ds_cpu_optimizer",)] = False
     defaults[("zero_allow_untested_optimizer",)] = True
     defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, settings.stage)
-    return _merge(config.deepspeed.config or {}, binding, defaults)
+    return _merge(config.deepspeed.stated, binding, defaults)
 
 
 def reference_deepspeed_config(config: Config, device_type: str) -> dict[str, Any]:
@@ -192,7 +198,7 @@ def reference_deepspeed_config(config: Config, device_type: str) -> dict[str, An
     zero: dict[str, Any] = {"stage": config.reference.stage}
     if config.reference.offload_param == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": device_type != "cpu"}
-    stated = (config.deepspeed.config or {}).get("zero_optimization", {})
+    stated = config.deepspeed.stated.get("zero_optimization", {})
     if config.reference.stage == 3 and MAX_LIVE in stated:  # which also decides how it is gathered (`models.zero3`)
         zero[MAX_LIVE] = stated[MAX_LIVE]
     defaults |= _COMMON_DEFAULTS | _compiled_defaults(config, config.reference.stage)
@@ -241,12 +247,12 @@ def _optimizer(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def _precision(dtype: str) -> tuple[dict[tuple[str, ...], tuple[Any, str]], dict[tuple[str, ...], Any]]:
-    binding = {
+    binding: dict[tuple[str, ...], tuple[Any, str]] = {
         ("bf16", "enabled"): (dtype == "bfloat16", "model.dtype"),
         ("fp16", "enabled"): (dtype == "float16", "model.dtype"),
     }
     # gradients of micro-steps are summed in fp32: in bf16 the sum would depend on how pairs were laid out
-    defaults = {("data_types", "grad_accum_dtype"): "fp32"} if dtype == "bfloat16" else {}
+    defaults: dict[tuple[str, ...], Any] = {("data_types", "grad_accum_dtype"): "fp32"} if dtype == "bfloat16" else {}
     return binding, defaults
 
 

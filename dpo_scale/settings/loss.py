@@ -1,10 +1,9 @@
 """What can be said about a preference loss, apart from torch, ranks and files (see `dpo_scale.losses`).
 
-`LossSettings` is the `loss:` section of a config; names that users of TRL know are kept. `LOSSES` is the one
-place that knows what each loss needs: everything that must differ between losses outside their formulas (is a
-reference model loaded, are per-token values kept, may the loss be taken pair by pair) is asked of it, so a
-new loss is one row here and one function in `dpo_scale.losses`. Torch is not imported, so that a config can
-be read and refused, and `--help` printed, without waiting for it.
+`LossSettings` is the `loss:` section of a config. It keeps the names that users of TRL know. `LOSSES` says what
+each loss needs: whether a reference model is loaded, whether the loss may be taken pair by pair. So a new loss is
+one row here and one function in `dpo_scale.losses` (docs/extending.md). Torch is not imported: a config can be
+read and refused, and `--help` printed, without waiting for it.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ class LossInfo:
     """What one loss needs, and where it comes from.
 
     needs_reference: it reads the reference model's log-probs.
-    uses_lengths: it reads the numbers of completion tokens.
     separable: a pair's loss depends on that pair alone; if not, all pairs of a micro-step are needed at once.
     of_d: it reads the log-ratios only through D = score(L_c) - score(L_r), so an f-divergence can replace D.
-    reads: the optional settings that it reads; giving one to losses that read it nowhere is refused.
+    per_token_rewards: without a reference, its rewards are logged per token: b * s / n.
+    reads: the optional settings that it reads; giving one to losses that do not read it is refused.
     """
 
     source: str
     needs_reference: bool = True
-    uses_lengths: bool = False
     separable: bool = True
     of_d: bool = False
+    per_token_rewards: bool = False
     reads: tuple[str, ...] = ()
 
 
@@ -43,7 +42,7 @@ LOSSES: dict[str, LossInfo] = {
     "sigmoid": LossInfo("DPO, arXiv 2305.18290; cDPO, E. Mitchell's note", of_d=True, reads=_SMOOTHED),
     "robust": LossInfo("robust DPO, arXiv 2403.00409", of_d=True, reads=_SMOOTHED),
     "hinge": LossInfo("SLiC, arXiv 2305.10425", of_d=True),
-    "ipo": LossInfo("IPO, arXiv 2310.12036", uses_lengths=True),
+    "ipo": LossInfo("IPO, arXiv 2310.12036"),
     "exo_pair": LossInfo("EXO, arXiv 2402.00856", of_d=True, reads=_SMOOTHED),
     "nca_pair": LossInfo("NCA, arXiv 2402.05369"),
     "bco_pair": LossInfo("BCO, arXiv 2404.04656"),
@@ -53,11 +52,11 @@ LOSSES: dict[str, LossInfo] = {
     "apo_zero": LossInfo("APO, arXiv 2408.06266"),
     "apo_down": LossInfo("APO, arXiv 2408.06266"),
     "discopop": LossInfo("DiscoPOP, arXiv 2406.08414", of_d=True, reads=("discopop_tau",)),
-    "sigmoid_norm": LossInfo("length-normalised DPO, arXiv 2411.15124", uses_lengths=True),
-    "sft": LossInfo("RPO, arXiv 2404.19733", needs_reference=False, uses_lengths=True),
-    "simpo": LossInfo("SimPO, arXiv 2405.14734", needs_reference=False, uses_lengths=True, reads=("simpo_gamma",)),
-    "orpo": LossInfo("ORPO, arXiv 2403.07691", needs_reference=False, uses_lengths=True, reads=("orpo_lambda",)),
-    "cpo": LossInfo("CPO, arXiv 2401.08417", needs_reference=False, uses_lengths=True, reads=("cpo_alpha",)),
+    "sigmoid_norm": LossInfo("length-normalised DPO, arXiv 2411.15124"),
+    "sft": LossInfo("RPO, arXiv 2404.19733", needs_reference=False),
+    "simpo": LossInfo("SimPO, arXiv 2405.14734", needs_reference=False, per_token_rewards=True, reads=("simpo_gamma",)),
+    "orpo": LossInfo("ORPO, arXiv 2403.07691", needs_reference=False, per_token_rewards=True, reads=("orpo_lambda",)),
+    "cpo": LossInfo("CPO, arXiv 2401.08417", needs_reference=False, reads=("cpo_alpha",)),
 }
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import yaml
 
@@ -131,7 +131,7 @@ def list_sections(root: type) -> Iterator[tuple[str, str, list[Option]]]:
     hints = typing.get_type_hints(root)
     for field in dataclasses.fields(root):
         section = hints[field.name]
-        if dataclasses.is_dataclass(section):
+        if _is_section(section):
             summary = " ".join((inspect.getdoc(section) or "").split("\n\n")[0].split())
             yield field.name, summary, list_options(section, field.name)
     yield "", "At the top level.", list_options(root)
@@ -141,9 +141,10 @@ def list_options(cls: type, section: str = "") -> list[Option]:
     """The options of one section, in the order of its class."""
     hints, options = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
-        if not dataclasses.is_dataclass(hints[field.name]):
-            has_factory = field.default_factory is not dataclasses.MISSING
-            default = json.dumps(field.default_factory() if has_factory else field.default).replace('"', "") or '""'
+        if not _is_section(hints[field.name]):
+            factory = field.default_factory
+            value = field.default if factory is dataclasses.MISSING else factory()
+            default = json.dumps(value).replace('"', "") or '""'
             about = described(field)
             expected = about.expected(describe_type(hints[field.name]))
             options.append(Option(_join(section, field.name), expected, default, about.meaning))
@@ -153,6 +154,10 @@ def list_options(cls: type, section: str = "") -> list[Option]:
 def list_keys(root: type) -> list[str]:
     """The dotted key of every option."""
     return [option.key for _, _, options in list_sections(root) for option in options]
+
+
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def describe_type(hint: Any) -> str:
@@ -168,7 +173,7 @@ def describe_type(hint: Any) -> str:
         return f"a list of {describe_type(arguments[0]).removeprefix('a ')}s"
     if origin is dict or hint is dict:
         return "a mapping"
-    if dataclasses.is_dataclass(hint):
+    if _is_section(hint):
         return hint.__name__.removesuffix("Settings").lower()
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return names.get(hint, "any value")
@@ -211,7 +216,7 @@ def _try_convert(hint: Any, value: Any, key: str, root: type) -> Any:
         return [_read(arguments[0], item, f"{key}[{i}]", root, Setting("")) for i, item in enumerate(items)]
     if origin is dict or hint is dict:
         return {} if value is None else dict(value) if isinstance(value, dict) else _MISMATCH
-    if dataclasses.is_dataclass(hint):
+    if _is_section(hint):
         return build(hint, value, key, root)
     if hint is type(None):
         return None if value is None else _MISMATCH

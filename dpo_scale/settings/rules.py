@@ -148,7 +148,7 @@ def _reference(config: Config) -> Broken:
             yield key, f"null with reference.mode {reference.mode}: only a live reference can move"
         if lora.enabled or reference.adapter:
             yield key, "null with LoRA: a reference moves only towards a policy whose weights are all trained"
-        if (config.deepspeed.config or {}).get("zero_optimization", {}).get("mics_shard_size", -1) > 0:
+        if config.deepspeed.stated.get("zero_optimization", {}).get("mics_shard_size", -1) > 0:
             yield key, "null with deepspeed.config's mics_shard_size: slices are cut for all ranks"
     if not config.loss.needs_reference:
         for name in ("model", "adapter", "sync_steps"):

@@ -10,6 +10,7 @@ import torch
 
 from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.layout import Layout
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import ranks
 from dpo_scale.models.load import load_reference, load_scoring_model, policy_source
@@ -48,7 +49,7 @@ def evaluate(
     sums = MetricSums()
     chosen_tokens = float(lengths[:, 1].mean())
     loss_of = objective_without_gradient(config.loss)
-    plan = evaluation_plan(config, pairs, lengths)
+    plan = evaluation_plan(config, pairs, lengths, policy.module.layout)
     to_come = (
         load_batch(dataset, of_ranks[ranks.rank()], pad_token_id, reference, policy.module.layout) for of_ranks in plan
     )
@@ -72,7 +73,7 @@ def evaluate(
     return {**means, "pairs": float(len(dataset))}
 
 
-def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray) -> list[list[MicroBatch]]:
+def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray, layout: Layout) -> list[list[MicroBatch]]:
     """How held-out pairs are laid out: by the training's budget of tokens, or by pairs where that is what is set."""
     settings = config.train
     if settings.eval_micro_batch_size is None and settings.max_tokens_per_micro_batch is not None:
@@ -81,7 +82,7 @@ def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray) -> l
             lengths,
             max_tokens=settings.max_tokens_per_micro_batch,
             world_size=ranks.world_size(),
-            layout=config.data.layout,
+            layout=layout,
         )
     return split_among_ranks(
         pairs,

@@ -113,8 +113,8 @@ def train_steps(run: Run, profile: range | None) -> bool:
 def micro_steps_to_come(run: Run) -> Iterator[MicroStep]:
     """This rank's micro-steps from the next step on."""
     steps = range(run.state.step, run.course.total_steps)
-    pad_token_id, schedule = run.prepared.pad_token_id, run.course.schedule
-    return micro_steps_of_run(run.planner, schedule, run.train_data, steps, pad_token_id, run.reference)
+    pad_token_id, pair_order = run.prepared.pad_token_id, run.course.pair_order
+    return micro_steps_of_run(run.planner, pair_order, run.train_data, steps, pad_token_id, run.reference)
 
 
 def train_step(run: Run, batches: Iterator[MicroStep], timer: StepTimer) -> tuple[dict[str, float], bool]:
@@ -151,7 +151,7 @@ def train_step(run: Run, batches: Iterator[MicroStep], timer: StepTimer) -> tupl
         **means,
         "grad_norm": grad_norm,
         "learning_rate": rate,
-        "epoch": state.step / run.course.schedule.steps_per_epoch,
+        "epoch": state.step / run.course.pair_order.steps_per_epoch,
         "tokens": state.tokens,
         "pairs": state.pairs,
         "tokens_per_second": plan.tokens / seconds,

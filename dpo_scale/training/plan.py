@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_scale.data.batching import MicroBatch, Schedule, counted_pairs, regroup_for_forward, split_among_ranks
+from dpo_scale.data.batching import MicroBatch, PairOrder, counted_pairs, regroup_for_forward, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
@@ -122,11 +122,11 @@ class Planner:
         layers = 2 * len(lengths) * self.flops.of_sequences(width)[0]
         return float(layers + self.flops.per_scored_token * lengths[:, 1:].sum())
 
-    def first_plans(self, schedule: Schedule, total_steps: int) -> list[StepPlan]:
+    def first_plans(self, pair_order: PairOrder, total_steps: int) -> list[StepPlan]:
         """The plans of a run's first steps, at least one and at most `STEPS_DESCRIBED`."""
-        order = schedule.epoch_order(0)
-        steps = range(max(1, min(STEPS_DESCRIBED, total_steps, schedule.steps_per_epoch)))
-        return [self.plan(schedule.global_batch(step, order)) for step in steps]
+        order = pair_order.epoch_order(0)
+        steps = range(max(1, min(STEPS_DESCRIBED, total_steps, pair_order.steps_per_epoch)))
+        return [self.plan(pair_order.global_batch(step, order)) for step in steps]
 
     def describe(self, plans: list[StepPlan], dataset: PairDataset) -> str:
         """For the log: micro-steps, padding and balance of some plans, pairs over the budget, reference passes."""
@@ -157,12 +157,12 @@ def _span(counts: list[int]) -> str:
     return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def make_planner(config: Config, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
+def make_planner(config: Config, layout: Layout, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
     """The planner of a run's training steps."""
     train, budget = config.train, config.reference.max_tokens_per_micro_batch
     return Planner(
         lengths,
-        config.data.layout,
+        layout,
         ranks.world_size(),
         train.micro_batch_size,
         train.max_tokens_per_micro_batch,
@@ -209,7 +209,7 @@ class MicroStep:
 
 def micro_steps_of_run(
     planner: Planner,
-    schedule: Schedule,
+    pair_order: PairOrder,
     dataset: PairDataset,
     steps: range,
     pad_token_id: int,
@@ -222,10 +222,10 @@ def micro_steps_of_run(
 
     rank, epoch, order = ranks.rank(), -1, np.empty(0, dtype=np.int64)
     for step in steps:
-        if schedule.epoch_of(step) != epoch:
-            epoch = schedule.epoch_of(step)
-            order = schedule.epoch_order(epoch)
-        plan = planner.plan(schedule.global_batch(step, order))
+        if pair_order.epoch_of(step) != epoch:
+            epoch = pair_order.epoch_of(step)
+            order = pair_order.epoch_order(epoch)
+        plan = planner.plan(pair_order.global_batch(step, order))
         passes = [load(of_ranks[rank]) for of_ranks in plan.reference_passes]
         for k, of_ranks in enumerate(plan.micro_steps):
             yield MicroStep(plan, load(of_ranks[rank]), passes, counted_pairs(of_ranks), k == len(plan.micro_steps) - 1)

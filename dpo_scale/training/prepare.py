@@ -11,7 +11,7 @@ from dpo_scale.data.dataset import LoadedData, load_pairs
 from dpo_scale.distributed import engine, ranks
 from dpo_scale.distributed.folders import sees_folder_of_main
 from dpo_scale.distributed.join import join
-from dpo_scale.models.layouts import LayoutChoice
+from dpo_scale.models.layout_choice import LayoutChoice
 from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, resolve_layout
 from dpo_scale.settings.data import DataSettings
 from dpo_scale.settings.tree import Config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_scale.checkpoint.identity import Identity, check_identity
+from dpo_scale.checkpoint.compatibility import Identity, check_identity
 from dpo_scale.checkpoint.save_load import (
     Checkpoint,
     TrainState,
@@ -15,7 +15,7 @@ from dpo_scale.checkpoint.save_load import (
     names_a_checkpoint,
     remove_leftovers,
 )
-from dpo_scale.data.batching import Schedule
+from dpo_scale.data.batching import PairOrder
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import forward_flops
 from dpo_scale.distributed import ranks
@@ -26,17 +26,17 @@ from dpo_scale.observe.devices import peak_flops
 from dpo_scale.observe.tracking import Tracker
 from dpo_scale.reference.columns import ColumnReference
 from dpo_scale.reference.modes import make_reference, stored_reference, verify_start
-from dpo_scale.reference.protocol import Reference
+from dpo_scale.reference.protocol import KnownReference, Reference
 from dpo_scale.run import preemption
 from dpo_scale.run.finished import finished_step, unmark_finished
 from dpo_scale.run.folder import writing_into
 from dpo_scale.run.watchdog import unmark_lost
 from dpo_scale.settings.resume import CONFIG_FILE
 from dpo_scale.settings.tree import Config
+from dpo_scale.training.identity import identity_of
 from dpo_scale.training.objective import Objective, choose_objective
 from dpo_scale.training.plan import Planner, make_planner
 from dpo_scale.training.prepare import Prepared, prepare
-from dpo_scale.training.run_identity import identity_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Course:
         columns: the reference, where the data's own columns are.
     """
 
-    schedule: Schedule
+    pair_order: PairOrder
     total_steps: int
     identity: Identity
     columns: ColumnReference | None
@@ -93,13 +93,15 @@ def set_up(
     peak = peak_flops_of(config)
     finished = finished_step(run_dir) if resume and not names_a_checkpoint(resume) else None
     if finished is not None and not found:
-        return _say_finished(run_dir, finished)
+        _say_finished(run_dir, finished)
+        return None
     prepared = prepare(config, report_dir=run_dir)
     course = course_of(config, prepared)
     allowed = config.checkpoint.allow_changes
     if finished is not None and finished == course.total_steps:
         check_identity(found[0].path, found[0].identity, course.identity, allowed)
-        return _say_finished(run_dir, finished)
+        _say_finished(run_dir, finished)
+        return None
     checkpoint = choose_checkpoint(found, course.identity, allowed)
     state = _state_at(checkpoint, run_dir, course.total_steps)
     if profile and not state.step < profile.start <= profile[-1] <= course.total_steps:
@@ -155,12 +157,12 @@ def course_of(config: Config, prepared: Prepared) -> Course:
             f"train.drop_last: {len(pairs)} training pairs are fewer than train.global_batch_size = "
             f"{settings.global_batch_size}, so every step would be dropped"
         )
-    schedule = Schedule(len(pairs), settings.global_batch_size, settings.seed, settings.shuffle, settings.drop_last)
+    pair_order = PairOrder(len(pairs), settings.global_batch_size, settings.seed, settings.shuffle, settings.drop_last)
     columns = None
     if config.loss.needs_reference and config.reference.mode == "columns":
         columns = ColumnReference(config.data, prepared.tokenizer, ranks.log)
     identity = identity_of(config, prepared.model_config, pairs, columns)
-    return Course(schedule, schedule.total_steps(settings.num_train_epochs, settings.max_steps), identity, columns)
+    return Course(pair_order, pair_order.total_steps(settings.num_train_epochs, settings.max_steps), identity, columns)
 
 
 def _state_at(checkpoint: Checkpoint | None, run_dir: Path, total_steps: int) -> TrainState:
@@ -182,15 +184,15 @@ def build(
     """Plan the steps, fill the store if that is the reference, and load the models."""
     data, layout, total_steps = prepared.data, prepared.layout, course.total_steps
     flops = forward_flops(prepared.model_config, trust_remote_code=config.model.trust_remote_code)
-    planner = make_planner(config, flops, data.train.lengths)
-    plans = planner.first_plans(course.schedule, total_steps)
+    planner = make_planner(config, layout.option.layout, flops, data.train.lengths)
+    plans = planner.first_plans(course.pair_order, total_steps)
     ranks.log(f"run folder {run_dir}")
     ranks.log(
         f"{len(data.train)} pairs to train on, {len(data.eval) if data.eval else 0} held out; {total_steps} steps of "
         f"{config.train.global_batch_size} pairs: {planner.describe(plans, data.train)}"
     )
-    seen = data.train.select(course.schedule.pairs_of_run(total_steps))
-    known = course.columns
+    seen = data.train.select(course.pair_order.pairs_of_run(total_steps))
+    known: KnownReference | None = course.columns
     if config.loss.needs_reference and config.reference.mode == "store":
         # before the policy is in memory: filling the store may take the reference's model
         datasets = [seen, data.eval] if data.eval else [seen]
@@ -202,9 +204,9 @@ def build(
         ranks.log(f"resumed from {checkpoint.path} at step {state.step}")
     elif known is not None:
         verify_start(config, known, policy, seen, prepared.pad_token_id, layout)
-    if config.data.layout != planner.layout:  # a model failed its check, before any step was laid out
-        planner = make_planner(config, flops, data.train.lengths)
-        plans = planner.first_plans(course.schedule, total_steps)
+    if layout.option.layout != planner.layout:  # a model failed its check, before any step was laid out
+        planner = make_planner(config, layout.option.layout, flops, data.train.lengths)
+        plans = planner.first_plans(course.pair_order, total_steps)
         ranks.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
     objective, reason = choose_objective(config, policy)
     ranks.log(f"loss and gradient {reason}")

@@ -10,6 +10,7 @@ well.
 import json
 import resource
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,13 @@ import torch
 
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import UserError
-from dpo_scale.models import attention
+from dpo_scale.models.attention_backends import BACKENDS
 from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training import loop as trainer
 
 save_checkpoint = trainer.save_checkpoint
-attention_functions = attention.attention_functions
+BLOCKS = BACKENDS["blocks"]
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
         resume = job.get("resume")
         trainer.save_checkpoint = on_a_full_disk(*job["full_disk"]) if job.get("full_disk") else save_checkpoint
         kind = job.get("attention") if ranks.rank() == 1 else None
-        attention.attention_functions = partial(with_broken_blocks, kind) if kind else attention_functions
+        BACKENDS["blocks"] = replace(BLOCKS, attend=partial(broken_blocks, kind)) if kind else BLOCKS
         try:
             first, last = job.get("profile", (0, -1))
             profile = range(first, last + 1)
@@ -48,13 +49,10 @@ def main() -> None:
         Path(path + ".messages").write_text(json.dumps(messages))
 
 
-def with_broken_blocks(kind):
-    def broken(*arguments, **settings):
-        if kind == "raises":
-            raise RuntimeError("no kernel image is available for execution on the device")
-        return attention.blockwise_attention(*arguments, **settings)[0].flip(1), None
-
-    return {**attention_functions(), "blocks": torch.compiler.disable(attention._observable(broken))}
+def broken_blocks(kind, *arguments, **settings):
+    if kind == "raises":
+        raise RuntimeError("no kernel image is available for execution on the device")
+    return BLOCKS.attend(*arguments, **settings)[0].flip(1), None
 
 
 def on_a_full_disk(rank, step):

@@ -24,10 +24,10 @@ from tiny import free_port, launch, preference_rows, run_overrides, write_rows
 
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.models.load import load_tokenizers
-from dpo_scale.reference.manifest import MANIFEST_FILE
-from dpo_scale.reference.shard import rows_in_name
 from dpo_scale.reference.store import ReferenceStore
-from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.reference.store_manifest import MANIFEST_FILE
+from dpo_scale.reference.store_shard import rows_in_name
+from dpo_scale.reference.store_upkeep import compact_book, verify_book
 from dpo_scale.settings.tree import load_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

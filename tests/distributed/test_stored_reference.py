@@ -13,8 +13,8 @@ from plain_dpo import read_pairs, summed_logps
 from safetensors.torch import load_file, save_file
 from tiny import preference_rows, read_metrics, run_named_jobs, run_overrides, without_timings, write_rows
 
-from dpo_scale.reference.shard import rows_in_name
 from dpo_scale.reference.store import ReferenceStore
+from dpo_scale.reference.store_shard import rows_in_name
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -26,7 +26,7 @@ def shards(store):
 def falsify(place):
     """Past every checksum: rows written as this model's that are not, as a defect or a hand would leave them."""
     (book,) = ReferenceStore(place).books()
-    rows = [shard.rows(0, len(shard), tokens=False) for shard in book.shards]
+    rows = [shard.rows(0, len(shard)) for shard in book.shards]
     for path in shards(place):
         path.unlink()
     book.refresh()

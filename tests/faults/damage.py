@@ -16,7 +16,7 @@ from dpo_scale.errors import CheckpointError, ModelError, StoreError
 from dpo_scale.models.files import check_model_folder
 from dpo_scale.models.load import load_tokenizers
 from dpo_scale.reference.store import ReferenceStore
-from dpo_scale.reference.upkeep import verify_book
+from dpo_scale.reference.store_upkeep import verify_book
 from dpo_scale.settings.tree import load_config
 
 

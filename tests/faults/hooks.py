@@ -177,14 +177,14 @@ class DiskFull:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale.reference import shard
+        from dpo_scale.reference import store_shard
         from dpo_scale.training import loop as trainer
 
         if self.during == "save":
             limited = _files_no_larger_than(self.limit_bytes)
             _during_saves(limited.__enter__, lambda: limited.__exit__(None, None, None), number=2)
             return
-        module, name = {"export": (trainer, "export_model"), "store": (shard, "write_atomically")}[self.during]
+        module, name = {"export": (trainer, "export_model"), "store": (store_shard, "write_atomically")}[self.during]
         real = getattr(module, name)
 
         def limited_call(*arguments, **keywords):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_scale.data.batching import Schedule, forward_batches, micro_steps_of, split_among_ranks
+from dpo_scale.data.batching import PairOrder, forward_batches, micro_steps_of, split_among_ranks
 from dpo_scale.data.layout import filled_slots, slots
 
 
@@ -14,32 +14,32 @@ def random_lengths(count, seed=0):
 
 
 def test_an_epoch_is_every_pair_once_in_another_order_each_epoch():
-    schedule = Schedule(10, 4, seed=3)
-    orders = [schedule.epoch_order(epoch) for epoch in range(2)]
-    batches = [schedule.global_batch(step, orders[0]) for step in range(3)]
+    pair_order = PairOrder(10, 4, seed=3)
+    orders = [pair_order.epoch_order(epoch) for epoch in range(2)]
+    batches = [pair_order.global_batch(step, orders[0]) for step in range(3)]
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert sorted(np.concatenate(batches)) == list(range(10))
     assert list(orders[0]) != list(orders[1])
-    assert list(orders[0]) == list(Schedule(10, 4, seed=3).epoch_order(0))
-    assert list(orders[0]) != list(Schedule(10, 4, seed=4).epoch_order(0))
+    assert list(orders[0]) == list(PairOrder(10, 4, seed=3).epoch_order(0))
+    assert list(orders[0]) != list(PairOrder(10, 4, seed=4).epoch_order(0))
 
 
 def test_the_last_incomplete_batch_is_used_or_dropped():
-    assert Schedule(10, 4, seed=0).total_steps(2, None) == 6
-    assert Schedule(10, 4, seed=0, drop_last=True).total_steps(2, None) == 4
-    assert Schedule(10, 4, seed=0).total_steps(0.5, None) == 2
-    assert Schedule(10, 4, seed=0).total_steps(2, 100) == 100
+    assert PairOrder(10, 4, seed=0).total_steps(2, None) == 6
+    assert PairOrder(10, 4, seed=0, drop_last=True).total_steps(2, None) == 4
+    assert PairOrder(10, 4, seed=0).total_steps(0.5, None) == 2
+    assert PairOrder(10, 4, seed=0).total_steps(2, 100) == 100
 
 
 def test_steps_past_an_epoch_continue_in_the_next():
-    schedule = Schedule(4, 2, seed=0)
-    assert [schedule.epoch_of(step) for step in range(5)] == [0, 0, 1, 1, 2]
-    order = schedule.epoch_order(1)
-    assert list(schedule.global_batch(2, order)) == list(order[:2])
+    pair_order = PairOrder(4, 2, seed=0)
+    assert [pair_order.epoch_of(step) for step in range(5)] == [0, 0, 1, 1, 2]
+    order = pair_order.epoch_order(1)
+    assert list(pair_order.global_batch(2, order)) == list(order[:2])
 
 
 def test_unshuffled_order_is_the_files():
-    assert list(Schedule(5, 2, seed=0, shuffle=False).epoch_order(3)) == [0, 1, 2, 3, 4]
+    assert list(PairOrder(5, 2, seed=0, shuffle=False).epoch_order(3)) == [0, 1, 2, 3, 4]
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,9 +102,9 @@ def test_forward_batches_hold_every_pair_once_within_the_budget(count, budget, w
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_the_pairs_of_a_run_are_those_its_steps_see(drop_last):
-    schedule = Schedule(22, 8, seed=1, drop_last=drop_last)
+    pair_order = PairOrder(22, 8, seed=1, drop_last=drop_last)
     for total in (1, 2, 3, 4, 7):
         seen = set()
         for step in range(total):
-            seen |= set(schedule.global_batch(step, schedule.epoch_order(schedule.epoch_of(step))).tolist())
-        assert schedule.pairs_of_run(total).tolist() == sorted(seen)
+            seen |= set(pair_order.global_batch(step, pair_order.epoch_order(pair_order.epoch_of(step))).tolist())
+        assert pair_order.pairs_of_run(total).tolist() == sorted(seen)

@@ -13,7 +13,7 @@ import torch
 from tiny import save_model
 from transformers import LlamaConfig
 
-from dpo_scale.checkpoint.identity import Identity, architecture_fingerprint, check_identity
+from dpo_scale.checkpoint.compatibility import Identity, architecture_fingerprint, check_identity
 from dpo_scale.checkpoint.save_load import (
     FORMAT_VERSION,
     TrainState,
@@ -27,7 +27,7 @@ from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.models.load import load_model_config
 from dpo_scale.reference.protocol import NoReference
 from dpo_scale.settings.tree import load_config
-from dpo_scale.training.run_identity import identity_of
+from dpo_scale.training.identity import identity_of
 
 IDENTITY = Identity(
     "model",
@@ -149,9 +149,9 @@ def test_a_save_that_fails_leaves_the_run_alive_with_its_older_checkpoint(tmp_pa
 
     with monkeypatch.context() as patched:
         if failing == "open":
-            patched.setattr("dpo_scale.disk.sealed.open", full, raising=False)
+            patched.setattr("dpo_scale.disk.sealed_folder.open", full, raising=False)
         elif failing == "write":
-            patched.setattr("dpo_scale.disk.sealed.open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
+            patched.setattr("dpo_scale.disk.sealed_folder.open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
         else:
             patched.setattr(os, failing, full)
         assert save(tmp_path, 4, keep=1) is None
@@ -167,7 +167,7 @@ class Killed(BaseException):
 
 def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
     calls = ["os.fsync", "os.replace", "os.open", "os.stat", "os.unlink", "os.rmdir", "os.mkdir"]
-    names = [*calls, "dpo_scale.disk.sealed.open"]
+    names = [*calls, "dpo_scale.disk.sealed_folder.open"]
     outcomes = []
     for last_call in range(1, 1000):
         run_dir = tmp_path / str(last_call)
@@ -282,7 +282,7 @@ def test_only_what_takes_effect_may_be_named_as_changeable():
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):
-    from dpo_scale.disk.sealed import write_manifest
+    from dpo_scale.disk.sealed_folder import write_manifest
 
     path = save(tmp_path, 1)
     record = json.loads((path / "manifest.json").read_text())

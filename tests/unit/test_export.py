@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import dpo_scale.models.export
 from dpo_scale.data.tokenize import load_tokenizer
-from dpo_scale.disk.sealed import write_manifest
+from dpo_scale.disk.sealed_folder import write_manifest
 from dpo_scale.errors import ModelError, TrainingError
 from dpo_scale.models.export import export_model
 from dpo_scale.models.files import check_model_folder
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypat
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dpo_scale.disk.sealed.os.fsync", full)
+    monkeypatch.setattr("dpo_scale.disk.sealed_folder.os.fsync", full)
     with pytest.raises(TrainingError, match="could not be written.*No space left"):
         export(start, tmp_path / "run", {**RESULTS, "after": {"loss": 0.1}})
     assert (folder / "README.md").read_bytes() == before

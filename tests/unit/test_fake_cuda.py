@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
-from dpo_scale.models.attention import use_attention
+from dpo_scale.models.attention_backends import use_attention
 from dpo_scale.models.scorer import PairScorer
 from dpo_scale.settings.loss import LossSettings
 from dpo_scale.training.objective import across_ranks, from_logps, fused_by_pair
@@ -70,7 +70,7 @@ def cuda():
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (torch.autograd, "grad", lambda loss, leaf: (torch.zeros_like(leaf),)),
             (torch, "compile", lambda *a, **options: compile_function(*a, **(options | {"backend": "eager"}))),
-            (triton_logps, "_on", lambda device: nullcontext()),
+            (triton_logps, "current_device", lambda device: nullcontext()),
             *((triton_logps.kernels, n, NotLaunched()) for n in vars(triton_logps.kernels) if n.endswith("_kernel")),
         ):
             stack.enter_context(patch.object(holder, name, value))

@@ -16,7 +16,7 @@ from tiny import save_model
 
 from dpo_scale.errors import ModelError
 from dpo_scale.reference import fingerprint as module
-from dpo_scale.reference.fingerprint import fingerprint_parts, hash_tensors, weights_fingerprint
+from dpo_scale.reference.fingerprint import hash_tensors, weights_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -163,31 +163,44 @@ def age(folder: str | Path) -> None:
     time.sleep(module._SETTLED_SECONDS + 0.1)
 
 
-def test_known_files_are_not_read_again_and_overwritten_ones_are(models, copy, cache):
+@pytest.fixture
+def hashed(monkeypatch) -> list[Path]:
+    """The files that were hashed."""
+    files: list[Path] = []
+    monkeypatch.setattr(module, "hash_tensors", lambda path: files.append(path) or hash_tensors(path))
+    return files
+
+
+def test_known_files_are_not_read_again_and_overwritten_ones_are(copy, fingerprint, hashed):
     folder = copy("llama")
     age(folder)
-    size = (Path(folder) / "model.safetensors").stat().st_size
-    first = fingerprint_parts(folder, cache_dir=cache)
-    second = fingerprint_parts(folder, cache_dir=cache)
-    assert (first.hashed_bytes, second.hashed_bytes) == (size, 0) and first.digest == second.digest
+    first = fingerprint(folder)
+    assert fingerprint(folder) == first and len(hashed) == 1
 
     # in place, the same size, and the old time stamp put back
     file = Path(folder) / "model.safetensors"
     before = file.stat()
     with open(file, "r+b") as stream:
-        stream.seek(size - 3)
+        stream.seek(before.st_size - 3)
         byte = stream.read(1)
-        stream.seek(size - 3)
+        stream.seek(before.st_size - 3)
         stream.write(bytes([byte[0] ^ 1]))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    third = fingerprint_parts(folder, cache_dir=cache)
-    assert third.hashed_bytes == size and third.digest != first.digest
+    assert fingerprint(folder) != first and len(hashed) == 2
 
 
-def test_files_too_young_to_be_told_apart_by_their_time_are_not_remembered(models, copy, cache):
+def test_files_too_young_to_be_told_apart_by_their_time_are_not_remembered(copy, fingerprint, hashed):
     folder = copy("llama", lambda t: None)
-    assert fingerprint_parts(folder, cache_dir=cache).hashed_bytes > 0
-    assert fingerprint_parts(folder, cache_dir=cache).hashed_bytes > 0
+    assert fingerprint(folder) == fingerprint(folder) and len(hashed) == 2
+
+
+def test_what_version_0_1_remembered_of_a_file_is_made_anew(copy, fingerprint, hashed, cache):
+    folder = copy("llama")
+    age(folder)
+    expected = fingerprint(folder)
+    (entry,) = cache.iterdir()
+    entry.write_text(json.dumps({"file": "f", "tensors": {"a": "0" * 64}, "checksum": "0" * 64}, indent=0))
+    assert fingerprint(folder) == fingerprint(folder) == expected and len(hashed) == 2
 
 
 def test_a_damaged_memory_of_known_files_is_not_believed(models, cache):

@@ -1,5 +1,7 @@
 """What a loaded model must prove of its layout and attention, and what a run does where it cannot."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import varlen_kernels
@@ -8,13 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
-from dpo_scale.models import attention, layout_check, varlen_attention
-from dpo_scale.models.attention import blockwise_attention
-from dpo_scale.models.layouts import LayoutChoice, Option, choose_layout, install_attention, prove_layout
+from dpo_scale.models import layout_check, varlen_attention
+from dpo_scale.models.attention import Limits, blockwise_attention
+from dpo_scale.models.attention_backends import BACKENDS
+from dpo_scale.models.layout_choice import LayoutChoice, LayoutOption, choose_layout, install_attention, prove_layout
 from dpo_scale.models.scorer import PairScorer
 from dpo_scale.settings.tree import Config
 
-PADDED = Option("padded", None, "the last")
+PADDED = LayoutOption("padded", None, "the last")
 
 
 def config_with(layout="auto"):
@@ -131,9 +134,7 @@ def lines(monkeypatch):
 
 def broken_backend(monkeypatch, function):
     """Make `varlen` a back end that does something else."""
-    functions = {**attention.attention_functions()}
-    functions["varlen"] = torch.compiler.disable(attention._observable(function))
-    monkeypatch.setattr(attention, "attention_functions", lambda: functions)
+    monkeypatch.setitem(BACKENDS, "varlen", replace(BACKENDS["varlen"], attend=function, limits=Limits))
 
 
 def choice_of(*options):
@@ -152,7 +153,7 @@ def test_attention_that_fails_is_replaced_by_the_next_and_the_log_says_why(funct
     broken_backend(monkeypatch, function)
     model, scorer, _ = loaded("llama")
     config, choice = choice_of(
-        Option("shared_prefix", "varlen", "a"), Option("shared_prefix", "blocks", "the next"), PADDED
+        LayoutOption("shared_prefix", "varlen", "a"), LayoutOption("shared_prefix", "blocks", "the next"), PADDED
     )
     prove_layout(choice, with_choice(scorer, choice), "float32")
     assert config.data.layout == scorer.module.layout == "shared_prefix"
@@ -169,7 +170,7 @@ def test_attention_that_fails_is_replaced_by_the_next_and_the_log_says_why(funct
 def test_where_no_attention_is_right_rows_are_padded_and_the_models_own_is_back(function, monkeypatch, lines):
     broken_backend(monkeypatch, function)
     model, scorer, _ = loaded("llama")
-    config, choice = choice_of(Option("shared_prefix", "varlen", "a"), PADDED)
+    config, choice = choice_of(LayoutOption("shared_prefix", "varlen", "a"), PADDED)
     prove_layout(choice, with_choice(scorer, choice), "float32")
     assert config.data.layout == scorer.module.layout == "padded"
     assert model.config._attn_implementation == "sdpa" and lines[-1] == "layout padded: the last"
@@ -179,7 +180,7 @@ def test_where_no_attention_is_right_rows_are_padded_and_the_models_own_is_back(
 def test_attention_asked_for_by_name_that_fails_ends_the_run(function, monkeypatch, lines):
     broken_backend(monkeypatch, function)
     _, scorer, _ = loaded("llama")
-    _, choice = choice_of(Option("shared_prefix", "varlen", "a"))
+    _, choice = choice_of(LayoutOption("shared_prefix", "varlen", "a"))
     with pytest.raises(ModelError, match=rf"LlamaForCausalLM.*{BROKEN[function]}.*data\.layout=padded"):
         prove_layout(choice, with_choice(scorer, choice), "float32")
 
@@ -188,7 +189,7 @@ def test_a_model_that_is_only_scored_is_not_asked_for_gradients(monkeypatch, lin
     broken_backend(monkeypatch, wrong_backward)
     _, scorer, _ = loaded("llama")
     scorer.eval()
-    _, choice = choice_of(Option("shared_prefix", "varlen", "a"), PADDED)
+    _, choice = choice_of(LayoutOption("shared_prefix", "varlen", "a"), PADDED)
     prove_layout(choice, with_choice(scorer, choice), "float32")
     assert choice.option.backend == "varlen" and not lines
 
@@ -205,7 +206,9 @@ def test_the_policy_follows_a_reference_that_fails(monkeypatch, lines):
         raising() if query.shape[1] == key.shape[1] else blockwise_attention(module, query, key, *rest, **settings)
     ))  # fmt: skip
     policy, reference = loaded("llama")[1], loaded("llama", num_key_value_heads=4)[1]
-    _, choice = choice_of(Option("shared_prefix", "varlen", "a"), Option("shared_prefix", "blocks", "b"), PADDED)
+    _, choice = choice_of(
+        LayoutOption("shared_prefix", "varlen", "a"), LayoutOption("shared_prefix", "blocks", "b"), PADDED
+    )
     prove_layout(choice, with_choice(policy, choice), "float32")
     assert choice.option.backend == "varlen"
     prove_layout(choice, with_choice(reference, choice), "float32", beside=[policy])
@@ -230,7 +233,7 @@ def test_rounding_to_16_bits_is_no_wrong_gradient(architecture, sharpness, monke
     with torch.no_grad():
         for layer in model.model.layers:  # attention that is nearly all on one key
             layer.self_attn.q_proj.weight.mul_(sharpness)
-    _, choice = choice_of(Option("shared_prefix", "varlen", "a"), PADDED)
+    _, choice = choice_of(LayoutOption("shared_prefix", "varlen", "a"), PADDED)
     prove_layout(choice, with_choice(scorer, choice), "bfloat16")
     assert choice.option.backend == "varlen", lines
 
@@ -246,6 +249,6 @@ def test_a_kernel_that_aligns_masks_elsewhere_fails_where_there_are_branches(at_
     monkeypatch.setattr(varlen_attention, "DTYPES", (torch.float32,))
     varlen_kernels.install(monkeypatch, "torch 2.12", aligned)
     _, scorer, _ = loaded("llama")
-    _, choice = choice_of(Option(layout, "varlen", "a"), PADDED)
+    _, choice = choice_of(LayoutOption(layout, "varlen", "a"), PADDED)
     prove_layout(choice, with_choice(scorer, choice), "float32")
     assert (choice.option.layout == layout) == (at_end or layout == "packed")

@@ -1,5 +1,8 @@
 """Which layout and attention a run takes and why, and what the loaded model must prove."""
 
+import sys
+import types
+
 import pytest
 import torch
 import transformers
@@ -8,9 +11,8 @@ from tiny import tiny_config
 
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, ModelError
-from dpo_scale.models import layouts, varlen_attention
-from dpo_scale.models.layouts import (
-    Option,
+from dpo_scale.models.layout_choice import (
+    LayoutOption,
     attention_options,
     choose_layout,
     why_padded,
@@ -55,7 +57,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_models_run_padded_with_the_reason_or_are_refused_by_name(kind):
     make, why = OTHERS[kind]
-    assert choose_layout(config_with(), [make()]).option == Option("padded", None, why_padded(make()))
+    assert choose_layout(config_with(), [make()]).option == LayoutOption("padded", None, why_padded(make()))
     assert kind in why_padded(make()) and why in why_padded(make())
     for layout in ("packed", "shared_prefix"):
         with pytest.raises(ConfigError, match=rf"data\.layout = '{layout}'.*{why}.*expected 'padded' or 'auto'"):
@@ -107,13 +109,15 @@ def test_on_cuda_the_fastest_that_is_there_comes_first(attention, dtype, flash, 
     kernel = varlen_kernels.varlen_attn_2_10 if torchs == "old" else None
     varlen_kernels.install(monkeypatch, "torch 2.12", kernel)
     varlen_kernels.install(monkeypatch, "flash-attn 2.8")
-    monkeypatch.setattr(layouts, "find_spec", lambda name: None if flash == "missing" else object())
+    if flash == "missing":
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
     if flash == "broken":
 
-        def undefined_symbol():
-            raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEi\n (and more)")
+        class Broken(types.ModuleType):
+            def __getattr__(self, name):
+                raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEi\n (and more)")
 
-        monkeypatch.setattr(varlen_attention, "flash_attn_kernel", undefined_symbol)
+        monkeypatch.setitem(sys.modules, "flash_attn", Broken("flash_attn"))
     options = attention_options(config_with(attention=attention, dtype=dtype))
     assert [backend for backend, _ in options] == expected
     reasons = " ".join(reason for _, reason in options)
@@ -122,10 +126,8 @@ def test_on_cuda_the_fastest_that_is_there_comes_first(attention, dtype, flash, 
     elif dtype == "float32":
         assert "float32" in reasons
     else:
-        assert {"there": "flash_attn is installed", "missing": "not installed", "broken": "undefined symbol"}[
-            flash
-        ] in reasons
-        assert ("takes no scale or no window" in reasons) == (torchs == "old" and flash != "there")
+        assert {"there": "fastest", "missing": "not installed", "broken": "undefined symbol"}[flash] in reasons
+        assert ("takes no scale or no window" in reasons) == (torchs == "old")
     assert "\n" not in reasons
 
 
@@ -147,7 +149,6 @@ def test_what_the_config_leaves_open_may_be_exchanged_and_nothing_else(layout, a
     monkeypatch.setattr(ranks, "device", lambda: torch.device("cuda"))
     varlen_kernels.install(monkeypatch, "torch 2.12")
     varlen_kernels.install(monkeypatch, "flash-attn 2.8")
-    monkeypatch.setattr(layouts, "find_spec", lambda name: object())
     config = config_with(layout, attention, "bfloat16")
     choice = choose_layout(config, [tiny_config("llama")])
     taken = [(choice.option.layout, choice.option.backend)]

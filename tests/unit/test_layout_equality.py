@@ -17,7 +17,8 @@ from dpo_scale.data.layout import make_batch
 from dpo_scale.errors import ModelError
 from dpo_scale.models import attention, varlen_attention
 from dpo_scale.models.activations import compile_layers
-from dpo_scale.models.attention import AttentionPlan, use_attention
+from dpo_scale.models.attention import AttentionPlan
+from dpo_scale.models.attention_backends import BACKENDS, attention_function, use_attention
 from dpo_scale.models.flex_attention import BLOCK, block_mask
 from dpo_scale.models.load import switch_off_dropout
 from dpo_scale.models.scorer import PairScorer
@@ -246,14 +247,14 @@ def test_a_model_that_keeps_the_plan_to_itself_is_refused():
         (None, {"is_causal": False}, "not causal"),
     ],
 )
-@pytest.mark.parametrize("backend", ["blocks", "flex", "varlen", "fa_varlen"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_with_terms_that_no_plan_knows_is_refused(mask, settings, message, backend, monkeypatch):
     varlen_kernels.install(monkeypatch, "flash-attn 2.8")
     batch = make_batch("packed", pairs_of([(1, 1, 1)]), np.ones(1), pad_token_id=0)
     plan = AttentionPlan(batch.position_ids, batch.document_ids, batch.branch_ids, batch.segments)
     q = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)
     with pytest.raises(ModelError, match=message):
-        attention.attention_functions()[backend](torch.nn.Linear(1, 1), q, q, q, mask, attention_plan=plan, **settings)
+        attention_function(backend)(torch.nn.Linear(1, 1), q, q, q, mask, attention_plan=plan, **settings)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

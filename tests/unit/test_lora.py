@@ -266,7 +266,7 @@ def test_the_reference_is_what_the_policy_starts_from_unless_named(overrides, ex
 def test_a_checkpoint_belongs_to_the_weights_under_its_adapter(folders, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from dpo_scale.training.run_identity import identity_of
+    from dpo_scale.training.identity import identity_of
 
     def identity():
         overrides = [f"model.path={tmp_path / 'm'}", "data.train=x.jsonl", "lora.r=4"]

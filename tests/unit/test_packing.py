@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_scale.data.batching import Schedule, forward_batches
+from dpo_scale.data.batching import PairOrder, forward_batches
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
@@ -106,24 +106,24 @@ def test_a_long_pair_counts_for_more_than_its_tokens():
 def test_rows_of_8_to_4000_tokens_leave_ranks_idle_and_slots_empty_for_under_5_percent(layout, world):
     lengths = wide_lengths(64 * world * 8)
     planner = Planner(lengths, layout, world, 1, 8192, FLOPS, 3.0, 3.0)
-    schedule = Schedule(len(lengths), 32 * world, seed=0)
-    plans = planner.first_plans(schedule, 16)
+    pair_order = PairOrder(len(lengths), 32 * world, seed=0)
+    plans = planner.first_plans(pair_order, 16)
     assert len(plans) == 16
     assert np.mean([planner.idle_fraction(one) for one in plans]) < 0.05
     assert max(one.padding_fraction for one in plans) < 0.05
     # the same pairs in micro-batches of a fixed number of padded rows
     fixed = Planner(lengths, "padded", world, 4, None, FLOPS, 3.0, 3.0)
-    assert np.mean([fixed.idle_fraction(one) for one in fixed.first_plans(schedule, 16)]) > 0.05
+    assert np.mean([fixed.idle_fraction(one) for one in fixed.first_plans(pair_order, 16)]) > 0.05
 
 
 def test_padded_runs_are_more_even_and_emptier_of_padding_than_fixed_numbers_of_pairs():
     lengths = wide_lengths(512, seed=3)
-    schedule = Schedule(512, 64, seed=0)
+    pair_order = PairOrder(512, 64, seed=0)
     by_tokens = Planner(lengths, "padded", 2, 1, 8192, FLOPS, 3.0, 3.0)
     by_pairs = Planner(lengths, "padded", 2, 4, None, FLOPS, 3.0, 3.0)
 
     def mean(planner, measure):
-        return np.mean([measure(planner, one) for one in planner.first_plans(schedule, 8)])
+        return np.mean([measure(planner, one) for one in planner.first_plans(pair_order, 8)])
 
     assert mean(by_tokens, Planner.idle_fraction) < 0.7 * mean(by_pairs, Planner.idle_fraction)
     steps = [mean(planner, lambda _, one: len(one.micro_steps)) for planner in (by_tokens, by_pairs)]
@@ -160,10 +160,10 @@ def test_forward_batches_of_every_layout_hold_every_pair_once_within_the_budget(
 
 def test_planning_is_quick():
     lengths = wide_lengths(128 * 200)
-    schedule = Schedule(len(lengths), 128, seed=0)
-    order = schedule.epoch_order(0)
+    pair_order = PairOrder(len(lengths), 128, seed=0)
+    order = pair_order.epoch_order(0)
     started = time.process_time()
-    for step in range(schedule.steps_per_epoch):
-        plan(schedule.global_batch(step, order), lengths, 8192, 8, "shared_prefix")
+    for step in range(pair_order.steps_per_epoch):
+        plan(pair_order.global_batch(step, order), lengths, 8192, 8, "shared_prefix")
     # 0.3 ms a step where this was written: 20 s for an epoch of ten million pairs
-    assert (time.process_time() - started) / schedule.steps_per_epoch < 0.003
+    assert (time.process_time() - started) / pair_order.steps_per_epoch < 0.003

@@ -8,9 +8,9 @@ from store_rows import KEY, add, random_rows
 
 from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles, load_file
 from dpo_scale.checkpoint.reshard import Partition, fill, whole_pieces
-from dpo_scale.disk import sealed as sealed_folder
+from dpo_scale.disk import sealed_folder
 from dpo_scale.progress import note_activity, patience, progress
-from dpo_scale.reference import fingerprint, upkeep
+from dpo_scale.reference import fingerprint, store_upkeep
 from dpo_scale.reference.store import ReferenceStore
 
 MEGABYTES = 4
@@ -53,8 +53,8 @@ def test_looking_after_a_store_and_asking_it(tmp_path):
         add(book, random_rows(10, seed))
     keys = random_rows(10, 0).keys
     assert activity_of(lambda: book.lookup(keys)) >= 5
-    assert activity_of(lambda: upkeep.verify_book(book.folder)) >= 10  # each shard is checked, then merged
-    assert activity_of(lambda: upkeep.compact_book(book.folder)) >= 10
+    assert activity_of(lambda: store_upkeep.verify_book(book.folder)) >= 10  # each shard is checked, then merged
+    assert activity_of(lambda: store_upkeep.compact_book(book.folder)) >= 10
 
 
 def test_fingerprinting_weights(tmp_path, monkeypatch):

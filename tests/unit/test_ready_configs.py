@@ -26,7 +26,7 @@ def from_the_checkout(monkeypatch):
 def test_a_ready_config_loads_and_leaves_the_attention_to_the_machine(path):
     config = load_config(path)
     assert config.model.attn_implementation is None
-    assert f"configs/{path.name}" in (ROOT / "README.md").read_text()
+    assert f"configs/{path.name}" in (ROOT / "docs" / "getting-started.md").read_text()
     for file in re.findall(r"--config (configs/\S+)", path.read_text()):
         assert file == f"configs/{path.name}"
 

@@ -141,6 +141,11 @@ def test_system_tools_and_function_calls_reach_the_messages():
         read({**TEXTS, "system": "Be brief."}, chat=False)
 
 
+def test_a_transcript_holds_its_system_text_itself_and_may_have_tools_beside_it():
+    preference = read({**HH, "system": "Be brief.", "tools": [{"name": "clock"}]})
+    assert triple(preference) == MESSAGES and preference.tools == [{"name": "clock"}]
+
+
 def test_columns_of_other_names_are_read():
     source = SourceSettings("x", prompt_column="question", chosen_column="good", rejected_column="bad")
     row = {"question": "Hi?", "good": "Yes.", "bad": "No.", "chosen": 3}

@@ -17,14 +17,14 @@ from store_rows import KEY, add, random_rows, shard_names
 from tiny import ROOT
 
 from dpo_scale.errors import StoreError
-from dpo_scale.reference import shard as shard_module
 from dpo_scale.reference import store as store_module
-from dpo_scale.reference import upkeep
-from dpo_scale.reference.manifest import MANIFEST_FILE, BookKey
-from dpo_scale.reference.rows import Rows, as_keys, first_not_below, merge
-from dpo_scale.reference.shard import Shard, write_shard
+from dpo_scale.reference import store_shard as shard_module
+from dpo_scale.reference import store_upkeep
 from dpo_scale.reference.store import Book, ReferenceStore
-from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.reference.store_manifest import MANIFEST_FILE, BookKey
+from dpo_scale.reference.store_rows import Rows, as_keys, first_not_below, merge
+from dpo_scale.reference.store_shard import Shard, write_shard
+from dpo_scale.reference.store_upkeep import compact_book, verify_book
 
 
 @pytest.fixture
@@ -101,7 +101,8 @@ def test_search_agrees_with_a_dictionary_for_keys_with_equal_halves(tmp_path_fac
     rows = Rows(np.array(stored, np.uint64).reshape(-1, 2), sums, np.ones((len(stored), 2), np.int32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_module, "ROWS_PER_GROUP", 4)
-        shard = Shard(write_shard(tmp_path_factory.mktemp("s"), rows, {"book": "b"}))
+        folder = tmp_path_factory.mktemp("s")
+        shard = Shard(write_shard(folder, rows, {"book": folder.name}))
     keys = np.array(asked, np.uint64).reshape(-1, 2)
     known = {key: row for row, key in enumerate(stored)}
     assert shard.find(keys).tolist() == [known.get(key, -1) for key in asked]
@@ -172,8 +173,8 @@ def test_a_row_with_per_token_values_stands_for_the_same_row_without(book):
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_compaction_keeps_every_row_once_in_few_shards_and_changes_nothing_twice(book, tokens, monkeypatch):
-    monkeypatch.setattr(upkeep, "TARGET_SHARD_BYTES", 32 * 1000 * (1 + 2 * tokens))
-    monkeypatch.setattr(upkeep, "_PART_BYTES", 32 * 300)
+    monkeypatch.setattr(store_upkeep, "TARGET_SHARD_BYTES", 32 * 1000 * (1 + 2 * tokens))
+    monkeypatch.setattr(store_upkeep, "_PART_BYTES", 32 * 300)
     rows = random_rows(3000, tokens=tokens)
     for i in range(0, 3000, 250):
         add(book, rows.take(slice(i, min(i + 500, 3000))))  # every row but the first 250 twice
@@ -314,7 +315,7 @@ def mapped_megabytes() -> int:
 
 
 def test_what_is_resident_of_a_large_book_is_bounded(book, monkeypatch):
-    monkeypatch.setattr(upkeep, "TARGET_SHARD_BYTES", 8 << 20)
+    monkeypatch.setattr(store_upkeep, "TARGET_SHARD_BYTES", 8 << 20)
     rows = random_rows(1_000_000)  # 32 MB
     add(book, rows, rows_per_shard=10**9)
     compact_book(book.folder)

@@ -15,8 +15,8 @@ from tiny import ROOT, preference_rows, save_model, write_rows
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.errors import DataError, StoreError
-from dpo_scale.reference.manifest import BookKey
 from dpo_scale.reference.store import Book, ReferenceStore
+from dpo_scale.reference.store_manifest import BookKey
 from dpo_scale.settings.data import DataSettings, SourceSettings
 
 TRAIN_ROWS = 12
@@ -166,7 +166,7 @@ def test_import_names_the_row_whose_value_cannot_be_one(command, config, tmp_pat
     ("arguments", "message"),
     [
         (["list", "nowhere"], "nowhere: no such folder"),
-        (["verify", "store", "--book", "zz"], "none of its books begins so"),
+        (["verify", "store", "--book", "zz"], "no book begins like this"),
         (["export", "store", "missing/out.parquet"], "missing/out.parquet: cannot be written"),
     ],
 )

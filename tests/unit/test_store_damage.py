@@ -11,12 +11,12 @@ import pytest
 from store_rows import KEY, add, random_rows, shard_names
 
 from dpo_scale.errors import StoreError
-from dpo_scale.reference import manifest as manifest_module
-from dpo_scale.reference import shard as shard_module
-from dpo_scale.reference.manifest import MANIFEST_FILE, BookKey, Manifest, read_manifest, write_manifest
-from dpo_scale.reference.shard import DamagedError, NewerVersionError, write_shard
+from dpo_scale.reference import store_manifest as manifest_module
+from dpo_scale.reference import store_shard as shard_module
 from dpo_scale.reference.store import DAMAGED_DIR, Book, ReferenceStore
-from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.reference.store_manifest import MANIFEST_FILE, BookKey, Manifest, read_manifest, write_manifest
+from dpo_scale.reference.store_shard import DamagedError, NewerVersionError, write_shard
+from dpo_scale.reference.store_upkeep import compact_book, verify_book
 
 ROWS = 24
 
@@ -56,6 +56,18 @@ def test_every_single_byte_of_a_shard_is_covered(filled):
         assert caught.value.path == path
     path.write_bytes(whole)
     read_everything(book.folder, rows)
+
+
+def test_a_damaged_key_is_no_missing_row_even_if_it_alone_is_asked_for(filled):
+    book, rows = filled
+    path = book.folder / shard_names(book)[0]
+    whole = path.read_bytes()
+    for key in rows.keys:  # first rows of groups among them, which the index has too
+        damaged = bytearray(whole)
+        damaged[whole.rindex(key.tobytes())] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError):
+            Book(book.folder).lookup(key[None])
 
 
 def test_a_shard_that_was_cut_or_grew_is_noticed(filled):

@@ -15,7 +15,7 @@ from store_rows import KEY, random_rows, shard_names
 
 from dpo_scale.disk.atomic import is_abandoned, is_temporary, write_atomically
 from dpo_scale.reference.store import Book, ReferenceStore
-from dpo_scale.reference.upkeep import compact_book, verify_book
+from dpo_scale.reference.store_upkeep import compact_book, verify_book
 
 ROWS = 400
 KILLS = 20
@@ -26,7 +26,7 @@ import sys
 import numpy as np
 from store_rows import KEY, random_rows
 from dpo_scale.reference.store import ReferenceStore
-from dpo_scale.reference.upkeep import compact_book
+from dpo_scale.reference.store_upkeep import compact_book
 
 folder, rows_per_shard, compact_every, seed = sys.argv[1], *map(int, sys.argv[2:])
 rows = random_rows(400, tokens=True)
@@ -201,7 +201,7 @@ def test_two_processes_that_compact_at_once_end_with_every_row_once(tmp_path):
     go(filler)
     finish(filler)
     folder = ReferenceStore(tmp_path).book(KEY).folder
-    script = "import sys; from pathlib import Path; from dpo_scale.reference.upkeep import compact_book\n"
+    script = "import sys; from pathlib import Path; from dpo_scale.reference.store_upkeep import compact_book\n"
     script += "print('ready', flush=True); sys.stdin.readline(); compact_book(Path(sys.argv[1]))"
     compacting = [
         subprocess.Popen(

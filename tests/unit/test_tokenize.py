@@ -417,7 +417,7 @@ def test_a_bad_row_stops_the_run_or_is_skipped_counted_and_listed(folder):
         ("oops\n" * 3, "row 1: malformed JSON"),
         (
             '{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}\n',
-            "take a chat template",
+            "need a chat template",
         ),
     ],
 )

@@ -4,6 +4,7 @@ The yardstick is the mask rule, pair by pair, over the whole row.
 """
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from dpo_scale.data.dataset import Pair
 from dpo_scale.data.layout import make_batch
 from dpo_scale.distributed import ranks
 from dpo_scale.models import varlen_attention
-from dpo_scale.models.attention import AttentionPlan, attention_functions, blockwise_attention
+from dpo_scale.models.attention import AttentionPlan, Limits, blockwise_attention
+from dpo_scale.models.attention_backends import BACKENDS, attention_function, log_once
 
 # prompt, chosen, rejected: branches of one token, longer than their prompts, longer than a window of 16
 SIZES = [(1, 1, 1), (24, 3, 30), (7, 1, 1), (40, 12, 9)]
@@ -63,7 +65,7 @@ def with_gradients(function, inputs):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_values_and_gradients_follow_the_mask_rule(kernel, layout, window, heads, monkeypatch):
     monkeypatch.setattr(varlen_attention, "DTYPES", (torch.float64,))
-    backend = attention_functions()[install(monkeypatch, kernel)]
+    backend = attention_function(install(monkeypatch, kernel))
     plan = plan_of(layout)
     inputs = inputs_of(plan, *heads, dtype=torch.float64)
 
@@ -87,7 +89,7 @@ def test_16_bits_stay_16_bits(kernel, dtype, monkeypatch):
         return KERNELS[kernel](*arguments, **settings)
 
     watched.__signature__ = inspect.signature(KERNELS[kernel])
-    backend = attention_functions()[install(monkeypatch, kernel, watched)]
+    backend = attention_function(install(monkeypatch, kernel, watched))
     plan = plan_of("shared_prefix")
     inputs = inputs_of(plan, dtype=dtype)
     output, _ = backend(torch.nn.Linear(1, 1), *inputs, None, scaling=None, attention_plan=plan)
@@ -106,7 +108,7 @@ def test_keys_are_copied_for_branches_and_repeated_only_for_a_kernel_without_gro
         return KERNELS[kernel](q, k, v, *arguments, **settings)
 
     watched.__signature__ = inspect.signature(KERNELS[kernel])
-    backend = attention_functions()[install(monkeypatch, kernel, watched)]
+    backend = attention_function(install(monkeypatch, kernel, watched))
     plan = plan_of(layout)
     query, key, value = inputs_of(plan)
     backend(torch.nn.Linear(1, 1), query, key, value, None, attention_plan=plan)
@@ -122,11 +124,11 @@ def test_what_the_layers_need_of_a_row_is_derived_once(backend, monkeypatch):
     install(monkeypatch, "torch 2.12")
     plan = plan_of("shared_prefix")
     inputs = inputs_of(plan)
-    functions, module = attention_functions(), torch.nn.Linear(1, 1)
+    function, module = attention_function(backend), torch.nn.Linear(1, 1)
 
     def layer(window):
         with torch.no_grad():
-            functions[backend](module, *inputs, None, sliding_window=window, attention_plan=plan)
+            function(module, *inputs, None, sliding_window=window, attention_plan=plan)
 
     layer(None), layer(16)
     made = []
@@ -150,25 +152,24 @@ LACKING = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("flex_runs", [True, False])
 @pytest.mark.parametrize("lacks", LACKING)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_layer_that_the_kernel_lacks_goes_elsewhere_and_the_log_says_so_once(kernel, lacks, device, monkeypatch):
+def test_a_layer_that_the_kernel_lacks_goes_elsewhere_and_the_log_says_so_once(kernel, lacks, flex_runs, monkeypatch):
     shapes, settings, kernels = LACKING[lacks]
     if kernel not in kernels:
         pytest.skip("this version has it")
     lines, flexed = [], []
     monkeypatch.setattr(ranks, "log", lines.append)
-    varlen_attention._say_once.cache_clear()
+    log_once.cache_clear()
 
     def flex(*arguments, **settings):
         flexed.append(settings)
         return blockwise_attention(*arguments, **settings)
 
-    monkeypatch.setattr(varlen_attention, "flex_attention", flex)
-    monkeypatch.setitem(varlen_attention._NAMES, flex, "FlexAttention")
-    if device == "cuda":
-        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    # on a CPU, where FlexAttention does not train, a stand-in that does
+    devices = ("cpu",) if flex_runs else ("cuda",)
+    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], attend=flex, devices=devices))
     name = install(monkeypatch, kernel)
     plan = plan_of("shared_prefix")
     query, key, value = inputs_of(plan, **shapes)
@@ -177,13 +178,36 @@ def test_a_layer_that_the_kernel_lacks_goes_elsewhere_and_the_log_says_so_once(k
     arguments = (torch.nn.Linear(1, 1), query, key, value, None)
     settings = {**settings, "attention_plan": plan, "sliding_window": 16}
     for _ in range(2):
-        output, _ = attention_functions()[name](*arguments, **settings)
+        output, _ = attention_function(name)(*arguments, **settings)
     if lacks != "dropout":
         assert torch.equal(output, blockwise_attention(*arguments, **settings)[0])
-    to_flex = device == "cuda" and lacks != "dropout"  # which it does not have either
+    to_flex = flex_runs and lacks != "dropout"  # which it does not have either
     assert len(flexed) == (2 if to_flex else 0)
-    assert len(lines) == 1 and lacks in lines[0] and ("FlexAttention" if to_flex else "plain torch") in lines[0]
-    assert ("varlen_attn" if kernel.startswith("torch") else "flash-attn") in lines[0]
+    assert len(lines) == 1 and lacks in lines[0]
+    for word in ("torch's" if kernel.startswith("torch") else "flash-attn's", "Flex" if to_flex else "dot_product"):
+        assert word in lines[0]
+
+
+BEYOND = {
+    "sliding windows": (Limits(windows=False), {"sliding_window": 16}),
+    "prompts that two branches share": (Limits(shared_prompts=False), {}),
+    "attention sinks": (Limits(sinks=False), {"s_aux": torch.zeros(4)}),
+    "soft-capped scores": (Limits(softcap=False), {"softcap": 3.0}),
+    "dropout": (Limits(dropout=False), {"dropout": 0.1}),
+    "heads of width 16": (Limits(width_step=12), {}),
+    "bfloat16": (Limits(dtypes=(torch.float32,)), {}),
+}
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_a_back_end_is_not_given_what_is_beyond_its_limits(beyond):
+    limits, settings = BEYOND[beyond]
+    plan = plan_of("shared_prefix")
+    query, _, value = inputs_of(plan)
+    assert limits.lacks(query, value, {"attention_plan": plan, **settings}) == beyond
+    assert Limits().lacks(query, value, {"attention_plan": plan, **settings}) is None
+    if not limits.shared_prompts:
+        assert limits.lacks(query, value, {"attention_plan": plan_of("packed")}) is None
 
 
 def test_the_stand_in_has_the_signature_of_the_installed_torch():

@@ -31,7 +31,7 @@ from dpo_scale.run.cli import run
 from dpo_scale.errors import ConfigError
 from dpo_scale.progress import heartbeat, note_activity, patience
 from dpo_scale.run.rank_files import Process, this_process
-from dpo_scale.disk.sealed import SealedFile, damage, write_file
+from dpo_scale.disk.sealed_folder import SealedFile, damage
 from dpo_scale.run.watchdog import Watchdog
 
 folder, rank, machine, timeout = Path(sys.argv[1]), int(os.environ["RANK"]), sys.argv[2], json.loads(sys.argv[3])
@@ -142,7 +142,8 @@ heartbeat("the checkpoint of step 3")
 real = os.fsync
 os.fsync = lambda descriptor: (time.sleep({seconds}), real(descriptor))
 if rank == 0:
-    written = {{f"file-{{k}}": write_file(folder / f"file-{{k}}", b"x" * 100) for k in range(6)}}
+    files = {{f"file-{{k}}": SealedFile(folder / f"file-{{k}}") for k in range(6)}}
+    written = {{name: file.write(b"x" * 100) and file.seal() for name, file in files.items()}}
     assert damage(folder, written, checksums=True) == []
     (folder / "saved").touch()
 wait_for("saved")

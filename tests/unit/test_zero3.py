@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from dpo_scale.distributed import engine
 from dpo_scale.distributed.join import ALLOCATOR_VARIABLES, use_expandable_segments
 from dpo_scale.errors import ModelError
-from dpo_scale.models.load import _prepare_layers
+from dpo_scale.models.load import prepare_layers
 from dpo_scale.models.zero3 import decoder_layers, limit_gathers, make_leaves
 from dpo_scale.settings.tree import Config
 
@@ -86,7 +86,7 @@ def test_compiled_layers_at_stage_3_are_refused_where_layers_stay_divided(capsys
     config.model.compile = True
     zero = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 10}}
     with pytest.raises(ModelError, match="model.compile.*stage3_max_live_parameters = 10"):
-        _prepare_layers(make("llama"), config, zero, "policy")
+        prepare_layers(make("llama"), config, zero, "policy")
     assert "gathers the policy by submodules" in capsys.readouterr().out
 
 

@@ -1,12 +1,13 @@
 """Reference values out of a store and into it: parquet for anyone to read, columns that others have computed.
 
-What comes in keeps to a book of its own, marked as imported: nobody here knows how it was computed, so it never
-answers for values of this package's numerics.
+What comes in goes to a book of its own, marked as imported. Nobody here knows how it was computed, so it never answers
+for values of this package's numerics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import pyarrow.parquet as pq
 
 from dpo_scale.data.cache import TokenizedSource, tokenize_source
 from dpo_scale.data.dataset import PairDataset
-from dpo_scale.data.sources import DataFile, RowProblem, find_files, parse_record
+from dpo_scale.data.sources import RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
+from dpo_scale.disk.atomic import naming
 from dpo_scale.errors import DataError, StoreError
-from dpo_scale.reference.rows import Rows, as_keys, contains, first_not_below
 from dpo_scale.reference.store import Book
-from dpo_scale.reference.upkeep import merged_parts
+from dpo_scale.reference.store_rows import Rows, as_keys, contains, first_not_below
+from dpo_scale.reference.store_upkeep import merged_parts
 from dpo_scale.settings.data import DataSettings, SourceSettings
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names
@@ -57,24 +59,15 @@ def export_parquet(
     )
     texts = _TextsByKey(pairs, decode) if pairs and decode is not None else None
     written = 0
-    try:
-        with pq.ParquetWriter(path, schema) as writer:
-            for rows in _in_order(book):
-                if texts is not None:
-                    rows = rows.take(contains(texts.keys, rows.keys))
-                for begin in range(0, len(rows), _ROWS_PER_WRITE):
-                    part = rows.take(slice(begin, begin + _ROWS_PER_WRITE))
-                    writer.write_table(pa.table(_columns(part, texts), schema=schema))
-                    written += len(part)
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with naming(path, StoreError, to="written"), pq.ParquetWriter(path, schema) as writer:
+        for part in merged_parts(book.shards):
+            for rows, *_ in part:
+                chosen = rows if texts is None else rows.take(contains(texts.keys, rows.keys))
+                for begin in range(0, len(chosen), _ROWS_PER_WRITE):
+                    some = chosen.take(slice(begin, begin + _ROWS_PER_WRITE))
+                    writer.write_table(pa.table(_columns(some, texts), schema=schema))
+                    written += len(some)
     return written
-
-
-def _in_order(book: Book) -> Iterator[Rows]:
-    for part in merged_parts(book.shards):
-        yield part.with_tokens
-        yield part.without_tokens
 
 
 def _columns(rows: Rows, texts: _TextsByKey | None) -> dict[str, Any]:
@@ -87,7 +80,7 @@ def _columns(rows: Rows, texts: _TextsByKey | None) -> dict[str, Any]:
         values: list[Any] = [None] * len(rows)
         if rows.tokens is not None:
             ends = np.cumsum(rows.counts.ravel(), dtype=np.int64)
-            values = [split for split in np.split(rows.tokens, ends[:-1])[side::2]]
+            values = np.split(rows.tokens, ends[:-1])[side::2]
         columns[f"ref_{name}_token_logps"] = values
     return columns
 
@@ -153,29 +146,28 @@ def column_values(source: SourceSettings, tokenized: TokenizedSource) -> np.ndar
     for number, file in enumerate(find_files(source)):
         mine = np.flatnonzero(files == number)
         wanted = dict(zip(rows[mine].tolist(), mine.tolist(), strict=True))
-        for row, values in _read_values(file, wanted):
-            sums[wanted[row]] = values
+        for row, content in file.records():
+            if row in wanted:  # the others were left out, as bad or too long
+                sums[wanted[row]] = _values(file.label, row, content)
     return sums
 
 
-def _read_values(file: DataFile, wanted: dict[int, int]) -> Iterator[tuple[int, list[float]]]:
-    for row, content in file.records():
-        if row not in wanted:  # a row that was left out, as bad or too long
-            continue
+def _values(label: str, row: int, content: Any) -> list[float]:
+    """What a row states in the two columns."""
+    try:
+        record = parse_record(content)
+    except RowProblem as problem:
+        raise DataError(f"{label} row {row}: {problem}") from None
+    values = []
+    for name in COLUMNS:
+        value = record.get(name)
         try:
-            record = parse_record(content)
-        except RowProblem as problem:
-            raise DataError(f"{file.label} row {row}: {problem}") from None
-        values = []
-        for name in COLUMNS:
-            value = record.get(name)
-            try:
-                number = float("nan") if value is None or isinstance(value, bool) else float(value)
-            except (TypeError, ValueError):
-                number = float("nan")
-            if not np.isfinite(np.float32(number)):
-                raise DataError(
-                    f"{file.label} row {row}: {name} = {str(value)[:40]!r}, expected the completion's summed log-prob"
-                )
-            values.append(number)
-        yield row, values
+            number = math.nan if value is None or isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not np.isfinite(np.float32(number)):
+            raise DataError(
+                f"{label} row {row}: {name} = {str(value)[:40]!r}, expected the completion's summed log-prob"
+            )
+        values.append(number)
+    return values

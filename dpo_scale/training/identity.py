@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_scale.checkpoint.identity import Identity, architecture_fingerprint, package_versions
+from dpo_scale.checkpoint.compatibility import Identity, architecture_fingerprint, package_versions
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.distributed import ranks
 from dpo_scale.models.load import policy_source, reference_source

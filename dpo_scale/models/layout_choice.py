@@ -1,45 +1,35 @@
-"""Which layout and which attention a run takes, why, and what it takes instead if a model fails the check of them.
+"""Which layout and which attention a run takes, why, and what it takes instead if a model fails their check.
 
 Rows of many sequences need a model whose attention can be replaced and that mixes tokens nowhere else. What
-transformers says of its classes decides that before any weights are read; `layout_check` then shows on the loaded
-model whether it is true. What the config names is kept, and a failed check of it ends the run. What it leaves open is
-exchanged: another attention first, the layout `padded` last, for all models of the run alike.
+transformers says of its classes decides that before any weights are read. `layout_check` then tests the loaded model.
+What the config names is kept: if it fails its check, the run ends. What the config leaves open may change: to another
+attention first, to the layout `padded` last, for all models of the run alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from dpo_scale.data.layout import Layout
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, ModelError
-from dpo_scale.models import varlen_attention
-from dpo_scale.models.attention import use_attention
-from dpo_scale.models.layout_check import check_layout, first_line
+from dpo_scale.models.attention_backends import BACKENDS, use_attention
+from dpo_scale.models.layout_check import check_layout
 from dpo_scale.models.scorer import causal_lm
 from dpo_scale.settings.tree import Config
 
-_ATTENTION = {
-    "blocks": "scaled_dot_product_attention, sequence by sequence",
-    "flex": "FlexAttention with a block mask",
-    "varlen": "torch's variable-length kernel",
-    "fa_varlen": "flash-attn's variable-length kernel",
-}
-
-# Names in `model.attn_implementation` that are none of transformers' own.
-OWN_NAMES = ("varlen_attention",)
-
-# Architectures whose layers keep a plan or a window from their attention, though transformers lists it as replaceable:
-# found by running each architecture of transformers 5.23 at a tiny size. `check_layout` is there for the next ones.
+# Architectures whose layers do not hand a plan or a window to their attention, though transformers lists it as
+# replaceable. Found by running each architecture of transformers 5.23 at a tiny size; `check_layout` finds the next.
 _KEEP_TO_THEMSELVES = {"doge", "moshi", "nemotron", "phimoe"}
 
 
 @dataclass(frozen=True)
-class Option:
-    """A layout, the back end of `models.attention` that keeps its sequences apart (None: the model's own), and why."""
+class LayoutOption:
+    """A layout, the back end (`BACKENDS`) that keeps its sequences apart (None: the model's own), and why."""
 
     layout: Layout
     backend: str | None
@@ -50,13 +40,13 @@ class Option:
         if self.backend is None:
             return f"layout {self.layout}: {self.reason}"
         prompts = "each prompt once, " if self.layout == "shared_prefix" else ""
-        return f"layout {self.layout}: {prompts}no padding; attention by {_ATTENTION[self.backend]} ({self.reason})"
+        return f"layout {self.layout}: {prompts}no padding; attention by {BACKENDS[self.backend].title} ({self.reason})"
 
 
 class LayoutChoice:
-    """The layout and attention of all models of a run, and what comes next if one of them fails their check."""
+    """The layout and attention of all models of a run, and what comes next if a model fails their check."""
 
-    def __init__(self, config: Config, options: Sequence[Option]) -> None:
+    def __init__(self, config: Config, options: Sequence[LayoutOption]) -> None:
         """Args: options: at least one, best first."""
         self._config, self._options = config, list(options)
         self._take()
@@ -65,19 +55,19 @@ class LayoutChoice:
         self._config.data.layout = self.option.layout
 
     @property
-    def option(self) -> Option:
-        """What is taken now; `config.data.layout` says the same of the layout."""
+    def option(self) -> LayoutOption:
+        """What is taken now. `config.data.layout` names its layout."""
         return self._options[0]
 
     def give_up(self, model: str, failure: str) -> None:
         """Go on to the next option.
 
         Raises:
-            ModelError: if there is none, as what failed was asked for by name.
+            ModelError: if there is none, because what failed was asked for by name.
         """
         failed = self._options[0]
         assert failed.backend is not None
-        tried = f"data.layout = {failed.layout!r} with attention by {_ATTENTION[failed.backend]} fails its check"
+        tried = f"data.layout = {failed.layout!r} with attention by {BACKENDS[failed.backend].title} fails its check"
         if len(self._options) == 1:
             raise ModelError(f"{model}: {tried}: {failure}; set data.layout=padded")
         del self._options[0]
@@ -90,12 +80,12 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     """What `data.layout` and `model.attn_implementation` come to, and the reason.
 
     Args:
-        config: its `data.layout` is overwritten by what is taken.
+        config: its `data.layout` becomes what is taken.
         model_configs: the transformers configs of the models that will run.
 
     Raises:
-        ConfigError: if a layout was asked for by name that a model or its attention cannot take, or an attention that
-            the layout has no use for.
+        ConfigError: if the config names a layout that a model or its attention cannot take, or an attention that the
+            layout has no use for.
     """
     asked = config.data.layout
     if asked == "padded":
@@ -108,74 +98,53 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     if against:
         return _padded(config, against[0])
     layout: Layout = "shared_prefix" if asked == "auto" else asked
-    options = [Option(layout, backend, reason) for backend, reason in attention]
+    options = [LayoutOption(layout, backend, reason) for backend, reason in attention]
     if asked == "auto" and config.model.attn_implementation is None:
-        options.append(Option("padded", None, "no attention for rows of many sequences passed its check"))
+        options.append(LayoutOption("padded", None, "no attention for rows of many sequences passed its check"))
     return LayoutChoice(config, options)
 
 
 def _padded(config: Config, reason: str) -> LayoutChoice:
     """Padded rows, which run with attention of transformers."""
     asked = config.model.attn_implementation
-    if asked in OWN_NAMES:
+    if not transformers_has(asked):
         raise ConfigError(
-            f"model.attn_implementation = {asked!r}: is for rows of many sequences, and data.layout comes to 'padded' "
-            f"({reason}); expected a name of transformers, such as 'sdpa', or none"
+            f"model.attn_implementation = {asked!r}: is for rows of many sequences only, and data.layout is 'padded' "
+            f"here ({reason}); expected an attention of transformers, such as 'sdpa', or null"
         )
-    return LayoutChoice(config, [Option("padded", None, reason)])
+    return LayoutChoice(config, [LayoutOption("padded", None, reason)])
 
 
 def attention_options(config: Config) -> list[tuple[str | None, str]]:
-    """The back ends of `dpo_scale.models.attention` for rows of many sequences, best first, each with the reason.
+    """The back ends for rows of many sequences that a run can have, best first, each with the reason.
 
-    `model.attn_implementation` is taken at its word: sdpa, flex_attention, varlen_attention and flash_attention_2 name
-    the back end that is made of them; for any other, and where that does not run, there is only None.
+    `model.attn_implementation` is taken at its word. Where it names no back end, or one that does not run here, there
+    is only None.
     """
     asked, device = config.model.attn_implementation, ranks.device().type
-    named = f"model.attn_implementation = {asked!r}"
-    if asked is None and device != "cuda":
-        return [("blocks", f"the one for a {device} device")]
-    if asked == "sdpa":
-        return [("blocks", named)]
-    if asked == "flex_attention":
-        return [("flex", named) if device == "cuda" else (None, f"{named} does not train on a {device} device")]
-    flash, torchs = _why_no_flash_attn(), _why_no_torch_varlen()
-    if asked in ("flash_attention_2", "varlen_attention"):
-        backend, missing = ("fa_varlen", flash) if asked == "flash_attention_2" else ("varlen", torchs)
-        if device != "cuda":
-            return [(None, f"{named} needs a CUDA device")]
-        return [(backend, named) if missing is None else (None, f"{named}: {missing}")]
     if asked is not None:
-        return [(None, f"{named} takes one sequence a row")]
-    if config.model.dtype == "float32":
-        return [("flex", "variable-length kernels take 16 bits only, and model.dtype is float32")]
+        named = f"model.attn_implementation = {asked!r}"
+        backend = next((name for name, row in BACKENDS.items() if row.setting == asked), None)
+        if backend is None:
+            return [(None, f"{named} takes one sequence a row")]
+        missing = BACKENDS[backend].why_not(device)
+        return [(backend, named) if missing is None else (None, f"{named}: {missing}")]
     options: list[tuple[str | None, str]] = []
-    if flash is None:
-        options.append(("fa_varlen", "flash_attn is installed"))
-    if torchs is None:
-        options.append(("varlen", flash or "it comes with torch"))
-    missing = "; ".join(why for why in (flash, torchs) if why is not None)
-    return [*options, ("flex", "it comes with torch" if options else missing)]
+    refused: dict[str, None] = {}  # a set in order
+    for name, row in BACKENDS.items():
+        if row.devices is None or device not in row.devices:
+            continue
+        why_not = row.why_not(device, getattr(torch, config.model.dtype))
+        if why_not is None:
+            options.append((name, "; ".join(refused) or f"the fastest for a {device} device"))
+        else:
+            refused[why_not] = None
+    return options or [(name, f"the one for a {device} device") for name, row in BACKENDS.items() if not row.devices]
 
 
-def _why_no_flash_attn() -> str | None:
-    """Why flash-attn's kernel is not here; None if it is."""
-    if find_spec("flash_attn") is None:
-        return "flash_attn is not installed"
-    try:
-        varlen_attention.flash_attn_kernel()
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
-        return f"flash_attn is installed but cannot be imported: {first_line(error)}"
-    return None
-
-
-def _why_no_torch_varlen() -> str | None:
-    """Why torch's kernel is not here; None if it is."""
-    try:
-        varlen_attention.torch_kernel()
-    except ImportError as error:
-        return first_line(error)
-    return None
+def transformers_has(asked: str | None) -> bool:
+    """Whether `model.attn_implementation` is for transformers too, and not for rows of many sequences only."""
+    return not any(row.setting == asked and not row.in_transformers for row in BACKENDS.values())
 
 
 def why_padded(model_config: Any) -> str | None:
@@ -184,7 +153,7 @@ def why_padded(model_config: Any) -> str | None:
 
     kind = getattr(model_config, "model_type", type(model_config).__name__)
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(model_config, "auto_map", None):
-        return f"a {kind} model's code is not transformers' own, so nothing is known of its attention"
+        return f"a {kind} model's code is not transformers' own, and its attention is not known"
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     model_class = found[0] if isinstance(found, tuple) else found
     text = model_config.get_text_config()
@@ -200,8 +169,8 @@ def why_padded(model_config: Any) -> str | None:
     return None
 
 
-def install_attention(model: Any, option: Option) -> None:
-    """Give a loaded transformers model the attention of an option; what it had is kept as `own_attention`."""
+def install_attention(model: Any, option: LayoutOption) -> None:
+    """Give a loaded transformers model the attention of an option. What it had is kept as `own_attention`."""
     if not hasattr(model, "own_attention"):
         model.own_attention = model.config._attn_implementation
     if option.backend is not None:
@@ -211,9 +180,9 @@ def install_attention(model: Any, option: Option) -> None:
 
 
 def prove_layout(choice: LayoutChoice, scorer: Any, dtype: str, beside: Sequence[Any] = ()) -> None:
-    """Make sure that the layout gives a model the log-probs that separate sequences have. Every rank calls it.
+    """Make sure that a layout gives a model the log-probs of separate sequences. Every rank calls it.
 
-    If it does not, the run's models go on to the next option of the choice together.
+    If it does not, all models of the run go on to the next option.
 
     Args:
         scorer: an engine around a `PairScorer`, at any stage, with the choice's attention installed.
@@ -221,7 +190,7 @@ def prove_layout(choice: LayoutChoice, scorer: Any, dtype: str, beside: Sequence
         beside: engines of the run's other models, which the choice was proved for.
 
     Raises:
-        ModelError: with the failure, if what failed was asked for by name.
+        ModelError: saying what failed, if that was asked for by name.
     """
     unproved = [scorer]
     while unproved:

@@ -1,10 +1,9 @@
 """What a book of values belongs to, and the readable file that says so.
 
-A store holds one book for each (model, numerics, source); its folder is named after a hash of the three, so values of
-another model or precision are not refused on look-up but simply elsewhere. `manifest.json` tells a person what a
-book is. It is not an index: which shards there are is what the folder lists, since a list would have to be
-agreed on by everyone who adds to it. Every shard carries the same description, so a lost manifest can be written
-again.
+A store holds one book for each (model, numerics, source). The book's folder is named after a hash of the three, so a
+look-up never sees values of another model or precision. `manifest.json` tells a person what a book is. It is not an
+index: the folder's listing says which shards there are, since a list would have to be agreed on by everyone who adds to
+it. Every shard carries the same description, so a lost manifest can be written again.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_scale import __version__
-from dpo_scale.disk.atomic import write_atomically
+from dpo_scale.disk.atomic import naming
+from dpo_scale.disk.signed_json import read_signed, write_signed
 from dpo_scale.errors import StoreError
-from dpo_scale.reference.shard import FORMAT, FORMAT_VERSION, DamagedError, NewerVersionError
+from dpo_scale.reference.store_shard import FORMAT, FORMAT_VERSION, DamagedError, NewerVersionError
 
 MANIFEST_FILE = "manifest.json"
+_RECORDED = ("rows", "shards", "created", "updated", "tool")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class BookKey:
     Attributes:
         fingerprint: of the model (`dpo_scale.reference.fingerprint`).
         numerics: of the computation (`dpo_scale.reference.numerics`).
-        source: "imported" for values that were computed elsewhere, so that nothing here vouches for them; such a
-            book is found only by who asks for it.
+        source: "imported" for values that were computed elsewhere. Nothing here vouches for them, and only who asks
+            for such a book finds it.
     """
 
     fingerprint: str
@@ -65,7 +66,7 @@ class Manifest:
     tool: str = f"dpo_scale {__version__}"
 
     def shard_metadata(self, created: str, tool: str = f"dpo_scale {__version__}") -> dict[str, str]:
-        """What a shard of the book has in its header."""
+        """The description as text, for a shard's header."""
         return {
             "book": self.key.id,
             "fingerprint": self.key.fingerprint,
@@ -103,13 +104,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "model": {**manifest.model, "fingerprint": manifest.key.fingerprint},
         "numerics": manifest.key.numerics,
         "source": manifest.key.source,
-        "rows": manifest.rows,
-        "shards": manifest.shards,
-        "created": manifest.created,
-        "updated": manifest.updated,
-        "tool": manifest.tool,
+        **{name: getattr(manifest, name) for name in _RECORDED},
     }
-    write_atomically(folder / MANIFEST_FILE, [_signed(content).encode()])
+    with naming(folder, StoreError, to="written"):
+        write_signed(folder / MANIFEST_FILE, content, hash_name="sha256")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -120,40 +118,23 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST_FILE
     try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        content = json.loads(text)
-        # the exact text, not only its meaning: whatever byte changed, it is not the file that was written
-        if _signed({name: value for name, value in content.items() if name != "checksum"}).encode() != text:
-            raise DamagedError(path, "its checksum does not fit its content")
+        with naming(path, StoreError, to="read"):
+            content = read_signed(path, hash_name="sha256") if path.exists() else None
+        if content is None:
+            return None
         if content["format"] != FORMAT:
             raise DamagedError(path, f"format {content['format']!r}, expected {FORMAT!r}")
         if content["format_version"] != FORMAT_VERSION:
             raise NewerVersionError(path, content["format_version"])
         model = dict(content["model"])
         key = BookKey(model.pop("fingerprint"), content["numerics"], content["source"])
+        manifest = Manifest(key, model, **{name: content[name] for name in _RECORDED})
     except StoreError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         raise DamagedError(path, "not a manifest") from None
+    except ValueError as reason:
+        raise DamagedError(path, str(reason)) from None
     if key.id != folder.name:
         raise DamagedError(path, f"it describes book {key.id}, but lies in the folder of another")
-    return Manifest(
-        key,
-        model,
-        content["created"],
-        content["updated"],
-        content["rows"],
-        content["shards"],
-        content["tool"],
-    )
-
-
-def _signed(content: dict[str, Any]) -> str:
-    text = json.dumps(content, indent=1)
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({**content, "checksum": checksum}, indent=1) + "\n"
+    return manifest
