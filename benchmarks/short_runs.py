@@ -338,7 +338,7 @@ def table(report: dict[str, Any]) -> str:
 def run_one(file: Path) -> None:
     """In a process of its own: `launch/train.py`, watched from outside its code."""
     job = json.loads(file.read_text(encoding="utf-8"))
-    from dpo_scale.checkpoint.save_load import TrainState
+    from dpo_scale.checkpoint.load import TrainState
     from dpo_scale.training import loop as trainer
 
     train_step, found = trainer.train_step, {}

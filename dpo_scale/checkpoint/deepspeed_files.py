@@ -8,6 +8,7 @@ restricted unpickler, which makes tensors, containers and the few plain classes 
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from pathlib import Path
@@ -66,6 +67,50 @@ class DeepspeedFiles(CheckpointEngine):
 
     def commit(self, info: Any) -> bool:
         return True
+
+
+class HeldFiles(DeepspeedFiles):
+    """Files that are written later, in another thread, where `hold` says so: until then they are copies in memory."""
+
+    def __init__(self, *, hold: bool) -> None:
+        super().__init__()
+        self._hold = hold
+        self._held: list[tuple[Any, str]] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self._hold:
+            self._held.append((_copied_to_host(state_dict), path))
+        else:
+            super().save(state_dict, path)
+
+    def finish_copies(self) -> None:
+        """Wait until the device has copied everything."""
+        if ranks.device().type != "cpu":
+            torch.get_device_module(ranks.device()).synchronize()
+
+    def write(self) -> None:
+        """Write what is held; one file's copies are let go before the next is written."""
+        self._held.reverse()
+        while self._held:
+            super().save(*self._held.pop())
+
+
+def _copied_to_host(value: Any) -> Any:
+    """A deep copy whose tensors are in host memory, page-locked where they come from a device."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        if value.device.type == "cpu":
+            return value.clone()
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # an OrderedDict stays one
+        copied.update({key: _copied_to_host(item) for key, item in value.items()})
+        return copied
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copied_to_host, value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied_to_host, value))
+    return copy.deepcopy(value)
 
 
 def own_file(kind: str, rank: int | None = None) -> str:

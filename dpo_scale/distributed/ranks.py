@@ -5,6 +5,7 @@ Only this room knows that there is more than one process.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import warnings
@@ -86,9 +87,16 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def barrier() -> None:
+def new_group(timeout_minutes: float) -> dist.ProcessGroup | None:
+    """A group of all ranks for objects in host memory, for a thread that must not mix with other collectives."""
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -98,12 +106,12 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's (small, picklable) value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group)
     return gathered
 
 
@@ -127,12 +135,12 @@ def gather_rows(values: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def from_main(value: Result) -> Result:
+def from_main(value: Result, group: dist.ProcessGroup | None = None) -> Result:
     """Rank 0's (picklable) value, on every rank."""
     if world_size() == 1:
         return value
     holder: list[Any] = [value if is_main() else None]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, src=0, group=group)
     return holder[0]
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from dpo_scale.checkpoint.save_load import Checkpoint, find_checkpoints
+from dpo_scale.checkpoint.load import Checkpoint, find_checkpoints
 from dpo_scale.distributed import ranks
 from dpo_scale.distributed.folders import require_shared
 from dpo_scale.errors import ConfigError, UserError

@@ -155,6 +155,7 @@ class CheckpointSettings:
 
     save_steps: int | None = setting(None, "how often to save; null: at the end only", unit="steps", at_least=1)
     save_at_end: bool = setting(True, "also save a checkpoint of the last step")
+    async_save: bool = setting(False, "write checkpoints from copies in host memory while training goes on")
     save_total_limit: int | None = setting(2, "newest checkpoints kept beside the best one; null: all", at_least=1)
     metric_for_best_model: str | None = setting(None, "a metric of the held-out data, e.g. rewards/accuracies")
     greater_is_better: bool = setting(True, "whether a greater metric_for_best_model is better; false for a loss")

@@ -11,22 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from dpo_scale.checkpoint.save_load import (
-    TrainState,
-    checkpoint_path,
-    load_weights,
-    open_checkpoint,
-    require_whole,
-    save_checkpoint,
-)
+from dpo_scale.checkpoint.load import TrainState, checkpoint_path, load_weights, open_checkpoint, require_whole
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import engine, ranks
 from dpo_scale.distributed.random_state import seed_everything
-from dpo_scale.errors import CheckpointError
+from dpo_scale.errors import CheckpointError, UserError
 from dpo_scale.models.export import export_model
 from dpo_scale.observe.metrics import MetricSums
 from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
@@ -45,14 +38,7 @@ from dpo_scale.training.evaluate import evaluate
 from dpo_scale.training.learning_rate import learning_rate
 from dpo_scale.training.plan import MicroStep, StepPlan, micro_steps_of_run
 from dpo_scale.training.prepare import start
-from dpo_scale.training.setup import Run, set_up
-
-
-class Best(NamedTuple):
-    """The best held-out metric so far, and the step that it was measured after."""
-
-    metric: float | None
-    step: int | None
+from dpo_scale.training.setup import Best, Run, set_up
 
 
 def train(config: Config, resume: str | None = None, profile: range | None = None) -> Path:
@@ -82,6 +68,9 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
         preemption.allow(config.checkpoint.preempt_grace_seconds, run_dir, looks_for_file=ranks.is_main())
         try:
             last_is_saved = train_steps(run, profile)
+        except UserError:
+            settle_save(run)
+            raise
         finally:
             if run.tracker is not None:
                 run.tracker.close()
@@ -91,7 +80,7 @@ def train(config: Config, resume: str | None = None, profile: range | None = Non
 
 def train_steps(run: Run, profile: range | None) -> bool:
     """The loop. False if the checkpoint of the last step was due and could not be saved."""
-    state, timer, saved = run.state, StepTimer(ranks.device(), ranks.world_size()), True
+    state, timer = run.state, StepTimer(ranks.device(), ranks.world_size())
     state.evaluation_due &= run.eval_data is not None
     if run.config.train.eval_on_start and state.step == 0:
         held_out_metrics(run)
@@ -106,8 +95,8 @@ def train_steps(run: Run, profile: range | None) -> bool:
                     metrics, told_to_stop = train_step(run, batches, timer)
                 after_step(run, metrics, told_to_stop)
             beaten = compare_with_best(run, held_out_metrics(run)) if state.evaluation_due else None
-            saved = save_if_due(run, beaten)
-    return saved
+            save_if_due(run, beaten)
+    return settle_save(run) or run.saving_step != state.step
 
 
 def micro_steps_to_come(run: Run) -> Iterator[MicroStep]:
@@ -241,6 +230,7 @@ def compare_with_best(run: Run, metrics: dict[str, float]) -> Best | None:
     settings, state = run.config.checkpoint, run.state
     if settings.metric_for_best_model is None:
         return None
+    settle_save(run)
     value, best = metrics[settings.metric_for_best_model], state.best_metric
     if not math.isfinite(value):
         return None
@@ -251,29 +241,34 @@ def compare_with_best(run: Run, metrics: dict[str, float]) -> Best | None:
     return beaten
 
 
-def save_if_due(run: Run, beaten: Best | None) -> bool:
-    """Save a checkpoint at the interval, at the end and of a new best. False if one was due and could not be saved."""
+def save_if_due(run: Run, beaten: Best | None) -> None:
+    """Save a checkpoint at the interval, at the end and of a new best."""
     state, keep = run.state, run.config.checkpoint
     at_interval = keep.save_steps is not None and state.step % keep.save_steps == 0
     at_end = keep.save_at_end and state.step == run.course.total_steps
-    if not (at_interval or at_end or beaten is not None):
-        return True
-    saved = save(run)
-    if beaten is not None and not saved:  # the best is what can be loaded again
-        state.best_metric, state.best_step = beaten
-    return saved
+    if at_interval or at_end or beaten is not None:
+        begin_save(run, beaten)
 
 
-def save(run: Run) -> bool:
-    """Save a checkpoint; whether it could be saved."""
+def begin_save(run: Run, beaten: Best | None = None) -> None:
+    """Save a checkpoint; with `checkpoint.async_save` it is on the disk later (`settle_save`)."""
+    settle_save(run)
     heartbeat(f"the checkpoint of step {run.state.step}")
     if run.tracker is not None:
         run.tracker.sync()
-    limit = run.config.checkpoint.save_total_limit
-    return (
-        save_checkpoint(run.policy, run.state, run.course.identity, run.run_dir, keep=limit, reference=run.reference)
-        is not None
-    )
+    run.saver.start(run.policy, run.state, run.reference)
+    run.saving_step, run.beaten_best = run.state.step, beaten
+    if not run.config.checkpoint.async_save:
+        settle_save(run)
+
+
+def settle_save(run: Run) -> bool:
+    """Wait for the save that was begun last; whether it is on the disk. A best that could not be saved is none."""
+    saved = run.saver.wait()
+    if run.beaten_best is not None and not saved:  # the best is what can be loaded again
+        run.state.best_metric, run.state.best_step = run.beaten_best
+    run.beaten_best = None
+    return saved
 
 
 def save_and_stop(run: Run) -> NoReturn:
@@ -286,7 +281,9 @@ def save_and_stop(run: Run) -> NoReturn:
     reasons = ranks.gather_objects(preemption.reason_to_stop(run.config.train.max_hours))
     reason = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason is not None)
     # before the first step there is nothing that a fresh start would not make again
-    saved = step > 0 and save(run)
+    if step > 0:
+        begin_save(run)
+    saved = step > 0 and settle_save(run)
     if ranks.is_main():
         preemption.mark_preempted(run.run_dir, step if saved else None, reason)
     ranks.barrier()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dpo_scale.checkpoint.compatibility import Identity, check_identity
-from dpo_scale.checkpoint.save_load import (
+from dpo_scale.checkpoint.load import (
     Checkpoint,
     TrainState,
     checkpoint_path,
     choose_checkpoint,
     load_checkpoint,
     names_a_checkpoint,
-    remove_leftovers,
 )
+from dpo_scale.checkpoint.save import Saver, remove_leftovers
 from dpo_scale.data.batching import PairOrder
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import forward_flops
@@ -53,9 +54,21 @@ class Course:
     columns: ColumnReference | None
 
 
+class Best(NamedTuple):
+    """The best held-out metric so far, and the step that it was measured after."""
+
+    metric: float | None
+    step: int | None
+
+
 @dataclass
 class Run:
-    """A run between two steps. Only `state` and the weights change; rank 0 alone has a `tracker`."""
+    """A run between two steps. Rank 0 alone has a `tracker`.
+
+    Attributes:
+        saving_step: of the checkpoint that was begun last.
+        beaten_best: what was best before it, if it is of a new best and not known to be on the disk.
+    """
 
     config: Config
     run_dir: Path
@@ -66,8 +79,11 @@ class Run:
     policy: Policy
     reference: Reference
     objective: Objective
+    saver: Saver
     peak_flops: float | None = None  # of one rank's device, a second
     tracker: Tracker | None = None
+    saving_step: int | None = None
+    beaten_best: Best | None = None
 
     @property
     def train_data(self) -> PairDataset:
@@ -210,4 +226,12 @@ def build(
         ranks.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
     objective, reason = choose_objective(config, policy)
     ranks.log(f"loss and gradient {reason}")
-    return Run(config, run_dir, prepared, course, state, planner, policy, reference, objective)
+    keep = config.checkpoint
+    saver = Saver(
+        run_dir,
+        course.identity,
+        keep=keep.save_total_limit,
+        in_background=keep.async_save,
+        timeout_minutes=config.deepspeed.timeout_minutes,
+    )
+    return Run(config, run_dir, prepared, course, state, planner, policy, reference, objective, saver)

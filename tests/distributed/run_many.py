@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_scale.checkpoint.save import Saver
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import UserError
 from dpo_scale.models.attention_backends import BACKENDS
@@ -23,7 +24,7 @@ from dpo_scale.run.cli import run
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training import loop as trainer
 
-save_checkpoint = trainer.save_checkpoint
+start_save = Saver.start
 BLOCKS = BACKENDS["blocks"]
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     messages = []
     for job in json.loads(Path(path).read_text()):
         resume = job.get("resume")
-        trainer.save_checkpoint = on_a_full_disk(*job["full_disk"]) if job.get("full_disk") else save_checkpoint
+        Saver.start = on_a_full_disk(*job["full_disk"]) if job.get("full_disk") else start_save
         kind = job.get("attention") if ranks.rank() == 1 else None
         BACKENDS["blocks"] = replace(BLOCKS, attend=partial(broken_blocks, kind)) if kind else BLOCKS
         try:
@@ -56,16 +57,16 @@ def broken_blocks(kind, *arguments, **settings):
 
 
 def on_a_full_disk(rank, step):
-    def save(policy, state, *arguments, **more):
+    def start(saver, policy, state, reference):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if (ranks.rank(), state.step) == (rank, step):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:
-            return save_checkpoint(policy, state, *arguments, **more)
+            start_save(saver, policy, state, reference)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    return save
+    return start
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import read_metrics, run_jobs, run_overrides, save_model, without_timings
 
-from dpo_scale.checkpoint.save_load import open_checkpoint, verify
+from dpo_scale.checkpoint.load import open_checkpoint, verify
 from dpo_scale.errors import CheckpointError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

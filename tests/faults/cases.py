@@ -428,7 +428,11 @@ def slow_saves(folder: Path, rng: random.Random, count: int) -> Outcome:
         more = (f"train.hang_timeout_minutes={limit}", f"checkpoint.save_steps={STEPS // 2}")
 
         def goes_on() -> None:
-            forks = Forks(folder, overrides(folder, f"output_dir={run_dir}", *more), SlowDisk(rank, 1.5))
+            forks = Forks(
+                folder,
+                overrides(folder, f"output_dir={run_dir}", *more),
+                SlowDisk(rank, 1.5, run_dir / f"slowest-{rank}"),
+            )
             assert forks.wait(150) == [0] * RANKS, forks.output()[-3000:]
             seconds = float((run_dir / f"slowest-{rank}").read_text())
             assert seconds > 60 * limit, f"no save took longer than {seconds:.1f} s"

@@ -10,7 +10,7 @@ from pathlib import Path
 from faults.cases import Outcome
 from faults.rig import finish, fresh, overrides, uninterrupted
 
-from dpo_scale.checkpoint.save_load import open_checkpoint, verify
+from dpo_scale.checkpoint.load import open_checkpoint, verify
 from dpo_scale.data.dataset import load_pairs
 from dpo_scale.errors import CheckpointError, ModelError, StoreError
 from dpo_scale.models.files import check_model_folder

@@ -6,6 +6,7 @@ import builtins
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,24 +14,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def _around_saves(around: Callable[[Callable[[], object]], object]) -> None:
+    """Let `around(save)` run what saves a checkpoint: all of it, or in the background what writes the copies."""
+    from dpo_scale.checkpoint import save as saving
+
+    real_start, real_write = saving.Saver.start, saving.write
+
+    def start(saver, *arguments):
+        if saver.in_background:
+            return real_start(saver, *arguments)
+        return around(lambda: real_start(saver, *arguments))
+
+    def write(*arguments):
+        if not threading.current_thread().name.startswith(saving.THREAD_NAME):
+            return real_write(*arguments)
+        return around(lambda: real_write(*arguments))
+
+    saving.Saver.start, saving.write = start, write
+
+
 def _during_saves(before: Callable[[], object], after: Callable[[], object], number: int) -> None:
     """Call `before()` and `after()` around the `number`th save of this process."""
-    from dpo_scale.training import loop as trainer
+    count = 0
 
-    real, count = trainer.save_checkpoint, 0
-
-    def save_checkpoint(*arguments, **keywords):
+    def around(save: Callable[[], object]) -> object:
         nonlocal count
         count += 1
         if count != number:
-            return real(*arguments, **keywords)
+            return save()
         before()
         try:
-            return real(*arguments, **keywords)
+            return save()
         finally:
             after()
 
-    trainer.save_checkpoint = save_checkpoint
+    _around_saves(around)
 
 
 HOLD_SECONDS = 60  # within which a test has to release what it holds
@@ -81,18 +99,14 @@ class HoldSaves:
     released: Path
 
     def __call__(self, rank: int) -> None:
-        from dpo_scale.training import loop as trainer
-
-        real = trainer.save_checkpoint
-
-        def save_checkpoint(*arguments, **keywords):
+        def around(save: Callable[[], object]) -> object:
             until = time.monotonic() + HOLD_SECONDS
             while not self.released.exists():
                 assert time.monotonic() < until, f"{self.released} was not made within {HOLD_SECONDS} s"
                 time.sleep(0.01)
-            return real(*arguments, **keywords)
+            return save()
 
-        trainer.save_checkpoint = save_checkpoint
+        _around_saves(around)
 
 
 @dataclass(frozen=True)
@@ -112,11 +126,11 @@ class KillInSave:
     def __call__(self, rank: int) -> None:
         if self.rank not in (rank, None):
             return
-        active, events = False, 0
+        active, events = None, 0  # the thread whose calls count
 
         def happened() -> None:
             nonlocal events
-            if active:
+            if active == threading.get_ident():
                 events += 1
                 if self.rank is not None and events == self.event:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -141,11 +155,11 @@ class KillInSave:
 
         def start() -> None:
             nonlocal active
-            active = True
+            active = threading.get_ident()
 
         def stop() -> None:
             nonlocal active
-            active = False
+            active = None
             (self.counted / str(rank)).write_text(str(events))
 
         _during_saves(start, stop, number=2)
@@ -218,31 +232,31 @@ class HangAtStep:
 
 @dataclass(frozen=True)
 class SlowDisk:
-    """Each sync of the rank takes some seconds; the longest save's seconds are left in the run folder."""
+    """Each sync of the rank takes some seconds; the longest save's seconds are left in `report`."""
 
     rank: int
     seconds: float
+    report: Path
 
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        from dpo_scale.training import loop as trainer
-
-        real_sync, real_save, slowest = os.fsync, trainer.save_checkpoint, 0.0
+        real_sync, slowest = os.fsync, 0.0
 
         def fsync(descriptor: int) -> None:
             time.sleep(self.seconds)
             real_sync(descriptor)
 
-        def save_checkpoint(policy, state, identity, run_dir, **options):
+        def around(save: Callable[[], object]) -> object:
             nonlocal slowest
             started = time.monotonic()
-            saved = real_save(policy, state, identity, run_dir, **options)
+            result = save()
             slowest = max(slowest, time.monotonic() - started)
-            (run_dir / f"slowest-{rank}").write_text(str(slowest))
-            return saved
+            self.report.write_text(str(slowest))
+            return result
 
-        os.fsync, trainer.save_checkpoint = fsync, save_checkpoint
+        os.fsync = fsync
+        _around_saves(around)
 
 
 @dataclass(frozen=True)

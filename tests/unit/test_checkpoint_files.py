@@ -14,15 +14,16 @@ from tiny import save_model
 from transformers import LlamaConfig
 
 from dpo_scale.checkpoint.compatibility import Identity, architecture_fingerprint, check_identity
-from dpo_scale.checkpoint.save_load import (
+from dpo_scale.checkpoint.load import (
     FORMAT_VERSION,
     TrainState,
     checkpoint_folders,
+    checkpoint_path,
     choose_checkpoint,
     find_checkpoints,
     open_checkpoint,
-    save_checkpoint,
 )
+from dpo_scale.checkpoint.save import Saver
 from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.models.load import load_model_config
 from dpo_scale.reference.protocol import NoReference
@@ -47,10 +48,16 @@ class FakeEngine:
         self.checkpoint_engine.save({"weight": torch.arange(1000.0)}, str(Path(folder) / tag / "shard.pt"))
 
 
-def save(run_dir, step, keep=None, **state):
-    return save_checkpoint(
-        FakeEngine(), TrainState(step=step, **state), IDENTITY, run_dir, keep=keep, reference=NoReference()
-    )
+@pytest.fixture(params=[False, True], ids=["waited for", "in the background"])
+def in_background(request):
+    return request.param
+
+
+def save(run_dir, step, keep=None, *, identity=IDENTITY, in_background=False, **state):
+    """Save a checkpoint and wait for it; its folder, or None if it could not be written."""
+    saver = Saver(run_dir, identity, keep=keep, in_background=in_background)
+    saver.start(FakeEngine(), TrainState(step=step, **state), NoReference())
+    return checkpoint_path(run_dir, step) if saver.wait() else None
 
 
 def steps(run_dir):
@@ -67,8 +74,8 @@ def flip(path, place=0.5):
     path.write_bytes(data)
 
 
-def test_a_saved_state_is_read_back_and_nothing_unfinished_is_left(tmp_path):
-    path = save(tmp_path, 3, pairs=24, tokens=1000, best_metric=0.5, best_step=2)
+def test_a_saved_state_is_read_back_and_nothing_unfinished_is_left(tmp_path, in_background):
+    path = save(tmp_path, 3, pairs=24, tokens=1000, best_metric=0.5, best_step=2, in_background=in_background)
     checkpoint = open_checkpoint(path)
     assert checkpoint.state == TrainState(3, 24, 1000, 0.5, 2) and checkpoint.identity == IDENTITY
     assert [item.name for item in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
@@ -128,21 +135,23 @@ def test_saving_drops_later_checkpoints_never_itself(tmp_path):
     assert steps(tmp_path) == ["step-3"]
 
 
-def test_saving_replaces_a_damaged_one_of_the_same_step_and_clears_what_kills_left(tmp_path):
-    save(tmp_path, 2)
-    flip(save(tmp_path, 4) / "shard.pt")
+def test_saving_replaces_a_damaged_one_of_the_same_step_and_clears_what_kills_left(tmp_path, in_background):
+    save(tmp_path, 2, in_background=in_background)
+    flip(save(tmp_path, 4, in_background=in_background) / "shard.pt")
     for name in ("step-4.incomplete", "step-6.incomplete", "step-1.removed", "step-4.replaced"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "file").write_text("rubbish")
     (tmp_path / "checkpoints" / "step-2.mine").mkdir()
-    save(tmp_path, 4)
+    save(tmp_path, 4, in_background=in_background)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-2.mine", "step-4"}
     assert choose_checkpoint(find_checkpoints("latest", tmp_path), IDENTITY, []).path.name == "step-4"
 
 
 @pytest.mark.parametrize("failing", ["open", "write", "fsync", "replace"])
-def test_a_save_that_fails_leaves_the_run_alive_with_its_older_checkpoint(tmp_path, monkeypatch, capsys, failing):
-    save(tmp_path, 2)
+def test_a_save_that_fails_leaves_the_run_alive_with_its_older_checkpoint(
+    tmp_path, monkeypatch, capsys, failing, in_background
+):
+    save(tmp_path, 2, in_background=in_background)
 
     def full(*arguments, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -154,10 +163,10 @@ def test_a_save_that_fails_leaves_the_run_alive_with_its_older_checkpoint(tmp_pa
             patched.setattr("dpo_scale.disk.sealed_folder.open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
         else:
             patched.setattr(os, failing, full)
-        assert save(tmp_path, 4, keep=1) is None
+        assert save(tmp_path, 4, keep=1, in_background=in_background) is None
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
     assert "WARNING: the checkpoint of step 4 could not be saved (rank 0: No space left" in capsys.readouterr().out
-    assert save(tmp_path, 6, keep=1).name == "step-6"
+    assert save(tmp_path, 6, keep=1, in_background=in_background).name == "step-6"
     assert steps(tmp_path) == ["step-6"]
 
 
@@ -165,14 +174,14 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours catches it."""
 
 
-def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
+def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_path, monkeypatch, in_background):
     calls = ["os.fsync", "os.replace", "os.open", "os.stat", "os.unlink", "os.rmdir", "os.mkdir"]
     names = [*calls, "dpo_scale.disk.sealed_folder.open"]
     outcomes = []
     for last_call in range(1, 1000):
         run_dir = tmp_path / str(last_call)
         for step in (2, 4):
-            save(run_dir, step)
+            save(run_dir, step, in_background=in_background)
         flip(checkpoint_folders(run_dir)[-1] / "shard.pt")  # the newest is damaged, so step 4 is saved again over it
         done = []
 
@@ -191,12 +200,12 @@ def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_pa
                 original = open if attribute == "open" and module != "os" else getattr(os, attribute)
                 patched.setattr(name, killing(original), raising=False)
             try:
-                save(run_dir, 4, keep=1)
+                save(run_dir, 4, keep=1, in_background=in_background)
                 killed = False
             except Killed:
                 killed = True
         outcomes.append(choose_checkpoint(find_checkpoints("auto", run_dir), IDENTITY, []).path.name)
-        save(run_dir, 6, keep=1)
+        save(run_dir, 6, keep=1, in_background=in_background)
         assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-6"]
         if not killed:
             break
@@ -204,8 +213,10 @@ def test_a_kill_at_any_call_of_the_file_system_leaves_a_usable_checkpoint(tmp_pa
     assert outcomes == sorted(outcomes)  # up to the rename the older one, from then on the new one
 
 
-def test_a_disk_that_wrote_other_bytes_is_noticed_before_the_older_one_is_dropped(tmp_path, monkeypatch, capsys):
-    save(tmp_path, 2)
+def test_a_disk_that_wrote_other_bytes_is_noticed_before_the_older_one_is_dropped(
+    tmp_path, monkeypatch, capsys, in_background
+):
+    save(tmp_path, 2, in_background=in_background)
     fsync = os.fsync
 
     def damaging(descriptor):
@@ -216,7 +227,7 @@ def test_a_disk_that_wrote_other_bytes_is_noticed_before_the_older_one_is_droppe
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", damaging)
-        assert save(tmp_path, 4, keep=1) is None
+        assert save(tmp_path, 4, keep=1, in_background=in_background) is None
     assert "shard.pt is damaged" in capsys.readouterr().out
     assert steps(tmp_path) == ["step-2"]
 
@@ -387,7 +398,7 @@ def test_a_run_is_not_resumed_with_other_weights_behind_the_references_path(
     def identity():
         return identity_of(config, load_model_config(config.model.path), SimpleNamespace(fingerprint="data"))
 
-    save_checkpoint(FakeEngine(), TrainState(step=1), identity(), tmp_path, keep=None, reference=NoReference())
+    save(tmp_path, 1, identity=identity())
     candidates = find_checkpoints("latest", tmp_path)
     assert choose_checkpoint(candidates, identity(), []).state.step == 1
     save_model(tmp_path / overwritten, seed=1)

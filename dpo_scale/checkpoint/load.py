@@ -1,34 +1,27 @@
-"""The state of a run on disk: complete or absent, verified, found again by step.
+"""Checkpoints on the disk: found again by step, verified, loaded.
 
 `checkpoints/step-N/` holds DeepSpeed's files (weights, optimizer), each rank's random state and a manifest. The
-manifest says how far the run was, what it was a run of, and the size and checksum of every file. All files are written
-in a folder with a temporary name, synced and read back; then one rename makes the checkpoint visible. So a folder with
-its final name is a whole checkpoint, whatever was killed when. If the disk damages it later, the manifest tells.
-
-A save that fails on any rank (a full disk, a quota, a folder that is gone) fails on all and is cleaned up. The run goes
-on with its older checkpoints and tries again when the next save is due.
+manifest says how far the run was, what it was a run of, and the size and checksum of every file. A folder with that
+name is a whole checkpoint, whatever was killed when it was written (`checkpoint.save`). If the disk damages it later,
+the manifest tells.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_scale import __version__
 from dpo_scale.checkpoint.compatibility import Identity, check_identity
-from dpo_scale.disk.atomic import sync_folder
-from dpo_scale.disk.sealed_folder import damage, read_manifest, write_manifest
+from dpo_scale.disk.sealed_folder import damage, read_manifest
 from dpo_scale.distributed import ranks
-from dpo_scale.distributed.random_state import random_state, restore_random_state, seed_everything
+from dpo_scale.distributed.random_state import restore_random_state, seed_everything
 from dpo_scale.errors import CheckpointError
 from dpo_scale.models.scorer import Policy
 from dpo_scale.reference.protocol import Reference
@@ -36,7 +29,6 @@ from dpo_scale.settings.resume import CHECKPOINTS_DIR, MANIFEST_FILE
 
 FORMAT_VERSION = 2
 _STEP_DIR = re.compile(r"step-\d+")
-_LEFTOVERS = (".incomplete", ".replaced", ".removed")
 _WRITER = re.compile(r"rank[-_](\d+)")
 
 
@@ -78,7 +70,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """The folders with a checkpoint's name, by step, whole or damaged."""
     folder = run_dir / CHECKPOINTS_DIR
-    return sorted((path for path in folder.glob("step-*") if _STEP_DIR.fullmatch(path.name)), key=_step_of)
+    return sorted((path for path in folder.glob("step-*") if _STEP_DIR.fullmatch(path.name)), key=step_of)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -168,7 +160,7 @@ def choose_checkpoint(found: list[Checkpoint], identity: Identity, allow_changes
             for text in changed:
                 ranks.log(f"changed since {checkpoint.path.name}: {text}")
             return checkpoint
-        reason = f"{checkpoint.path}: damaged: {_listed(wrong)}"
+        reason = f"{checkpoint.path}: damaged: {listed(wrong)}"
         if checkpoint is found[-1]:
             raise CheckpointError(f"{reason}; there is no older one to take instead")
         ranks.log(f"not resuming from {reason}")
@@ -194,91 +186,7 @@ def require_whole(checkpoint: Checkpoint) -> None:
 
 def _refuse_damaged(path: Path, found: list[str]) -> None:
     if found:
-        raise CheckpointError(f"{path}: damaged: {_listed(found)}")
-
-
-def save_checkpoint(
-    policy: Policy,
-    state: TrainState,
-    identity: Identity,
-    run_dir: Path,
-    *,
-    keep: int | None,
-    reference: Reference,
-) -> Path | None:
-    """Save the run's state as `checkpoints/step-N/`, then drop the oldest beyond `keep` (the best one stays).
-
-    Frozen weights (under an adapter) are not in it: they are those of `model.path`. Checkpoints of later steps are
-    dropped too: the run was resumed from before them and has taken another course. Nothing is dropped before the new
-    checkpoint has been read back from the disk. Every rank must call it.
-
-    Returns:
-        The checkpoint; None if it could not be written. Then nothing is left of it, and a warning says why.
-    """
-    from dpo_scale.checkpoint.deepspeed_files import DeepspeedFiles, own_file
-
-    final = checkpoint_path(run_dir, state.step)
-    temporary = final.with_name(f"{final.name}.incomplete")
-    files = DeepspeedFiles()
-    if ranks.is_main():
-        remove_leftovers(run_dir)
-        files.makedirs(str(temporary), exist_ok=True)
-    ranks.barrier()
-    policy.checkpoint_engine = files
-    # DeepSpeed's scripts are of no use here, and an error in copying them would leave the other ranks in a barrier
-    policy._copy_recovery_script = lambda folder: None
-    policy.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True)
-    if kept := reference.state():
-        files.save(kept, str(temporary / own_file("reference")))
-    files.save(random_state(), str(temporary / own_file("random")))
-    unread = [] if files.error else damage(temporary, files.written, checksums=True)
-    problem = _reason(files.error) if files.error else _listed(unread) if unread else None
-    problems = ranks.gather_objects(problem)
-    written = {name: entry for entries in ranks.gather_objects(files.written) for name, entry in entries.items()}
-    if not any(problems):
-        problems[0] = ranks.from_main(_commit(temporary, final, state, identity, written) if ranks.is_main() else None)
-    saved = not any(problems)
-    if not saved:
-        why = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text)
-        ranks.log(
-            f"WARNING: the checkpoint of step {state.step} could not be saved ({why}); nothing is left of it. "
-            "The run goes on and tries again when the next one is due"
-        )
-    if ranks.is_main():
-        if saved:
-            _drop_others(run_dir, keep, state)
-        remove_leftovers(run_dir)
-    ranks.barrier()
-    return final if saved else None
-
-
-def _commit(
-    temporary: Path, final: Path, state: TrainState, identity: Identity, files: dict[str, dict[str, Any]]
-) -> str | None:
-    """Write the manifest and give the folder its final name; what went wrong, if anything did."""
-    record = {
-        "about": "A checkpoint of a training run; launch/train.py --resume reads it.",
-        "format_version": FORMAT_VERSION,
-        "tool": f"dpo_scale {__version__}",
-        "state": asdict(state),
-        "identity": asdict(identity),
-    }
-    try:
-        write_manifest(temporary / MANIFEST_FILE, record, files)
-        if final.exists():  # of a course that was left, or damaged
-            os.replace(final, final.with_name(f"{final.name}.replaced"))
-        os.replace(temporary, final)
-        sync_folder(final.parent)
-    except OSError as error:
-        return _reason(error)
-    return None
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove what saves that were killed or failed have left. Rank 0 alone may call it."""
-    for suffix in _LEFTOVERS:
-        for path in (run_dir / CHECKPOINTS_DIR).glob(f"step-*{suffix}"):
-            shutil.rmtree(path, ignore_errors=True)
+        raise CheckpointError(f"{path}: damaged: {listed(found)}")
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint, reference: Reference) -> None:
@@ -349,24 +257,10 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
-def _listed(found: list[str]) -> str:
+def listed(found: list[str]) -> str:
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return ", ".join(found[:3]) + more
 
 
-def _reason(error: OSError) -> str:
-    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-
-
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _drop_others(run_dir: Path, keep: int | None, state: TrainState) -> None:
-    found = checkpoint_folders(run_dir)
-    up_to_now = [path for path in found if _step_of(path) <= state.step]
-    kept = up_to_now if keep is None else up_to_now[-keep:]
-    for path in found:
-        if path not in kept and _step_of(path) != state.best_step:
-            # renamed first, so that no half of it is ever taken for a checkpoint
-            os.replace(path, path.with_name(f"{path.name}.removed"))
