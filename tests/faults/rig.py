@@ -30,6 +30,10 @@ SECONDS_TO_END = 60  # within which everything here has to end by itself
 LAUNCHERS = ("deepspeed", "torchrun")
 
 
+# Settings of all runs on top of those below, e.g. checkpoint.async_save=true.
+EXTRA: list[str] = []
+
+
 def overrides(folder: Path, *more: str) -> list[str]:
     """The small run that is interrupted: fp32 at stage 2, held-out data every 4 steps; made in `folder` once."""
     made = folder / "overrides.json"
@@ -37,7 +41,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         made.write_text(json.dumps(run_overrides(folder)))
     return [
         *json.loads(made.read_text()), "deepspeed.stage=2", f"train.max_steps={STEPS}", "train.eval_steps=4",
-        f"checkpoint.save_steps={SAVE_STEPS}", "checkpoint.preempt_grace_seconds=20", *more,
+        f"checkpoint.save_steps={SAVE_STEPS}", "checkpoint.preempt_grace_seconds=20", *EXTRA, *more,
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from faults import cases  # noqa: E402
+from faults import cases, rig  # noqa: E402
 from faults.damage import damages  # noqa: E402
 from faults.malformed import malformed  # noqa: E402
 from faults.soak import soak  # noqa: E402
@@ -51,7 +51,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=float, default=1.0, help="a share of a round makes fewer tries")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(FAULTS), help=f"some of {','.join(FAULTS)}")
+    parser.add_argument("--async-save", action="store_true", help="all runs save in the background")
     arguments = parser.parse_args()
+    if arguments.async_save:
+        rig.EXTRA.append("checkpoint.async_save=true")
     names = arguments.only.split(",")
     unknown = [name for name in names if name not in FAULTS]
     if unknown:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from faults import cases
+from faults import cases, rig
 from faults.damage import damages
 from faults.malformed import malformed
 
@@ -88,3 +88,11 @@ def test_damage_of_any_file_is_noticed(folder):
 
 def test_malformed_inputs_are_taken_or_refused(folder):
     nothing_lost(malformed(folder, SEED, 30))
+
+
+@pytest.mark.distributed
+def test_saves_in_the_background_lose_nothing_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(rig, "EXTRA", ["checkpoint.async_save=true"])
+    nothing_lost(cases.kills(tmp_path, random.Random(SEED), 1))
+    nothing_lost(cases.kills_in_saves(tmp_path, random.Random(SEED), 0.01))
+    nothing_lost(cases.full_disks(tmp_path, random.Random(SEED), 0))
