@@ -137,7 +137,7 @@ def write(save: _Save, identity: Identity, run_dir: Path, keep: int | None, grou
     if saved:
         seconds = time.monotonic() - save.began
         stood_still = seconds if save.stood_still is None else save.stood_still
-        ranks.log(f"checkpoint of step {step} saved in {seconds:.1f} s; training stood still for {stood_still:.1f} s")
+        ranks.log(f"checkpoint of step {step} saved in {seconds:.2f} s; training stood still for {stood_still:.2f} s")
     else:
         why = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text)
         ranks.log(

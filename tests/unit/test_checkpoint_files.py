@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,9 @@ import torch
 from tiny import save_model
 from transformers import LlamaConfig
 
+from dpo_scale.checkpoint import save as saving
 from dpo_scale.checkpoint.compatibility import Identity, architecture_fingerprint, check_identity
+from dpo_scale.checkpoint.deepspeed_files import load_file
 from dpo_scale.checkpoint.load import (
     FORMAT_VERSION,
     TrainState,
@@ -23,7 +27,7 @@ from dpo_scale.checkpoint.load import (
     find_checkpoints,
     open_checkpoint,
 )
-from dpo_scale.checkpoint.save import Saver
+from dpo_scale.checkpoint.save import Saver, write
 from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.models.load import load_model_config
 from dpo_scale.reference.protocol import NoReference
@@ -44,8 +48,11 @@ IDENTITY = Identity(
 class FakeEngine:
     """Stands for DeepSpeed's engine: saves one file, through the checkpoint engine that it is given."""
 
+    def __init__(self):
+        self.weight = torch.arange(1000.0)
+
     def save_checkpoint(self, folder, tag, save_latest, exclude_frozen_parameters):
-        self.checkpoint_engine.save({"weight": torch.arange(1000.0)}, str(Path(folder) / tag / "shard.pt"))
+        self.checkpoint_engine.save({"weight": self.weight}, str(Path(folder) / tag / "shard.pt"))
 
 
 @pytest.fixture(params=[False, True], ids=["waited for", "in the background"])
@@ -82,6 +89,38 @@ def test_a_saved_state_is_read_back_and_nothing_unfinished_is_left(tmp_path, in_
     assert {item.name for item in path.iterdir()} == {"manifest.json", "shard.pt", "random-rank-0.pt"}
     assert set(checkpoint.files) == {"shard.pt", "random-rank-0.pt"}
     assert checkpoint.files["shard.pt"]["bytes"] == (path / "shard.pt").stat().st_size
+
+
+def test_training_goes_on_beside_a_save_which_is_of_the_step_that_it_began_after(tmp_path, monkeypatch):
+    may_write, engine, state = threading.Event(), FakeEngine(), TrainState(step=3)
+    monkeypatch.setattr(saving, "write", lambda *arguments: may_write.wait(60) and write(*arguments))
+    saver = Saver(tmp_path, IDENTITY, keep=None, in_background=True)
+    saver.start(engine, state, NoReference())
+    engine.weight.add_(1)  # the next step
+    state.step = 4
+    assert steps(tmp_path) == []
+    may_write.set()
+    assert saver.wait() and steps(tmp_path) == ["step-3"]
+    assert load_file(tmp_path / "checkpoints/step-3/shard.pt")["weight"].tolist() == list(range(1000))
+    assert open_checkpoint(tmp_path / "checkpoints/step-3").state.step == 3
+
+
+def test_one_save_at_a_time(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(saving, "write", lambda save, *more: [order.append(save.state.step), time.sleep(0.05), True][2])
+    saver = Saver(tmp_path, IDENTITY, keep=None, in_background=True)
+    for step in (1, 2, 3):
+        saver.start(FakeEngine(), TrainState(step=step), NoReference())
+        assert order[: step - 1] == list(range(1, step)), "the save before is done when the next begins"
+    assert saver.wait() and order == [1, 2, 3]
+
+
+def test_what_breaks_in_the_background_is_raised_where_the_run_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "write", lambda *arguments: {}["no such key"])
+    saver = Saver(tmp_path, IDENTITY, keep=None, in_background=True)
+    saver.start(FakeEngine(), TrainState(step=1), NoReference())
+    with pytest.raises(KeyError, match="no such key"):
+        saver.wait()
 
 
 def test_what_is_not_whole_is_passed_over_with_the_reason(tmp_path, capsys):
