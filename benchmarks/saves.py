@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--output", type=Path, help="folder for saves.md and .json")
     arguments = parser.parse_args()
-    device = accelerator()
-    report: dict[str, Any] = {**circumstances(device, "deepspeed"), "model": arguments.model, "ranks": arguments.ranks}
+    report: dict[str, Any] = circumstances(accelerator(), "torch", "deepspeed")
+    report |= {"model": arguments.model, "ranks": arguments.ranks}
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory() as folder:
         for k in range(arguments.rounds):
@@ -46,8 +46,7 @@ def main() -> None:
                 runs[arm].append(run(Path(folder) / f"{k}-{in_background}", in_background, arguments))
     report["runs"] = runs
     text = "\n".join([describe_circumstances(report), "", *table(runs)]) + "\n"
-    print(text)
-    write_results("saves", report, text, device, arguments.output)
+    write_results("saves", report, text, arguments.output)
 
 
 def run(run_dir: Path, in_background: str, arguments: argparse.Namespace) -> dict[str, Any]:
