@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn, get_args
 
 from dpo_scale.errors import ConfigError
-from dpo_scale.settings.fields import setting
+from dpo_scale.settings.fields import Setting, setting
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class LossInfo:
     separable: a pair's loss depends on that pair alone; if not, all pairs of a micro-step are needed at once.
     of_d: it reads the log-ratios only through D = score(L_c) - score(L_r), so an f-divergence can replace D.
     per_token_rewards: without a reference, its rewards are logged per token: b * s / n.
+    smoothing: which values of `label_smoothing` it takes, and why.
     reads: the optional settings that it reads; giving one to losses that do not read it is refused.
     """
 
@@ -33,6 +34,7 @@ class LossInfo:
     separable: bool = True
     of_d: bool = False
     per_token_rewards: bool = False
+    smoothing: Setting = Setting("")
     reads: tuple[str, ...] = ()
 
 
@@ -40,10 +42,20 @@ _SMOOTHED = ("label_smoothing",)
 
 LOSSES: dict[str, LossInfo] = {
     "sigmoid": LossInfo("DPO, arXiv 2305.18290; cDPO, E. Mitchell's note", of_d=True, reads=_SMOOTHED),
-    "robust": LossInfo("robust DPO, arXiv 2403.00409", of_d=True, reads=_SMOOTHED),
+    "robust": LossInfo(
+        "robust DPO, arXiv 2403.00409",
+        of_d=True,
+        smoothing=Setting("divides by 1 - 2 * label_smoothing", below=0.5),
+        reads=_SMOOTHED,
+    ),
     "hinge": LossInfo("SLiC, arXiv 2305.10425", of_d=True),
     "ipo": LossInfo("IPO, arXiv 2310.12036"),
-    "exo_pair": LossInfo("EXO, arXiv 2402.00856", of_d=True, reads=_SMOOTHED),
+    "exo_pair": LossInfo(
+        "EXO, arXiv 2402.00856",
+        of_d=True,
+        smoothing=Setting("takes its logarithm, e.g. of 0.001", above=0),
+        reads=_SMOOTHED,
+    ),
     "nca_pair": LossInfo("NCA, arXiv 2402.05369"),
     "bco_pair": LossInfo("BCO, arXiv 2404.04656"),
     "sppo_hard": LossInfo("SPPO, arXiv 2405.00675"),
@@ -150,11 +162,10 @@ class LossSettings:
             self._refuse("loss_weights", "expected weights of at least 0, and not all of them 0")
 
     def _check_smoothing(self) -> None:
-        names, smoothing = self.loss_types, self.label_smoothing
-        if "exo_pair" in names and smoothing == 0:
-            self._refuse("label_smoothing", "exo_pair takes its logarithm: give a value above 0, e.g. 0.001")
-        if "robust" in names and smoothing >= 0.5:
-            self._refuse("label_smoothing", "robust divides by 1 - 2 * label_smoothing: give a value below 0.5")
+        for name in self.loss_types:
+            taken = LOSSES[name].smoothing
+            if not taken.allows(self.label_smoothing):
+                self._refuse("label_smoothing", f"{name} {taken.meaning}: expected {taken.expected('a number')}")
 
     def _check_divergence(self) -> None:
         alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
