@@ -36,19 +36,12 @@ def source_fingerprint(config: Config, source: ModelSource) -> str:
         ModelError: on every rank, if they can't be fingerprinted.
     """
 
-    def find() -> tuple[str, ModelError | None]:
-        try:
-            code = config.model.trust_remote_code
-            return weights_fingerprint(
-                source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=code
-            ), None
-        except ModelError as error:
-            return "", error
-
-    fingerprint, error = ranks.from_main(find() if ranks.is_main() else ("", None))
-    if error is not None:
-        raise error
-    return fingerprint
+    code = config.model.trust_remote_code
+    return ranks.on_main(
+        lambda: weights_fingerprint(
+            source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=code
+        )
+    )
 
 
 def open_book(config: Config) -> Book:
