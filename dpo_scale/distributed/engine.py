@@ -56,10 +56,8 @@ def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # zero.Init wants a consistent batch triple before any engine exists
-    micro, steps = (
-        deepspeed_config.get(f, 1) for f in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    keep_alive = HfDeepSpeedConfig({**deepspeed_config, "train_batch_size": micro * steps * ranks.world_size()})
+    pairs = deepspeed_config["train_micro_batch_size_per_gpu"] * deepspeed_config.get("gradient_accumulation_steps", 1)
+    keep_alive = HfDeepSpeedConfig({**deepspeed_config, "train_batch_size": pairs * ranks.world_size()})
     try:
         yield
     finally:

@@ -207,9 +207,8 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
     if config.model.gradient_checkpointing:
         offload, on_cpu = config.model.gradient_checkpointing_offload, ranks.device().type == "cpu"
         if offload and on_cpu:
-            ranks.log(
-                "model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already"
-            )
+            why = "activations are in host memory already"
+            ranks.log(f"model.gradient_checkpointing_offload does nothing on a CPU: {why}")
         enable_checkpointing(causal_lm(model), offload=offload and not on_cpu)
     prepare_layers(model, config, deepspeed_config, "policy")
     scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout)

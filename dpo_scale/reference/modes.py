@@ -12,7 +12,7 @@ from dataclasses import asdict
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.disk.cache import cache_folder
 from dpo_scale.distributed import engine, ranks
-from dpo_scale.errors import ModelError, StoreError
+from dpo_scale.errors import StoreError
 from dpo_scale.models.layout_choice import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.models.scorer import Policy, Scorer

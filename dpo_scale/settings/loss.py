@@ -9,9 +9,8 @@ read and refused, and `--help` printed, without waiting for it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NoReturn
 
 from dpo_scale.errors import ConfigError
 from dpo_scale.settings.fields import Setting, setting
@@ -72,7 +71,6 @@ LOSSES: dict[str, LossInfo] = {
 }
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
-F_DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 
 
 @dataclass
@@ -121,11 +119,6 @@ class LossSettings:
         return not self.needs_batch and not self.use_weighting
 
     @property
-    def needs_token_values(self) -> bool:
-        """Whether sums per sequence are not enough, and per-token log-probs are needed."""
-        return self.ld_alpha is not None or self.use_weighting
-
-    @property
     def metric_names(self) -> list[str]:
         """The names of the metrics that `dpo_scale.losses.preference_loss` returns under these settings."""
         names = ["loss"]
@@ -153,7 +146,8 @@ class LossSettings:
             self._refuse("loss_type", f"give at least one of: {', '.join(LOSSES)}")
         for name in names:
             if name not in LOSSES:
-                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {', '.join(LOSSES)}")
+                near = "".join(f"; did you mean {loss!r}?" for loss in difflib.get_close_matches(name, LOSSES, n=1))
+                self._refuse("loss_type", f"unknown loss {name!r}{near}; known: {', '.join(LOSSES)}")
             if names.count(name) > 1:
                 self._refuse("loss_type", f"{name!r} is given twice; give it once, with its weight")
         if weights is not None and len(weights) != len(names):
@@ -182,11 +176,9 @@ class LossSettings:
             self._refuse("f_divergence", f"has no meaning for {named}; it can be used with: {', '.join(of_d)}")
 
     def _check_token_options(self) -> None:
-        if self.ld_alpha is not None:
-            policy_only = [name for name in self.loss_types if not LOSSES[name].needs_reference]
-            if policy_only:
-                named = ", ".join(policy_only)
-                self._refuse("ld_alpha", f"would also reweight the likelihood that {named} maximises; leave it out")
+        policy_only = ", ".join(name for name in self.loss_types if not LOSSES[name].needs_reference)
+        if self.ld_alpha is not None and policy_only:
+            self._refuse("ld_alpha", f"would also reweight the likelihood that {policy_only} maximises; leave it out")
         if self.use_weighting and self.needs_batch:
             named = ", ".join(name for name in self.loss_types if not LOSSES[name].separable)
             self._refuse("use_weighting", f"{named} sorts values over pairs, so a pair's weight has no place there")
@@ -200,8 +192,3 @@ class LossSettings:
                 readers = [name for name, info in LOSSES.items() if field in info.reads]
                 named = ", ".join(self.loss_types)
                 self._refuse(field, f"{named} does not read it ({', '.join(readers)} would); leave it at {default!r}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
