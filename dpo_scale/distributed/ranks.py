@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dpo_scale.errors import UserError
+
 Result = TypeVar("Result")
 
 
@@ -27,7 +29,9 @@ def init_distributed(timeout_minutes: float) -> None:
     """
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed would look for MPI
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -55,12 +59,6 @@ def use_expandable_segments(device_name: str) -> None:
     is_nvidia = device_name == "cuda" and torch.version.hip is None  # torch 2.11 ignores it on ROCm
     if is_nvidia and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def quiet_libraries() -> None:
@@ -174,6 +172,20 @@ def from_main(value: Result) -> Result:
     holder: list[Any] = [value if is_main() else None]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """What `work` gives on rank 0, on every rank; a `UserError` that it raises there is raised on every rank too."""
+    result, error = None, None
+    if is_main():
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+    result, error = from_main((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def main_first(work: Callable[[], Result]) -> Result:
