@@ -338,14 +338,12 @@ def table(report: dict[str, Any]) -> str:
 def run_one(file: Path) -> None:
     """In a process of its own: `launch/train.py`, watched from outside its code."""
     job = json.loads(file.read_text(encoding="utf-8"))
-    from dpo_scale.checkpoint.load import TrainState
     from dpo_scale.training import loop as trainer
 
     train_step, found = trainer.train_step, {}
 
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        state = next(argument for argument in arguments if isinstance(argument, TrainState))
-        number = state.step + 1
+    def watched(run: trainer.Run, *arguments: Any) -> Any:
+        number = run.state.step + 1
         if number == job["killed_in_step"]:
             os.kill(os.getpid(), signal.SIGKILL)
         if job["last_step"] is not None and number > job["last_step"]:
@@ -354,7 +352,7 @@ def run_one(file: Path) -> None:
             Path(job["result"]).write_text(json.dumps({**found, **memory()}), encoding="utf-8")
             os._exit(0)
         with waits_counted(found) if number == job["watched_step"] else nullcontext():
-            return train_step(*arguments, **settings)
+            return train_step(run, *arguments)
 
     trainer.train_step = watched
     sys.argv = ["launch/train.py", *job["arguments"]]

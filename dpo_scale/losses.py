@@ -91,27 +91,6 @@ def preference_loss(
     With `aot` and `aot_unpaired` the caller passes all pairs of the micro-step, of all ranks, at once. Entry
     k of these losses belongs to the k-th smallest values, not to pair k: only their sum has a meaning.
     """
-    names, weights = settings.loss_types, settings.weights
-    pairs = _as_pairs(policy_logps, reference_logps, lengths, settings, mean_chosen_tokens)
-    values = {name: FORMULAS[name](pairs) for name in names}
-    loss = torch.stack([weight * values[name] for name, weight in zip(names, weights, strict=True)]).sum(0)
-    if pair_weights is not None:
-        assert not settings.needs_batch and not pair_weights.requires_grad
-        loss = loss * pair_weights.to(loss.dtype)
-    with torch.no_grad():
-        metrics = {"loss": loss.detach(), **_metrics(pairs)}
-        if len(names) > 1:
-            metrics |= {f"loss/{name}": value.detach() for name, value in values.items()}
-    return loss, metrics
-
-
-def _as_pairs(
-    policy_logps: Tensor,
-    reference_logps: Tensor | None,
-    lengths: Tensor,
-    settings: LossSettings,
-    mean_chosen_tokens: float | Tensor | None,
-) -> Pairs:
     assert policy_logps.ndim == 2 and policy_logps.shape[1] == 2, policy_logps.shape
     assert lengths.shape == policy_logps.shape, (lengths.shape, policy_logps.shape)
     dtype = torch.float64 if policy_logps.dtype == torch.float64 else torch.float32
@@ -122,7 +101,18 @@ def _as_pairs(
         assert reference_logps is not None, f"{settings.loss_types} needs reference log-probs"
         assert reference_logps.shape == policy_logps.shape, (reference_logps.shape, policy_logps.shape)
         r_c, r_r = reference_logps.detach().to(dtype).unbind(1)
-    return Pairs(settings, s_c, s_r, n_c, n_r, r_c, r_r, mean_chosen_tokens)
+    pairs = Pairs(settings, s_c, s_r, n_c, n_r, r_c, r_r, mean_chosen_tokens)
+    names, weights = settings.loss_types, settings.weights
+    values = {name: FORMULAS[name](pairs) for name in names}
+    loss = torch.stack([weight * values[name] for name, weight in zip(names, weights, strict=True)]).sum(0)
+    if pair_weights is not None:
+        assert not settings.needs_batch and not pair_weights.requires_grad
+        loss = loss * pair_weights.to(loss.dtype)
+    with torch.no_grad():
+        metrics = {"loss": loss.detach(), **_metrics(pairs)}
+        if len(names) > 1:
+            metrics |= {f"loss/{name}": value.detach() for name, value in values.items()}
+    return loss, metrics
 
 
 def _metrics(pairs: Pairs) -> dict[str, Tensor]:

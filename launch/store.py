@@ -188,8 +188,8 @@ def import_values(arguments: argparse.Namespace, store: ReferenceStore) -> None:
     from dpo_scale.data.tokenize import PairTokenizer
     from dpo_scale.models.load import load_tokenizers, reference_source
     from dpo_scale.reference.fingerprint import weights_fingerprint
-    from dpo_scale.reference.numerics import imported_numerics
-    from dpo_scale.reference.store_exchange import import_columns
+    from dpo_scale.reference.numerics import IMPORTED
+    from dpo_scale.reference.store_exchange import column_rows
 
     config = _config(arguments)
     source = reference_source(config)
@@ -197,12 +197,16 @@ def import_values(arguments: argparse.Namespace, store: ReferenceStore) -> None:
     fingerprint = weights_fingerprint(
         source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=trusted
     )
-    key = BookKey(fingerprint, imported_numerics({}), source="imported")
+    key = BookKey(fingerprint, IMPORTED, source="imported")
     described = {name: value for name, value in asdict(source).items() if value is not None}
     book = store.book(key, {**described, "note": arguments.note})
     tokenizer, _ = load_tokenizers(config)
     encoder = PairTokenizer(tokenizer, config.data)
-    count = import_columns(book, [*config.data.train, *config.data.eval], config.data, encoder, _say)
+    count = 0
+    with book.writer() as writer:
+        for rows in column_rows([*config.data.train, *config.data.eval], config.data, encoder, _say):
+            writer.add(rows.keys, rows.sums, rows.counts)
+            count += len(rows)
     print(f"{book.folder}: {count:,} pairs imported")
 
 

@@ -22,6 +22,7 @@ from triton.runtime import driver
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_scale.logprobs import BY_PRODUCTS, triton_kernels  # noqa: E402
+from dpo_scale.logprobs.tiles import Head  # noqa: E402
 from dpo_scale.logprobs.triton_blocks import default_blocks  # noqa: E402
 from dpo_scale.logprobs.triton_logps import triton_token_logps  # noqa: E402
 
@@ -85,7 +86,8 @@ def main() -> None:
         if bias:
             offsets.requires_grad_(trained[1])
         logps, _ = triton_token_logps(
-            hidden, weight, torch.zeros(300, dtype=torch.int64), offsets if bias else None, 1.0, softcap, by_products,
+            hidden, Head(weight, offsets if bias else None, 1.0, softcap), torch.zeros(300, dtype=torch.int64),
+            by_products,
             blocks=default_blocks((major, minor), dtype, hidden_size, softcap is not None), memory_bytes=memory_bytes,
         )  # fmt: skip
         if any(trained):

@@ -83,11 +83,6 @@ class PairOrder:
         return order[start : start + self.global_batch_size]
 
 
-def micro_steps_of(num_pairs: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-steps that `num_pairs` pairs take: the same on every rank."""
-    return max(1, math.ceil(num_pairs / (micro_batch_size * world_size)))
-
-
 def split_among_ranks(
     pairs: np.ndarray, lengths: np.ndarray, *, micro_batch_size: int, world_size: int
 ) -> list[list[MicroBatch]]:
@@ -100,14 +95,13 @@ def split_among_ranks(
         pairs: [G] indices into the dataset.
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
         micro_batch_size: most pairs in a micro-batch.
-        world_size: number of ranks.
 
     Returns:
         `result[micro_step][rank]`.
     """
     assert len(pairs) > 0
     ordered = pairs[np.lexsort((pairs, -row_widths(lengths[pairs])))]
-    micro_steps = micro_steps_of(len(pairs), micro_batch_size, world_size)
+    micro_steps = math.ceil(len(pairs) / (micro_batch_size * world_size))
     runs = np.array_split(ordered, micro_steps * world_size)
     return deal([MicroBatch.of(run) for run in runs if len(run)], world_size, ordered[-1])
 
@@ -131,8 +125,6 @@ def forward_batches(
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
         max_tokens: most tokens of a micro-batch as the layout computes them (where rows are padded: rows times
             width); a longer pair gets one of its own.
-        world_size: number of ranks.
-        layout: how pairs become rows (`dpo_scale.data.layout`).
 
     Returns:
         `result[micro_step][rank]`, longest first.

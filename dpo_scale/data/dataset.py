@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_scale.data.cache import BadRow, TokenizedSource, tokenize_source
+from dpo_scale.data.cache import TokenizedSource, tokenize_source
 from dpo_scale.data.pair_file import PairFile
 from dpo_scale.data.tokenize import PairTokenizer
+from dpo_scale.disk.atomic import write_atomically
 from dpo_scale.errors import DataError
 from dpo_scale.settings.data import DataSettings, SourceSettings
 
@@ -141,7 +141,9 @@ def load_pairs(
         sources += eval_sources
     files = [source.pairs for source in train]
     if settings.eval_fraction > 0:
-        mask = _held_out(np.concatenate([file.prompt_hashes for file in files]), settings.eval_fraction)
+        # the prompts whose hash, as a fraction of its range, is below eval_fraction
+        hashes = np.concatenate([file.prompt_hashes for file in files])
+        mask = hashes < np.uint64(int(settings.eval_fraction * 2**64))
         if not mask.any() or mask.all():
             part = "all" if mask.all() else "none"
             raise DataError(f"data.eval_fraction = {settings.eval_fraction}: holds out {part} of {len(mask)} pairs")
@@ -158,7 +160,8 @@ def load_pairs(
             log(f"WARNING: {both} of the {len(held_out)} held-out pairs are also trained on")
     bad_rows = [bad for source in sources for bad in source.bad_rows]
     if bad_rows and report_dir is not None:
-        _write_bad_rows(bad_rows, report_dir)
+        lines = (json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in bad_rows)
+        write_atomically(report_dir / BAD_ROWS_FILE, (line.encode() for line in lines))  # every rank writes the same
         log(f"{len(bad_rows)} bad rows skipped; they are listed in {report_dir / BAD_ROWS_FILE}")
     return LoadedData(data, held_out, report)
 
@@ -223,22 +226,9 @@ def _weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
     return np.repeat(np.arange(count), repeats)
 
 
-def _held_out(prompt_hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [N]: the prompts whose hash, as a fraction of its range, is below `fraction`."""
-    return prompt_hashes < np.uint64(int(fraction * 2**64))
-
-
 def _count_shared(keys: np.ndarray, others: np.ndarray) -> int:
     """How many of `keys` [N, 16] are among `others` [M, 16]."""
     halves, other_halves = (np.ascontiguousarray(x[:, :8]).view(np.uint64)[:, 0] for x in (keys, others))
     candidates = np.flatnonzero(np.isin(halves, other_halves))
     known = {key.tobytes() for key in others[np.isin(other_halves, halves)]}
     return sum(keys[i].tobytes() in known for i in candidates)
-
-
-def _write_bad_rows(bad_rows: list[BadRow], folder: Path) -> None:
-    """One JSON object a row, renamed into place: every rank writes the same."""
-    temporary = folder / f"{BAD_ROWS_FILE}.{uuid.uuid4().hex}"
-    lines = (json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in bad_rows)
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(folder / BAD_ROWS_FILE)

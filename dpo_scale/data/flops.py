@@ -14,6 +14,7 @@ optimizers, norms and adapters count as nothing.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,8 +116,7 @@ def _attention_of(text: Any) -> tuple[tuple[int | None, float], ...]:
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
-        kinds = ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
-    counts = {None: kinds.count("full_attention"), window: kinds.count("sliding_attention")}
-    if window is None:
-        counts = {None: kinds.count("full_attention") + kinds.count("sliding_attention")}
-    return tuple((size, 4.0 * width * count) for size, count in counts.items() if count)
+        kinds = ["sliding_attention"] * text.num_hidden_layers
+    windows = {"full_attention": None, "sliding_attention": window}  # other kinds have no attention
+    counts = Counter(windows[kind] for kind in kinds if kind in windows)
+    return tuple((size, 4.0 * width * count) for size, count in counts.items())

@@ -106,9 +106,9 @@ def make_batch(layout: Layout, pairs: Sequence[Pair], weights: np.ndarray, pad_t
         assert len(pair.prompt_ids) > 0 and len(pair.chosen_ids) > 0 and len(pair.rejected_ids) > 0
     completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     lengths = np.array([len(ids) for ids in completions], dtype=np.int64)
-    lay_out = {"padded": _padded_row, "packed": _packed_row, "shared_prefix": _shared_prefix_row}[layout]
+    row = _padded_rows(pairs, pad_token_id) if layout == "padded" else _packed_row(pairs, layout == "shared_prefix")
     return PairBatch(
-        **lay_out(pairs, pad_token_id),
+        **row,
         score_targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
         score_segments=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         lengths=torch.from_numpy(lengths.reshape(-1, 2)),
@@ -118,7 +118,7 @@ def make_batch(layout: Layout, pairs: Sequence[Pair], weights: np.ndarray, pad_t
     )
 
 
-def _padded_row(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:
+def _padded_rows(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:
     rows = [(pair.prompt_ids, completion) for pair in pairs for completion in (pair.chosen_ids, pair.rejected_ids)]
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
@@ -134,68 +134,37 @@ def _padded_row(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:
     }
 
 
-def _packed_row(pairs: Sequence[Pair], _: int) -> dict[str, Any]:
-    row = _Row()
+def _packed_row(pairs: Sequence[Pair], shared: bool) -> dict[str, Any]:
+    """Pairs in one row without padding, from left to right, each prompt twice or, `shared`, once."""
+    columns: list[np.ndarray] = []  # [4, n]: token, position, document, branch
+    score_index: list[np.ndarray] = []
+    segments: list[Segment] = []
+    size = document = 0  # of the row so far, and the number of the document that is being written
+
+    def add(ids: np.ndarray, first_position: int, branch: int) -> None:
+        nonlocal size
+        positions = np.arange(first_position, first_position + len(ids))
+        columns.append(np.stack([ids, positions, np.full_like(positions, document), np.full_like(positions, branch)]))
+        size += len(ids)
+
     for pair in pairs:
+        length = len(pair.prompt_ids)
         for branch, completion in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
-            row.begin_document(pair.prompt_ids, branch, completion)
-    return row.tensors()
-
-
-def _shared_prefix_row(pairs: Sequence[Pair], _: int) -> dict[str, Any]:
-    row = _Row()
-    for pair in pairs:
-        last_of_prompt = row.tokens + len(pair.prompt_ids) - 1
-        row.begin_document(pair.prompt_ids, CHOSEN, pair.chosen_ids)
-        row.add_branch(last_of_prompt, len(pair.prompt_ids), REJECTED, pair.rejected_ids)
-    return row.tensors()
-
-
-class _Row:
-    """A row without padding, put together from left to right."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._documents = 0
-        self._segments: list[Segment] = []
-        self._columns: list[np.ndarray] = []  # [4, n]: token, position, document, branch
-        self._score_index: list[np.ndarray] = []
-
-    def begin_document(self, prompt: np.ndarray, branch: int, completion: np.ndarray) -> None:
-        """A prompt and the completion right behind it."""
-        start, size = self.tokens, len(prompt) + len(completion)
-        self._score_index.append(np.arange(start + len(prompt) - 1, start + size - 1))
-        self._add(prompt, 0, self._documents, PROMPT)
-        self._add(completion, len(prompt), self._documents, branch)
-        self._segments.append((size, 0))
-        self._documents += 1
-
-    def add_branch(self, last_of_prompt: int, shared: int, branch: int, completion: np.ndarray) -> None:
-        """Another completion of the current document's prompt."""
-        own = np.arange(self.tokens, self.tokens + len(completion) - 1)
-        self._score_index.append(np.concatenate([[last_of_prompt], own]))
-        self._add(completion, shared, self._documents - 1, branch)
-        self._segments.append((len(completion), shared))
-
-    def _add(self, ids: np.ndarray, first_position: int, document: int, branch: int) -> None:
-        columns = np.empty((4, len(ids)), dtype=np.int64)
-        columns[0] = ids
-        columns[1] = np.arange(first_position, first_position + len(ids))
-        columns[2], columns[3] = document, branch
-        self._columns.append(columns)
-        self.tokens += len(ids)
-
-    def tensors(self) -> dict[str, Any]:
-        columns = torch.from_numpy(np.concatenate(self._columns, axis=1))
-        input_ids, position_ids, document_ids, branch_ids = (column.clone()[None] for column in columns)
-        return {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "document_ids": document_ids,
-            "branch_ids": branch_ids,
-            "segments": tuple(self._segments),
-            "score_index": torch.from_numpy(np.concatenate(self._score_index).astype(np.int64)),
-        }
+            is_branch = shared and branch == REJECTED  # behind the prompt that is there already
+            if not is_branch:
+                add(pair.prompt_ids, 0, PROMPT)
+                last_of_prompt = size - 1
+            score_index.append(np.concatenate([[last_of_prompt], np.arange(size, size + len(completion) - 1)]))
+            add(completion, length, branch)
+            segments.append((len(completion), length) if is_branch else (length + len(completion), 0))
+            document += not shared or is_branch
+    names = ("input_ids", "position_ids", "document_ids", "branch_ids")
+    tensors = torch.from_numpy(np.concatenate(columns, axis=1))
+    return {
+        **{name: column.clone()[None] for name, column in zip(names, tensors, strict=True)},
+        "segments": tuple(segments),
+        "score_index": torch.from_numpy(np.concatenate(score_index)),
+    }
 
 
 def pair_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
@@ -212,18 +181,13 @@ def row_widths(lengths: np.ndarray) -> np.ndarray:
     return lengths[:, 0] + lengths[:, 1:].max(axis=1)
 
 
-def filled_slots(layout: Layout, pairs: np.ndarray, lengths: np.ndarray) -> int:
-    """Token slots of a batch of these pairs that hold a token of theirs.
+def slots(layout: Layout, pairs: np.ndarray, lengths: np.ndarray) -> int:
+    """Token slots of a batch of these pairs, padding included (B * T).
 
     Args:
         pairs: [n] indices into the dataset.
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
     """
-    return int(pair_tokens(lengths[pairs], layout).sum())
-
-
-def slots(layout: Layout, pairs: np.ndarray, lengths: np.ndarray) -> int:
-    """Token slots of a batch of these pairs, padding included (B * T); arguments as in `filled_slots`."""
     if layout != "padded":
-        return filled_slots(layout, pairs, lengths)
+        return int(pair_tokens(lengths[pairs], layout).sum())
     return 2 * len(pairs) * int(row_widths(lengths[pairs]).max())

@@ -37,8 +37,6 @@ def pack_among_ranks(
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
         max_tokens: most tokens of a micro-batch, as its layout computes them: prompts once or twice, padding
             included. A pair that is longer by itself gets a micro-batch of its own.
-        world_size: number of ranks.
-        layout: how pairs become rows (`dpo_scale.data.layout`).
         flops: of the model, for the balance.
 
     Returns:

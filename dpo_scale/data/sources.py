@@ -1,7 +1,7 @@
 """Any preference file to rows: where a source's files are, what they hold, and their rows one by one.
 
-A row leaves here as a `Record`: its number, and its undecoded JSON or its columns. What cannot be read becomes an
-`Unreadable` record. So bad rows of every format are counted, reported and skipped in one place, `data.cache`.
+A row leaves here as a `Record`: its number, and its undecoded JSON, its columns, or why it cannot be read. So bad rows
+of every format are counted, reported and skipped in one place, `data.cache`.
 
 JSON and CSV have tolerant readers of our own, since Arrow's refuse a whole file for one row. Parquet, saved folders and
 hub names go through pyarrow and `datasets`.
@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -39,14 +40,8 @@ class RowProblem(Exception):
     """Why one row cannot be used. Who catches it adds the file and the row's number."""
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A row that has a place in its file but cannot be read."""
-
-    reason: str
-
-
-Record = tuple[int, bytes | dict[str, Any] | Unreadable]  # row number from 1 (line number in JSON Lines), content
+# row number from 1 (line number in JSON Lines), content
+Record = tuple[int, bytes | dict[str, Any] | RowProblem]
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class DataFile:
         return cast(BinaryIO, gzip.open(self.path, "rb") if self.gzipped else open(self.path, "rb"))
 
 
-def parse_record(content: bytes | dict[str, Any] | Unreadable) -> dict[str, Any]:
+def parse_record(content: bytes | dict[str, Any] | RowProblem) -> dict[str, Any]:
     """A record's columns.
 
     Raises:
@@ -114,8 +109,8 @@ def parse_record(content: bytes | dict[str, Any] | Unreadable) -> dict[str, Any]
     """
     if isinstance(content, dict):
         return content
-    if isinstance(content, Unreadable):
-        raise RowProblem(content.reason)
+    if isinstance(content, RowProblem):
+        raise content
     try:
         row = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -155,11 +150,8 @@ def find_files(source: SourceSettings) -> list[DataFile]:
 
 def type_name(value: Any) -> str:
     """A JSON value's type as a message names it."""
-    if value is None:
-        return "null"
-    numbers = {int: "a number", float: "a number"}
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", **numbers}
-    return names.get(type(value), type(value).__name__)
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _one_line(error: object) -> str:
@@ -191,8 +183,7 @@ def _builtin_file(path: str) -> DataFile:
 
 
 def _folder(folder: Path, source: SourceSettings) -> list[DataFile]:
-    saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
-    if not saved:
+    if not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         files = sorted(item for item in folder.iterdir() if item.is_file() and _format_of(item)[0])
         if not files:
             raise DataError(f"{source.path}: neither saved by `datasets` nor a folder with {FORMATS_TEXT} files")
@@ -251,22 +242,17 @@ def _nearest_name(path: Path) -> str:
 
 def _table_rows(batches: Iterator[Any]) -> Iterator[Record]:
     """Rows of Arrow record batches or tables. Text that isn't UTF-8 spoils its own row only."""
-    number = 1
-    for batch in batches:
-        try:
-            rows: list[Any] = batch.to_pylist()
-        except UnicodeDecodeError:
-            rows = [_table_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
-        for row in rows:
-            yield number, row
-            number += 1
+    rows = chain.from_iterable(map(_rows_of_batch, batches))
+    return enumerate(rows, start=1)
 
 
-def _table_row(batch: Any) -> dict[str, Any] | Unreadable:
+def _rows_of_batch(batch: Any) -> list[Any]:
     try:
-        return batch.to_pylist()[0]
+        return batch.to_pylist()
     except UnicodeDecodeError as error:
-        return Unreadable(f"not UTF-8: {error.reason}")
+        if batch.num_rows == 1:
+            return [RowProblem(f"not UTF-8: {error.reason}")]
+        return [row for i in range(batch.num_rows) for row in _rows_of_batch(batch.slice(i, 1))]
 
 
 def _csv_rows(stream: BinaryIO, label: str, delimiter: str) -> Iterator[Record]:
@@ -284,7 +270,7 @@ def _csv_rows(stream: BinaryIO, label: str, delimiter: str) -> Iterator[Record]:
             return
         except csv.Error as error:
             number += 1
-            yield number, Unreadable(f"malformed CSV: {error}")
+            yield number, RowProblem(f"malformed CSV: {error}")
             continue
         if header is None:
             header = cells
@@ -295,9 +281,9 @@ def _csv_rows(stream: BinaryIO, label: str, delimiter: str) -> Iterator[Record]:
             continue
         number += 1
         if len(cells) != len(header):
-            yield number, Unreadable(f"{len(cells)} fields where the header has {len(header)}")
+            yield number, RowProblem(f"{len(cells)} fields where the header has {len(header)}")
         elif any(map(_UNDECODED.search, cells)):
-            yield number, Unreadable("not UTF-8")
+            yield number, RowProblem("not UTF-8")
         else:
             yield number, dict(zip(header, map(_messages_or_text, cells), strict=True))
 

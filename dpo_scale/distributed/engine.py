@@ -14,7 +14,6 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
@@ -56,19 +55,14 @@ def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    keep_alive = HfDeepSpeedConfig(_with_batch_size(deepspeed_config))
+    # zero.Init wants a consistent batch triple before any engine exists
+    pairs = deepspeed_config["train_micro_batch_size_per_gpu"] * deepspeed_config.get("gradient_accumulation_steps", 1)
+    keep_alive = HfDeepSpeedConfig({**deepspeed_config, "train_batch_size": pairs * ranks.world_size()})
     try:
         yield
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
-
-
-def _with_batch_size(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's zero.Init wants a consistent batch triple before any engine exists."""
-    micro = deepspeed_config["train_micro_batch_size_per_gpu"]
-    steps = deepspeed_config.get("gradient_accumulation_steps", 1)
-    return {**deepspeed_config, "train_batch_size": micro * steps * ranks.world_size()}
 
 
 def _without_prints() -> redirect_stdout:
@@ -209,15 +203,15 @@ def consolidated_state_dict(engine: DeepSpeedEngine, *, trained_only: bool = Fal
     else:
         state = engine.module.state_dict() if ranks.is_main() else None
     if state is None or not trained_only:
-        return state if state is None else dict(state)
+        return state
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     return {name: tensor for name, tensor in state.items() if name in trained}
 
 
 def own_slice(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's share of a parameter's values, flat and by rank: what ZeRO-3 keeps here, were it sharded or is it.
+    """This rank's share of a parameter's values, flat, cut as ZeRO-3 cuts it at every stage.
 
-    A view of the shard, or of the whole parameter where it is replicated, so no stage needs communication for it.
+    It is a view of the shard or, where the parameter is replicated, of the whole, so nothing is communicated.
     """
     numel = getattr(parameter, "ds_numel", parameter.numel())
     size = -(-numel // ranks.world_size())
@@ -254,11 +248,7 @@ def write_slices(engine: DeepSpeedEngine, slices: Iterable[tuple[str, torch.Tens
             size = -(-parameter.numel() // ranks.world_size())
             padded = parameter.new_zeros(size)
             padded[: len(values)] = values
-            parts = [padded]
-            if ranks.world_size() > 1:
-                parts = [torch.empty_like(padded) for _ in range(ranks.world_size())]
-                dist.all_gather(parts, padded)
-            parameter.copy_(torch.cat(parts)[: parameter.numel()].view_as(parameter))
+            parameter.copy_(ranks.gather_rows(padded)[: parameter.numel()].view_as(parameter))
     if engine.zero_optimization_stage() == 3:
         # DeepSpeed gathers shards on a stream of its own, which waits for nothing: it must not read them before they
         # are written

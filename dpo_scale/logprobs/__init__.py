@@ -22,11 +22,9 @@ from torch import Tensor
 
 from dpo_scale.logprobs.chunked import chunked_token_logps
 from dpo_scale.logprobs.naive import naive_token_logps
+from dpo_scale.logprobs.tiles import Head
 
-Implementation = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, float, float | None, Sequence[str]],
-    tuple[Tensor, dict[str, Tensor]],
-]
+Implementation = Callable[[Tensor, Head, Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
 
 def _triton_token_logps(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,20 +148,15 @@ def token_logps(
     assertion.
     """
     name, _ = choose_implementation(implementation, hidden.device, hidden.dtype)
-    check_arguments(hidden, head_weight, targets, bias, softcap, by_products)
+    head = Head(head_weight, bias, logit_scale, softcap)
+    check_arguments(hidden, head, targets, by_products)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, extras = IMPLEMENTATIONS[name](hidden, head_weight, targets, bias, logit_scale, softcap, by_products)
+        logps, extras = IMPLEMENTATIONS[name](hidden, head, targets, by_products)
     return (logps, extras) if by_products else logps
 
 
-def check_arguments(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    by_products: Sequence[str],
-) -> None:
+def check_arguments(hidden: Tensor, head: Head, targets: Tensor, by_products: Sequence[str] = ()) -> None:
+    head_weight, bias, _, softcap = head
     if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise ValueError(
             f"hidden [S, H] and head_weight [V, H] expected, got {_shape(hidden)} and {_shape(head_weight)}"

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs.tiles import (
+    Head,
     HiddenDirection,
     Keep,
     Tiles,
@@ -64,11 +65,8 @@ from dpo_scale.logprobs.tiles import (
 
 def chunked_token_logps(
     hidden: Tensor,
-    head_weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
     by_products: Sequence[str],
     tile_bytes: int | None = None,
     max_held: int | None = None,
@@ -82,12 +80,10 @@ def chunked_token_logps(
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(hidden.device)
     if max_held is None:
-        max_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
-    trained = requires_gradient(hidden, head_weight, bias)
+        max_held = held_bytes(hidden.shape[0], head.weight.shape[0], hidden.device)
+    trained = requires_gradient(hidden, head)
     mode = "direction" if trained == [True, False, False] else "hold" if any(trained) else "values"
-    logps, *extras = _ChunkedTokenLogps.apply(
-        hidden, head_weight, bias, targets, logit_scale, softcap, tuple(by_products), tile_bytes, max_held, mode
-    )
+    logps, *extras = _ChunkedTokenLogps.apply(hidden, *head, targets, tuple(by_products), tile_bytes, max_held, mode)
     return logps, dict(zip(by_products, extras, strict=True))
 
 
@@ -153,20 +149,21 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
         logit_scale: float,
         softcap: float | None,
+        targets: Tensor,
         by_products: tuple[str, ...],
         tile_bytes: int,
         max_held: int,
         mode: str,
     ) -> tuple[Tensor, ...]:
+        head = Head(weight, bias, logit_scale, softcap)
         with exact_bf16_products(hidden):
             gradient, in_gradient = None, 0
             if mode == "hold" and ctx.needs_input_grad[1] and max_held and len(targets):
                 gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
                 in_gradient = min(rows_in(gradient, product_dtype(hidden)), len(targets))
-            tiles = Tiles(hidden, weight, bias, logit_scale, softcap, tile_bytes, (in_gradient,))
+            tiles = Tiles(hidden, head, tile_bytes, (in_gradient,))
             direction = HiddenDirection(tiles, targets) if mode == "direction" else None
             first_peaks = hidden.new_empty((len(tiles.vocabulary_runs), in_gradient), dtype=tiles.dtype)
             held = _Held(tiles, gradient, first_peaks) if mode == "hold" else None
@@ -180,10 +177,10 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             # The parameter itself, no view or copy of it: under ZeRO-3 its storage is released after the head's
             # forward and filled again before its backward, which only the parameter follows.
             ctx.save_for_backward(
-                hidden, weight, bias, targets, found.logsumexp, found.target_gradient(softcap),
+                hidden, weight, bias, targets, found.logsumexp, head.target_gradient(found.logps, found.target_logit),
                 gradient, first_peaks, *held.tensors,
             )  # fmt: skip
-        ctx.dtype, ctx.options = hidden.dtype, (logit_scale, softcap, tile_bytes, (in_gradient,))
+        ctx.dtype, ctx.transform, ctx.cut = hidden.dtype, (logit_scale, softcap), (tile_bytes, (in_gradient,))
         ctx.mark_non_differentiable(*found.by_products)
         return found.logps, *found.by_products
 
@@ -196,8 +193,8 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         else:
             hidden, weight, bias, targets, logsumexp, target_gradient, gradient, first_peaks, *kept = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False), exact_bf16_products(hidden):
-                tiles = Tiles(hidden, weight, bias, *ctx.options)
-                grad = grad.to(tiles.dtype) * tiles.logit_scale
+                tiles = Tiles(hidden, Head(weight, bias, *ctx.transform), *ctx.cut)
+                grad = grad.to(tiles.dtype) * tiles.head.logit_scale
                 held = _Held(tiles, gradient, first_peaks, kept)
                 grad_hidden, *others = _head_gradients(
                     tiles, targets, logsumexp, target_gradient, grad, held, ctx.needs_input_grad[:3], gradient
@@ -221,7 +218,7 @@ def _head_gradients(
     grad: [S] of the log-probs, times the logit scale.
     grad_weight: memory for that of the weight, if there is any yet.
     """
-    hidden, weight, bias = tiles.given, tiles.weight, tiles.bias
+    hidden, weight, bias = tiles.given, tiles.head.weight, tiles.head.bias
     needs_hidden, needs_weight, needs_bias = needs
     grad_hidden = torch.zeros(hidden.shape, dtype=tiles.dtype, device=hidden.device) if needs_hidden else None
     # every row is written below, once; without tokens there is nothing to write

@@ -11,24 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpo_scale.logprobs.tiles import Head
+
 
 def naive_token_logps(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    by_products: Sequence[str],
+    hidden: Tensor, head: Head, targets: Tensor, by_products: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Arguments, checked, and results as in `dpo_scale.logprobs.token_logps`."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = hidden.to(dtype) @ head_weight.to(dtype).t()
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = hidden.to(dtype) @ head.weight.to(dtype).t()
+    if head.bias is not None:
+        logits = logits + head.bias.to(dtype)
+    logits = logits * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
     logps = torch.log_softmax(logits, dim=1)
     target_logps = logps.gather(1, targets.unsqueeze(1)).squeeze(1)
     with torch.no_grad():

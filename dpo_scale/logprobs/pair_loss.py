@@ -45,6 +45,7 @@ from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import check_arguments, choose_implementation
 from dpo_scale.logprobs.tiles import (
+    Head,
     HiddenDirection,
     Keep,
     Tiles,
@@ -115,15 +116,16 @@ def fused_pair_loss(
 
     Raises ValueError as `token_logps` does.
     """
-    check_arguments(hidden, head_weight, targets, bias, softcap, ())
+    head = Head(head_weight, bias, logit_scale, softcap)
+    check_arguments(hidden, head, targets)
     assert pair_loss.segments.shape == targets.shape, (pair_loss.segments.shape, targets.shape)
     assert sum(pair_loss.scored_tokens) == len(targets), (sum(pair_loss.scored_tokens), len(targets))
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(hidden.device)
     if max_held is None:
         max_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
-    trained = requires_gradient(hidden, head_weight, bias)
-    settings = (pair_loss, targets, bias, logit_scale, softcap, tile_bytes, max_held, trained)
+    trained = requires_gradient(hidden, head)
+    settings = (pair_loss, targets, head, tile_bytes, max_held, trained)
     job = Job(*settings)
     for_triton = hidden.dtype == torch.bfloat16 and (trained[1] or trained[2])
     if for_triton and choose_implementation(implementation, hidden.device, hidden.dtype)[0] == "triton":
@@ -137,7 +139,7 @@ class _FusedPairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False), exact_bf16_products(hidden):
-            sums, gradients = job.run(hidden, weight)
+            sums, gradients = job.run(hidden)
         total = job.pair_loss.loss_of_sums(sums).sum().to(sums.dtype)
         ctx.save_for_backward(*gradients)
         ctx.dtype = hidden.dtype
@@ -159,20 +161,19 @@ class Job:
 
     pair_loss: PairLoss
     targets: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
+    head: Head
     tile_bytes: int
     max_held: int
     trained: Sequence[bool]  # hidden, weight, bias
 
-    def run(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def run(self, hidden: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Sums [P, 2], and the gradients of hidden, weight and bias for an upstream of 1, None where not trained."""
-        probe = self._tiles(hidden[:0], weight)
+        head, weight = self.head, self.head.weight
+        probe = Tiles(hidden[:0], head, self.tile_bytes)
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=probe.dtype)
         own_rows = max(1, self.max_held // (weight.shape[0] * probe.product_dtype.itemsize))
         counts, total = self.pair_loss.scored_tokens, hidden.shape[0]
-        gradients = Gradients(hidden, weight, self.bias, self.trained, 1 + total // own_rows)
+        gradients = Gradients(hidden, head, self.trained, 1 + total // own_rows)
         free_rows = rows_in(gradients.weight, probe.product_dtype)
         to_head = self.trained[1] or self.trained[2]
         needed_rows = min(own_rows, max(0, total - free_rows)) if to_head else 0
@@ -181,7 +182,7 @@ class Job:
             count = tokens.stop - tokens.start
             free = min(free_rows if gradients.is_empty else 0, count)
             held = min(free + own_rows, count)
-            tiles = self._tiles(hidden[tokens], weight, (free, held))
+            tiles = Tiles(hidden[tokens], head, self.tile_bytes, (free, held))
             targets = self.targets[tokens]
             parts = []
             if to_head:
@@ -194,19 +195,16 @@ class Job:
                 gradients.hidden[tokens] = direction.result(found).mul_(gradient.unsqueeze(1))
             if not to_head:
                 continue
-            of_target = found.target_gradient(self.softcap)
-            per_token = torch.stack([gradient * self.logit_scale, of_target, found.logsumexp])
+            of_target = head.target_gradient(found.logps, found.target_logit)
+            per_token = torch.stack([gradient * head.logit_scale, of_target, found.logsumexp])
             for part in parts:
                 _add(gradients, part, per_token[:, part.run], targets[part.run], tokens.start + part.run.start)
             for start in range(held, count, own_rows):
                 rest = slice(start, min(start + own_rows, count))
-                part = _Rows(self._tiles(hidden[tokens][rest], weight), 0, rest.stop - rest.start, memory)
+                part = _Rows(Tiles(hidden[tokens][rest], head, self.tile_bytes), 0, rest.stop - rest.start, memory)
                 part.compute(found.logsumexp[rest])
                 _add(gradients, part, per_token[:, rest], targets[rest], tokens.start + start)
         return sums, gradients.all()
-
-    def _tiles(self, hidden: Tensor, weight: Tensor, token_ends: Sequence[int] = ()) -> Tiles:
-        return Tiles(hidden, weight, self.bias, self.logit_scale, self.softcap, self.tile_bytes, token_ends)
 
     def token_gradient(self, logps: Tensor, sums: Tensor, pairs: slice, tokens: slice) -> Tensor:
         """Write these pairs' rows of `sums`; returns dL/dlogp of their tokens, in the dtype of logps."""
@@ -327,8 +325,7 @@ class Gradients:
     def __init__(
         self,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        head: Head,
         trained: Sequence[bool],
         roundings: int,
         bias_dtype: torch.dtype | None = None,
@@ -339,8 +336,10 @@ class Gradients:
         self.hidden = torch.empty_like(hidden, dtype=kept) if trained[0] else None
         # zeroed only where there are no tokens to write it
         make = torch.empty_like if hidden.shape[0] else torch.zeros_like
-        self.weight = make(weight, dtype=summed, memory_format=torch.contiguous_format) if trained[1] else None
-        self.bias = torch.zeros_like(bias, dtype=bias_dtype or summed) if trained[2] and bias is not None else None
+        self.weight = make(head.weight, dtype=summed, memory_format=torch.contiguous_format) if trained[1] else None
+        self.bias = (
+            torch.zeros_like(head.bias, dtype=bias_dtype or summed) if trained[2] and head.bias is not None else None
+        )
         self.is_empty = True
 
     def all(self) -> list[Tensor | None]:

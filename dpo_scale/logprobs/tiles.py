@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,23 @@ MIN_TILE_WIDTH = 1024
 Keep = Callable[[Tensor, slice, slice, Tensor, Tensor, Tensor], None]
 
 
-def requires_gradient(*tensors: Tensor | None) -> list[bool]:
-    """Which tensors a call must make a gradient for."""
+class Head(NamedTuple):
+    """An output head, as in `dpo_scale.logprobs.token_logps`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def target_gradient(self, logps: Tensor, target_logit: Tensor) -> Tensor:
+        """dlogp/dz at the target itself, (1 - p) times the soft-cap's slope; digits are kept where p is near 1."""
+        gradient = -torch.expm1(logps)
+        return gradient if self.softcap is None else gradient * (1.0 - (target_logit / self.softcap).square())
+
+
+def requires_gradient(hidden: Tensor, head: Head) -> list[bool]:
+    """Whether a call must make a gradient for hidden, weight and bias."""
+    tensors = hidden, head.weight, head.bias
     return [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
@@ -73,25 +88,16 @@ def block_in(gradient: Tensor, vocabulary: slice, rows: int, dtype: torch.dtype)
 class Tiles:
     """The tiles of one call: logits of a run of tokens and a run of the vocabulary, in reused memory."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-        tile_bytes: int,
-        token_ends: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, hidden: Tensor, head: Head, tile_bytes: int, token_ends: Sequence[int] = ()) -> None:
         """Args: token_ends, numbers of tokens that no tile of logits may reach across."""
-        self.weight, self.bias, self.logit_scale, self.softcap = weight, bias, logit_scale, softcap
+        self.head = head
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Only CUDA has a GEMM of 16-bit operands with an fp32 result; elsewhere the operands are converted.
         self.mixed_gemm = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
         self.given = hidden
         self.hidden = hidden if self.mixed_gemm else hidden.to(self.dtype)
         self.product_dtype = product_dtype(hidden)
-        (tokens, width), vocabulary = hidden.shape, weight.shape[0]
+        (tokens, width), vocabulary = hidden.shape, head.weight.shape[0]
         numbers = tile_bytes // self.dtype.itemsize
         rows = min(tokens, max(1, numbers // MIN_TILE_WIDTH))
         # The second bound is for the converted tile of the weight.
@@ -101,12 +107,12 @@ class Tiles:
         self.token_runs = [slice(a + r.start, a + r.stop) for a, b in parts for r in runs(b - a, rows)]
         self.vocabulary_runs = list(runs(vocabulary, cols))
         self._logits = hidden.new_empty(0 if self.mixed_gemm else rows * cols, dtype=self.dtype)
-        convert = not self.mixed_gemm and weight.dtype != self.dtype
+        convert = not self.mixed_gemm and head.weight.dtype != self.dtype
         self._weight = hidden.new_empty((cols, width), dtype=self.dtype) if convert else None
 
     def weight_rows(self, vocabulary: slice) -> Tensor:
         """These rows of the weight in the dtype that the logits' product takes; valid until the next call."""
-        rows = self.weight[vocabulary]
+        rows = self.head.weight[vocabulary]
         return rows if self._weight is None else self._weight[: rows.shape[0]].copy_(rows)
 
     def logits(self, tokens: slice, vocabulary: slice, weight_rows: Tensor) -> Tensor:
@@ -118,17 +124,17 @@ class Tiles:
             shape = (hidden.shape[0], weight_rows.shape[0])
             logits = self._logits[: shape[0] * shape[1]].view(shape)
             torch.mm(hidden, weight_rows.t(), out=logits)
-        if self.bias is not None:
-            logits += self.bias[vocabulary].to(self.dtype)
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.head.bias is not None:
+            logits += self.head.bias[vocabulary].to(self.dtype)
+        if self.head.logit_scale != 1.0:
+            logits *= self.head.logit_scale
+        if self.head.softcap is not None:
+            logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return logits
 
     def slope(self, logits: Tensor) -> Tensor | None:
         """dl/dz, or None where it is 1."""
-        return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
+        return None if self.head.softcap is None else (logits / self.head.softcap).square_().neg_().add_(1.0)
 
     def index_of(self, vocabulary: slice) -> int:
         """Which of `vocabulary_runs` this is."""
@@ -154,7 +160,11 @@ class Tiles:
 
     def product_weight(self, vocabulary: slice) -> Tensor:
         """These rows of the weight in `product_dtype`; valid until the next call of `weight_rows` or of this."""
-        return self.weight[vocabulary] if self.product_dtype == self.weight.dtype else self.weight_rows(vocabulary)
+        return (
+            self.head.weight[vocabulary]
+            if self.product_dtype == self.head.weight.dtype
+            else self.weight_rows(vocabulary)
+        )
 
     @property
     def product_hidden(self) -> Tensor:
@@ -207,12 +217,6 @@ def put_at_targets(block: Tensor, targets: Tensor, vocabulary: slice, values: Te
     block.scatter_(1, column, value)
 
 
-def target_gradient(logps: Tensor, target_logit: Tensor, softcap: float | None) -> Tensor:
-    """dlogp/dz at the target itself, (1 - p) times the soft-cap's slope; digits are kept where p is near 1."""
-    gradient = -torch.expm1(logps)
-    return gradient if softcap is None else gradient * (1.0 - (target_logit / softcap).square())
-
-
 @dataclass(frozen=True)
 class Statistics:
     """What a pass over the vocabulary leaves of each token: [S] each, fp32 or fp64."""
@@ -222,9 +226,6 @@ class Statistics:
     total: Tensor  # sum of exp(l - the largest l)
     target_logit: Tensor
     by_products: list[Tensor]
-
-    def target_gradient(self, softcap: float | None) -> Tensor:
-        return target_gradient(self.logps, self.target_logit, softcap)
 
 
 def statistics(tiles: Tiles, targets: Tensor, by_products: Sequence[str] = (), keep: Keep | None = None) -> Statistics:
@@ -297,8 +298,8 @@ class HiddenDirection:
 
     def result(self, found: Statistics) -> Tensor:
         """[S, H], fp32 or fp64. The object is spent after it."""
-        tiles = self._tiles
-        of_target = found.target_gradient(tiles.softcap).unsqueeze(1)
+        tiles, head = self._tiles, self._tiles.head
+        of_target = head.target_gradient(found.logps, found.target_logit).unsqueeze(1)
         direction = self._sum.div_(-found.total.unsqueeze(1))
-        direction.addcmul_(tiles.weight[self._targets].to(tiles.dtype), of_target)
-        return direction if tiles.logit_scale == 1.0 else direction.mul_(tiles.logit_scale)
+        direction.addcmul_(head.weight[self._targets].to(tiles.dtype), of_target)
+        return direction if head.logit_scale == 1.0 else direction.mul_(head.logit_scale)

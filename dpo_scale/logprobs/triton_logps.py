@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import triton_kernels as kernels
-from dpo_scale.logprobs.tiles import put_at_targets, requires_gradient, runs, target_gradient
+from dpo_scale.logprobs.tiles import Head, put_at_targets, requires_gradient, runs
 from dpo_scale.logprobs.triton_blocks import Blocks, default_blocks
 
 # Whether Triton was told, before it was imported, to run kernels in its interpreter: on CPU tensors, slowly.
@@ -56,11 +56,8 @@ GROUP_BYTES = 12 * 2**20
 
 def triton_token_logps(
     hidden: Tensor,
-    head_weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
     by_products: Sequence[str],
     blocks: Blocks | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -69,9 +66,10 @@ def triton_token_logps(
 
     blocks: instead of the ones chosen for the device. memory_bytes: see `MEMORY_BYTES`.
     """
-    head = TritonHead(hidden, head_weight, bias, logit_scale, softcap, blocks, memory_bytes)
-    trained = requires_gradient(hidden, head_weight, bias)
-    logps, *extras = _TritonTokenLogps.apply(hidden, head_weight, bias, targets, head, tuple(by_products), trained)
+    trained = requires_gradient(hidden, head)
+    logps, *extras = _TritonTokenLogps.apply(
+        hidden, *head, targets.contiguous(), tuple(by_products), trained, blocks, memory_bytes
+    )
     return logps, dict(zip(by_products, extras, strict=True))
 
 
@@ -95,35 +93,25 @@ class KernelStatistics:
     def by_product(self, name: str) -> Tensor:
         return self.target_logit >= self.peak if name == "argmax_is_target" else getattr(self, name)
 
-    def target_gradient(self, softcap: float | None) -> Tensor:
-        """dlogp/dz at the target, see `tiles.target_gradient`."""
-        return target_gradient(self.logps, self.target_logit, softcap)
 
-
-class TritonHead:
-    """An output head and how its kernels are launched; holds no tensors."""
+class Launcher:
+    """The kernels of one head, and how they are launched."""
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-        blocks: Blocks | None = None,
-        memory_bytes: int = MEMORY_BYTES,
+        self, hidden: Tensor, head: Head, blocks: Blocks | None = None, memory_bytes: int = MEMORY_BYTES
     ) -> None:
-        self.logit_scale, self.softcap, self.memory_bytes = logit_scale, softcap, memory_bytes
+        self.head, self.memory_bytes = head, memory_bytes
+        self._bias = head.weight if head.bias is None else head.bias.contiguous()
         self.width = hidden.shape[1]
         device = hidden.device
         if blocks is None:
             capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-            blocks = default_blocks(capability, hidden.dtype, self.width, softcap is not None)
+            blocks = default_blocks(capability, hidden.dtype, self.width, head.softcap is not None)
         self.blocks = blocks
         group = GROUP_BYTES // (blocks.tokens * max(1, self.width) * hidden.element_size())
         self._meta = {
-            "HAS_BIAS": bias is not None,
-            "SOFTCAP": softcap is not None,
+            "HAS_BIAS": head.bias is not None,
+            "SOFTCAP": head.softcap is not None,
             "EVEN_H": self.width % blocks.width == 0,
             "UPCAST": INTERPRETED,
             "GROUP": 2 ** int(math.log2(min(max(group, 1), 32))),
@@ -133,18 +121,12 @@ class TritonHead:
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
-        self._factors = (0.0, logit_scale * LOG2E)
-        if softcap is not None:
-            self._factors = (2.0 * LOG2E * logit_scale / softcap, softcap * LOG2E)
+        self._factors = (0.0, head.logit_scale * LOG2E)
+        if head.softcap is not None:
+            self._factors = (2.0 * LOG2E * head.logit_scale / head.softcap, head.softcap * LOG2E)
 
     def statistics(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        by_products: Sequence[str] = (),
-        tile: Tensor | None = None,
+        self, hidden: Tensor, targets: Tensor, by_products: Sequence[str] = (), tile: Tensor | None = None
     ) -> KernelStatistics:
         """One pass over the logits.
 
@@ -152,6 +134,7 @@ class TritonHead:
             tile: [S, columns] in the operands' dtype, columns in whole blocks, or None; filled with soft-max weights of
                 these first columns: exp(l - anchor) dl/dz, 0 at the target. p dl/dz = weight / total but for that.
         """
+        weight = self.head.weight
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         options = {"ENTROPY": "entropy" in by_products, "SUM_P2": "log_sum_p2" in by_products}
         flags = {name: self._meta[name] for name in ("HAS_BIAS", "SOFTCAP")}
@@ -163,7 +146,7 @@ class TritonHead:
         found = KernelStatistics(*out)
         if tokens == 0:
             return found
-        operands = hidden, weight, weight if bias is None else bias, targets
+        operands = hidden, weight, self._bias, targets
         layout = *hidden.stride(), *weight.stride(), *self._factors
         stored = 0 if tile is None else tile.shape[1] // self.blocks.vocabulary
         reference = hidden.new_empty(tokens, dtype=torch.float32)
@@ -194,9 +177,9 @@ class TritonHead:
                 )  # fmt: skip
         return found
 
-    def tile_to_keep(self, hidden: Tensor, weight: Tensor, trained: Sequence[bool]) -> Tensor | None:
+    def tile_to_keep(self, hidden: Tensor, trained: Sequence[bool]) -> Tensor | None:
         """Memory for the soft-max weights of all tokens and of as many columns as fit; None where that is too few."""
-        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        tokens, vocabulary = hidden.shape[0], self.head.weight.shape[0]
         hidden_sum = 4 * hidden.numel() if trained[0] else 0
         fitting = self._tile_bytes(hidden_sum) // (max(1, tokens) * hidden.element_size())
         columns = min(fitting // self._step * self._step, self.columns(vocabulary))
@@ -212,9 +195,10 @@ class TritonHead:
         return triton.cdiv(vocabulary, self.blocks.vocabulary) * self.blocks.vocabulary
 
     def direction(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, by_products: Sequence[str]
+        self, hidden: Tensor, targets: Tensor, by_products: Sequence[str]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """logps, dlogp/dhidden and by-products, over runs of tokens."""
+        weight = self.head.weight
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         # fp16 has not the range for the direction of a token that is all but certain
         kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
@@ -226,10 +210,11 @@ class TritonHead:
         parts = []
         for run in list(runs(tokens, rows)) or [slice(0, 0)]:
             part, here = hidden[run], tile[: min(rows, tokens - run.start)]
-            found = self.statistics(part, weight, bias, targets[run], by_products, here)
+            found = self.statistics(part, targets[run], by_products, here)
             others = product(here[:, :vocabulary], weight).div_(-found.total.unsqueeze(1))
-            others.addcmul_(weight[targets[run]].float(), found.target_gradient(self.softcap).unsqueeze(1))
-            direction[run] = others.mul_(self.logit_scale)
+            of_target = self.head.target_gradient(found.logps, found.target_logit).unsqueeze(1)
+            others.addcmul_(weight[targets[run]].float(), of_target)
+            direction[run] = others.mul_(self.head.logit_scale)
             parts.append((found.logps, *(found.by_product(name) for name in by_products)))
         logps, *extras = (torch.cat(column) for column in zip(*parts, strict=True))
         return logps, direction, extras
@@ -237,8 +222,6 @@ class TritonHead:
     def gradients(
         self,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         logsumexp: Tensor,
         target_gradient: Tensor,
@@ -252,8 +235,9 @@ class TritonHead:
         kept: the tile that `statistics` filled and `KernelStatistics.total`; its columns become d in place.
         """
         needs_hidden, needs_weight, needs_bias = needs
+        weight, bias = self.head.weight, self.head.bias
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
-        upstream = upstream.float() * self.logit_scale
+        upstream = upstream.float() * self.head.logit_scale
         at_target = upstream * target_gradient
         hidden_sum = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
         make = torch.empty_like if tokens else torch.zeros_like
@@ -280,7 +264,7 @@ class TritonHead:
                     of_bias = d.sum(0, dtype=torch.float32)[: span.stop] if grad_bias is not None else None
                 else:
                     vectors = targets[run], logsumexp[run], upstream[run], at_target[run]
-                    of_bias = self.logit_gradient(part, weight, bias, *vectors, d, span, grad_bias is not None)
+                    of_bias = self.logit_gradient(part, *vectors, d, span, grad_bias is not None)
                 d = d[:, : span.stop - span.start]
                 if hidden_sum is not None:
                     product(d, weight[span], hidden_sum[run], add=first > 0)
@@ -299,8 +283,6 @@ class TritonHead:
     def logit_gradient(
         self,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         logsumexp: Tensor,
         upstream: Tensor,
@@ -310,11 +292,12 @@ class TritonHead:
         bias_gradient: bool,
     ) -> Tensor | None:
         """Fill the tile with d of these vocabulary columns; their sums over tokens, fp32, if asked for."""
+        weight = self.head.weight
         columns, blocks = span.stop - span.start, triton.cdiv(hidden.shape[0], self.blocks.tokens)
         partials = tile.new_empty((blocks, columns) if bias_gradient else 1, dtype=torch.float32)
         with current_device(hidden.device):
             kernels.gradient_kernel[(blocks * triton.cdiv(columns, self.blocks.vocabulary),)](
-                hidden, weight, weight if bias is None else bias, targets, logsumexp, upstream, at_target, tile,
+                hidden, weight, self._bias, targets, logsumexp, upstream, at_target, tile,
                 partials, hidden.shape[0], span.start, span.stop, self.width, tile.stride(0),
                 *hidden.stride(), *weight.stride(), *self._factors, LOG2E,
                 BIAS_GRADIENT=bias_gradient, **self._meta,
@@ -333,25 +316,30 @@ class _TritonTokenLogps(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
         targets: Tensor,
-        head: TritonHead,
         by_products: tuple[str, ...],
         trained: Sequence[bool],
+        blocks: Blocks | None,
+        memory_bytes: int,
     ) -> tuple[Tensor, ...]:
-        bias = None if bias is None else bias.contiguous()
-        targets = targets.contiguous()
-        ctx.head, ctx.frozen, ctx.dtype = head, list(trained) == [True, False, False], hidden.dtype
+        head = Head(weight, bias, logit_scale, softcap)
+        launcher = Launcher(hidden, head, blocks, memory_bytes)
+        ctx.frozen, ctx.dtype = list(trained) == [True, False, False], hidden.dtype
+        ctx.transform, ctx.cut = (logit_scale, softcap), (blocks, memory_bytes)
         if ctx.frozen:
-            logps, direction, extras = head.direction(hidden, weight, bias, targets, by_products)
+            logps, direction, extras = launcher.direction(hidden, targets, by_products)
             ctx.save_for_backward(direction)
         else:
-            tile = head.tile_to_keep(hidden, weight, trained) if any(trained) else None
-            found = head.statistics(hidden, weight, bias, targets, by_products, tile)
+            tile = launcher.tile_to_keep(hidden, trained) if any(trained) else None
+            found = launcher.statistics(hidden, targets, by_products, tile)
             logps, extras = found.logps, [found.by_product(name) for name in by_products]
             ctx.kept = None if tile is None else (tile, found.total)
             # The parameter itself, no view or copy of it: under ZeRO-3 its storage is released after the head's
             # forward and filled again before its backward, which only the parameter follows.
-            ctx.save_for_backward(hidden, weight, bias, targets, found.logsumexp, found.target_gradient(head.softcap))
+            of_target = head.target_gradient(found.logps, found.target_logit)
+            ctx.save_for_backward(hidden, weight, bias, targets, found.logsumexp, of_target)
         ctx.mark_non_differentiable(*extras)
         return logps, *extras
 
@@ -366,11 +354,12 @@ class _TritonTokenLogps(torch.autograd.Function):
             hidden, weight, bias, targets, logsumexp, target_gradient = ctx.saved_tensors
             kept, ctx.kept = ctx.kept, None  # overwritten, so of no use to a second backward pass
             with torch.autocast(hidden.device.type, enabled=False):
-                grad_hidden, *others = ctx.head.gradients(
-                    hidden, weight, bias, targets, logsumexp, target_gradient, grad, ctx.needs_input_grad[:3], kept
+                launcher = Launcher(hidden, Head(weight, bias, *ctx.transform), *ctx.cut)
+                grad_hidden, *others = launcher.gradients(
+                    hidden, targets, logsumexp, target_gradient, grad, ctx.needs_input_grad[:3], kept
                 )
             grads = (None if grad_hidden is None else grad_hidden.to(ctx.dtype), *others)
-        return *grads, None, None, None, None
+        return *grads, *(None,) * 7
 
 
 def scale_kept(tile: Tensor, total: Tensor, targets: Tensor, upstream: Tensor, at_target: Tensor) -> None:

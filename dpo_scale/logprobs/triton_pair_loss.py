@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_scale.logprobs.pair_loss import Gradients, Job, chunks
-from dpo_scale.logprobs.triton_logps import MEMORY_BYTES, TritonHead, product, product_in_place, scale_kept
+from dpo_scale.logprobs.triton_logps import MEMORY_BYTES, Launcher, product, product_in_place, scale_kept
 
 
 class TritonJob(Job):
@@ -27,32 +27,33 @@ class TritonJob(Job):
 
     memory_bytes = MEMORY_BYTES
 
-    def run(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def run(self, hidden: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """As `Job.run`."""
         assert hidden.dtype == torch.bfloat16 and (self.trained[1] or self.trained[2])
-        bias = None if self.bias is None else self.bias.contiguous()
-        head = TritonHead(hidden, weight, bias, self.logit_scale, self.softcap)
+        head, weight = self.head, self.head.weight
+        launcher = Launcher(hidden, head)
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
-        columns = head.columns(vocabulary)
+        columns = launcher.columns(vocabulary)
         rows = max(1, min(tokens, self.memory_bytes // (columns * hidden.element_size())))
         tile = hidden.new_empty((rows, columns))
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=torch.float32)
-        gradients = Gradients(hidden, weight, bias, self.trained, 1 + tokens // rows, torch.float32)
+        gradients = Gradients(hidden, head, self.trained, 1 + tokens // rows, torch.float32)
         for pairs, chunk in chunks(self.pair_loss.scored_tokens, rows, rows):
             part, targets = hidden[chunk], self.targets[chunk].contiguous()
             held = min(rows, len(targets))
-            first = head.statistics(part[:held], weight, bias, targets[:held], (), tile[:held])
+            first = launcher.statistics(part[:held], targets[:held], (), tile[:held])
             # of a pair that is longer than the tile; empty otherwise
-            rest = head.statistics(part[held:], weight, bias, targets[held:])
-            gradient = self.token_gradient(torch.cat([first.logps, rest.logps]), sums, pairs, chunk) * self.logit_scale
-            of_target = torch.cat([found.target_gradient(self.softcap) for found in (first, rest)]) * gradient
+            rest = launcher.statistics(part[held:], targets[held:])
+            gradient = self.token_gradient(torch.cat([first.logps, rest.logps]), sums, pairs, chunk) * head.logit_scale
+            target_gradients = [head.target_gradient(found.logps, found.target_logit) for found in (first, rest)]
+            of_target = torch.cat(target_gradients) * gradient
             scale_kept(tile[:held], first.total, targets[:held], gradient[:held], of_target[:held])
             _add(gradients, tile[:held, :vocabulary], part[:held], weight, chunk.start)
             for start in range(held, len(targets), rows):
                 run = slice(start, min(start + rows, len(targets)))
                 logsumexp, d = rest.logsumexp[start - held : run.stop - held], tile[: run.stop - start]
-                inputs = part[run], weight, bias, targets[run], logsumexp, gradient[run], of_target[run]
-                head.logit_gradient(*inputs, d, slice(0, vocabulary), bias_gradient=False)
+                inputs = part[run], targets[run], logsumexp, gradient[run], of_target[run]
+                launcher.logit_gradient(*inputs, d, slice(0, vocabulary), bias_gradient=False)
                 _add(gradients, d[:, :vocabulary], part[run], weight, chunk.start + start)
         return sums, gradients.all()
 

@@ -16,8 +16,9 @@ Shapes: H query heads, K key heads, T tokens of the row, D width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -123,16 +124,10 @@ class AttentionPlan:
         self.block_masks: dict[int | None, Any] = {}  # of FlexAttention, by sliding window
         self._runs: dict[tuple[int, int, int | None], list[QueryRun]] = {}
 
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Tokens of each segment."""
-        return [tokens for tokens, _ in self.segments]
-
     def runs(self, queries: int, keys: int, window: int | None) -> list[QueryRun]:
         """A segment whose queries are the last of its keys, in runs of at most `QUERY_BLOCK` queries."""
-        known = self._runs.get((queries, keys, window))
-        if known is not None:
-            return known
+        if (queries, keys, window) in self._runs:
+            return self._runs[queries, keys, window]
         device, runs = self.position_ids.device, []
         for start in range(0, queries, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, queries)
@@ -169,7 +164,7 @@ class AttentionPlan:
         if keys != queries:
             lengths, ahead = torch.tensor(runs).to(device, non_blocking=True).unbind(1)
             index = torch.arange(keys[-1], device=device) + ahead.repeat_interleave(lengths, output_size=keys[-1])
-        return Sequences(index, query_offsets, key_offsets, max(self.sizes), max_keys)
+        return Sequences(index, query_offsets, key_offsets, max(tokens for tokens, _ in self.segments), max_keys)
 
 
 def blockwise_attention(
@@ -200,9 +195,15 @@ def blockwise_attention(
     """
     plan = checked_plan(module, attention_mask, sliding_window, attention_plan, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    key, value = (_repeated_heads(tensor, query.shape[1]) for tensor in (key, value))
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    explicit = softcap is not None or s_aux is not None
+    if explicit:
+        attend = partial(_explicit_attention, softcap=softcap, sinks=s_aux)
+    if key.shape[1] != query.shape[1]:  # key heads, repeated for their groups of query heads
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     # one split a tensor: its backward is one concatenation, where slices would each fill a whole row with zeros
-    queries, keys, values = (tensor.split(plan.sizes, dim=2) for tensor in (query, key, value))
+    sizes = [tokens for tokens, _ in plan.segments]
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
     first_keys, first_values = keys[0], values[0]  # of the current document
     outputs = []
     for q, k, v, (_, shared) in zip(queries, keys, values, plan.segments, strict=True):
@@ -211,65 +212,38 @@ def blockwise_attention(
             v = torch.cat([first_values[:, :, :shared], v], dim=2)
         else:
             first_keys, first_values = k, v
-        outputs += _segment_attention(plan, q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
+        count, total = q.shape[2], k.shape[2]
+        if not explicit and count == total and (sliding_window is None or count <= sliding_window):
+            outputs.append(attend(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling))
+            continue
+        for start, end, first, last, allowed in plan.runs(count, total, sliding_window):
+            run = q[:, :, start:end], k[:, :, first:last], v[:, :, first:last]
+            outputs.append(attend(*run, attn_mask=allowed, dropout_p=dropout, scale=scaling))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
-
-
-def _segment_attention(
-    plan: AttentionPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> list[Tensor]:
-    """Attention of queries that are the last of their keys; the output in runs of queries, [1, H, run, D] each."""
-    count, total = query.shape[2], key.shape[2]
-    explicit = softcap is not None or sinks is not None
-    if not explicit and count == total and (window is None or count <= window):
-        return [F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)]
-    outputs = []
-    for start, end, first, last, allowed in plan.runs(count, total, window):
-        q, k, v = query[:, :, start:end], key[:, :, first:last], value[:, :, first:last]
-        if explicit:
-            outputs.append(_explicit_attention(q, k, v, allowed, scaling, dropout, softcap, sinks))
-        else:
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scaling))
-    return outputs
 
 
 def _explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    allowed: Tensor,
-    scaling: float,
-    dropout: float,
+    *,
+    attn_mask: Tensor,
+    dropout_p: float,
+    scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """softmax([scores, sinks]) @ [value, 0], scores soft-capped before they are masked, the softmax in fp32."""
-    scores = (query @ key.transpose(2, 3)) * scaling
+    scores = (query @ key.transpose(2, 3)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float().masked_fill(~allowed, float("-inf"))
+    scores = scores.float().masked_fill(~attn_mask, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
     weights = scores.softmax(dim=-1).to(value.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    return F.dropout(weights, dropout) @ value
-
-
-def _repeated_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Key or value heads [1, K, T, D] repeated for their groups of query heads, [1, H, T, D]."""
-    one, kept, tokens, width = tensor.shape
-    if kept == heads:
-        return tensor
-    return tensor[:, :, None].expand(one, kept, heads // kept, tokens, width).reshape(one, heads, tokens, width)
+    return F.dropout(weights, dropout_p) @ value
 
 
 def checked_plan(

@@ -7,6 +7,7 @@ what messages call it. A layer that it cannot compute goes through the next one 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,12 +121,10 @@ def _able_backend(name: str, query: Tensor, value: Tensor, settings: dict[str, A
     lacking = asked.limits().lacks(query, value, settings)
     if lacking is None:
         return asked
-    names = list(BACKENDS)
-    for other in (BACKENDS[later] for later in names[names.index(name) + 1 :]):
-        if other.why_not(query.device.type) is None and other.limits().lacks(query, value, settings) is None:
-            break
-    else:
-        other = BACKENDS["blocks"]
+    later = itertools.dropwhile(lambda row: row is not asked, BACKENDS.values())
+    running = (row for row in later if row.why_not(query.device.type) is None)
+    able = (row for row in running if row.limits().lacks(query, value, settings) is None)
+    other = next(able, BACKENDS["blocks"])
     log_once(f"attention: {asked.title} does not support {lacking}; layers with that go through {other.title}")
     return other
 

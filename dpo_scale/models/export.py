@@ -48,16 +48,14 @@ def export_model(
     state = engine.consolidated_state_dict(policy, trained_only=adapter_alone)
     folder = run_dir / MODEL_DIR
 
-    def write() -> TrainingError | None:
+    def write() -> None:
         try:
             _write_model(policy.module.model, state, tokenizer, config, folder, results)
         except (OSError, SafetensorError) as error:
-            return TrainingError(f"{folder}: the model could not be written: {error}; the checkpoints are kept")
-        return None
+            reason = f"the model could not be written: {error}; the checkpoints are kept"
+            raise TrainingError(f"{folder}: {reason}") from None
 
-    error = ranks.from_main(write() if ranks.is_main() else None)
-    if error is not None:
-        raise error
+    ranks.on_main(write)
     return folder
 
 

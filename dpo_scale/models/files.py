@@ -44,17 +44,11 @@ def check_models(paths: Iterable[str | None]) -> None:
         ModelError: on every rank, naming the file and what to do.
     """
 
-    def look() -> ModelError | None:
-        try:
-            for path in dict.fromkeys(path for path in paths if path is not None):
-                check_model_folder(Path(resolve_model_path(path)))
-        except ModelError as error:
-            return error
-        return None
+    def look() -> None:
+        for path in dict.fromkeys(path for path in paths if path is not None):
+            check_model_folder(Path(resolve_model_path(path)))
 
-    error = ranks.from_main(look() if ranks.is_main() else None)
-    if error is not None:
-        raise error
+    ranks.on_main(look)
 
 
 def check_model_folder(folder: Path) -> None:

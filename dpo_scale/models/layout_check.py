@@ -51,14 +51,15 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
     was_training = scorer.module.training
     scorer.eval()
     watcher = _Watcher(gradients=was_training)
-    vocabulary, longest = _sizes(model.config.get_text_config())
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or 2**31  # where a table of positions may end
     apart = []
 
     def log_probs(batch: PairBatch) -> Tensor:
         return scorer(**batch.to(ranks.device()).scorer_inputs)
 
     for sizes in _ROWS:
-        pairs = _random_pairs(sizes, vocabulary, longest)
+        pairs = _random_pairs(sizes, text.vocab_size, longest)
         weights = np.ones(len(pairs), dtype=np.float32)
         model.set_attn_implementation(model.own_attention)
         expected = log_probs(make_batch("padded", pairs, weights, 0))
@@ -129,11 +130,6 @@ def _gradients(
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     output, _ = function(module, *leaves, mask, **settings)
     return torch.autograd.grad(output, leaves, output.detach())
-
-
-def _sizes(text_config: Any) -> tuple[int, int]:
-    """A model's vocabulary, and the tokens of its longest sequence, where its table of positions may end."""
-    return text_config.vocab_size, getattr(text_config, "max_position_embeddings", None) or 2**31
 
 
 def _random_pairs(sizes: list[tuple[int, int, int]], vocabulary: int, longest: int) -> list[Pair]:

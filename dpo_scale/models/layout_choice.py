@@ -49,10 +49,7 @@ class LayoutChoice:
     def __init__(self, config: Config, options: Sequence[LayoutOption]) -> None:
         """Args: options: at least one, best first."""
         self._config, self._options = config, list(options)
-        self._take()
-
-    def _take(self) -> None:
-        self._config.data.layout = self.option.layout
+        config.data.layout = self.option.layout
 
     @property
     def option(self) -> LayoutOption:
@@ -71,7 +68,7 @@ class LayoutChoice:
         if len(self._options) == 1:
             raise ModelError(f"{model}: {tried}: {failure}; set data.layout=padded")
         del self._options[0]
-        self._take()
+        self._config.data.layout = self.option.layout
         ranks.log(f"{model}: {tried}: {failure}")
         ranks.log(self.option.describe())
 

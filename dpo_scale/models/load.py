@@ -205,7 +205,11 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
             lora.add_reference_adapter(model, reference_adapter)
         ranks.log(lora.describe(model))
     if config.model.gradient_checkpointing:
-        enable_checkpointing(causal_lm(model), offload=offloads_checkpoints(config))
+        offload, on_cpu = config.model.gradient_checkpointing_offload, ranks.device().type == "cpu"
+        if offload and on_cpu:
+            why = "activations are in host memory already"
+            ranks.log(f"model.gradient_checkpointing_offload does nothing on a CPU: {why}")
+        enable_checkpointing(causal_lm(model), offload=offload and not on_cpu)
     prepare_layers(model, config, deepspeed_config, "policy")
     scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
@@ -220,24 +224,12 @@ def lost_updates(learning_rate: float, beta2: float) -> str:
     bf16 has 8 significant bits, so the neighbours of a weight w are |w| / 256 to |w| / 128 away. An update of less than
     half of that is lost. Adam's is at most about the learning rate.
     """
-    stuck = (
-        f"; Adam's second moments can grow but not decay, as 1 - beta2 is below 1/512 (adam_beta2 = {beta2:g})"
-        if 1 - beta2 < 2**-9
-        else ""
-    )
+    stuck = f"; Adam's second moments can grow but not decay, as 1 - beta2 is below 1/512 (adam_beta2 = {beta2:g})"
     return (
         "WARNING: deepspeed.bf16_optimizer_states: there are no fp32 weights, so an update below 1/512 of a weight is "
         f"lost to rounding; at train.learning_rate = {learning_rate:g} weights above {512 * learning_rate:.1e} in "
-        f"absolute value do not move{stuck}"
+        f"absolute value do not move{stuck if 1 - beta2 < 2**-9 else ''}"
     )
-
-
-def offloads_checkpoints(config: Config) -> bool:
-    """Whether checkpoints are kept on the host; on a CPU they are there anyway."""
-    offload = config.model.gradient_checkpointing_offload
-    if offload and ranks.device().type == "cpu":
-        ranks.log("model.gradient_checkpointing_offload does nothing on a CPU: activations are in host memory already")
-    return offload and ranks.device().type != "cpu"
 
 
 def load_reference(config: Config, choice: LayoutChoice | None = None, beside: Sequence[Any] = ()) -> Any:
@@ -315,16 +307,13 @@ def load_tokenizers(config: Config) -> tuple[PreTrainedTokenizerBase, PreTrained
     model, adapters = config.model, (config.lora.adapter, config.reference.adapter)
     check_models([model.path, model.tokenizer, config.reference.model, *(a for a in adapters if a != "none")])
     model_config = load_model_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    path = resolve_model_path(model.tokenizer or model.path)
-    revision = None if model.tokenizer else model.revision
-    tokenizer = load_tokenizer(
-        path, revision=revision, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
-    )
+    path, revision, code = model.tokenizer or model.path, model.revision, model.trust_remote_code
+    path, revision = resolve_model_path(path), None if model.tokenizer else revision
+    template = config.data.chat_template
+    tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=code, chat_template=template)
     if config.reference.model is not None:
         other = resolve_model_path(config.reference.model)
-        reference_tokenizer = load_tokenizer(
-            other, revision=config.reference.revision, trust_remote_code=model.trust_remote_code
-        )
+        reference_tokenizer = load_tokenizer(other, revision=config.reference.revision, trust_remote_code=code)
         check_same_tokenizer(tokenizer, reference_tokenizer, path, other)
     return tokenizer, model_config
 

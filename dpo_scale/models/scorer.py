@@ -94,33 +94,12 @@ class PairScorer(nn.Module):
         self.model, self.layout = model, layout
         transform = head_transform(causal_lm(model).config)
 
-        def score(
-            linear: nn.Linear,
-            hidden: torch.Tensor,
-            targets: torch.Tensor,
-            by_products: tuple[str, ...],
-            pair_loss: PairLoss | None,
-        ):
+        def score(linear, hidden, targets, by_products, pair_loss):  # typed by `forward`
+            logits = {"bias": linear.bias, "logit_scale": transform.logit_scale, "softcap": transform.softcap}
             if pair_loss is not None:
-                return fused_pair_loss(
-                    hidden,
-                    linear.weight,
-                    targets,
-                    pair_loss,
-                    bias=linear.bias,
-                    logit_scale=transform.logit_scale,
-                    softcap=transform.softcap,
-                )
-            return token_logps(
-                hidden,
-                linear.weight,
-                targets,
-                bias=linear.bias,
-                logit_scale=transform.logit_scale,
-                softcap=transform.softcap,
-                implementation=implementation,
-                by_products=by_products,
-            )
+                return fused_pair_loss(hidden, linear.weight, targets, pair_loss, **logits)
+            how = {"implementation": implementation, "by_products": by_products}
+            return token_logps(hidden, linear.weight, targets, **logits, **how)
 
         head.forward = types.MethodType(score, head)  # type: ignore[method-assign]
 

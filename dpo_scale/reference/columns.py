@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_scale.data.cache import tokenize_source
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.tokenize import PairTokenizer
 from dpo_scale.errors import DataError
 from dpo_scale.reference.protocol import KnownReference
-from dpo_scale.reference.store_exchange import COLUMNS, column_values
-from dpo_scale.reference.store_rows import Rows, as_keys, contains, first_not_below, merge
+from dpo_scale.reference.store_exchange import COLUMNS, column_rows
+from dpo_scale.reference.store_rows import as_keys, contains, first_not_below, merge
 from dpo_scale.settings.data import DataSettings
 
 
@@ -40,13 +39,8 @@ class ColumnReference(KnownReference):
 
     def __init__(self, settings: DataSettings, tokenizer: Any, log: Callable[[str], None]):
         encoder = PairTokenizer(tokenizer, settings)
-        parts = []
-        for source in [*settings.train, *settings.eval]:
-            # tokenized already, and all said of it: this opens the cache
-            tokenized = tokenize_source(source, settings, encoder, lambda line: None)
-            sums = column_values(settings.for_source(source), tokenized)
-            counts = np.ascontiguousarray(tokenized.pairs.lengths[:, 1:])
-            parts.append(Rows(as_keys(tokenized.pairs.pair_keys()), sums, counts))
+        # tokenized already, and all said of it: this opens the caches
+        parts = list(column_rows([*settings.train, *settings.eval], settings, encoder, lambda line: None))
         self._rows, _, differing, largest = merge(parts, tokens=False)
         log(f"reference log-probs: columns of the data, {len(self._rows)} different pairs")
         if differing:

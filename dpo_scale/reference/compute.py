@@ -67,7 +67,6 @@ def fill(
     max_tokens: int,
     tokens: bool,
     seconds_per_shard: float = 60.0,
-    missing: Sequence[np.ndarray] | None = None,
 ) -> int:
     """Compute and store what the book lacks of some data sets. Every rank must call it.
 
@@ -76,13 +75,11 @@ def fill(
         max_tokens: most token slots of a forward pass.
         tokens: store per-token values too.
         seconds_per_shard: how often a rank puts its rows on the disk; 0: after every micro-batch.
-        missing: as `missing_rows` says; looked up if not given.
 
     Returns:
         The number of rows computed, over all ranks.
     """
-    if missing is None:
-        missing = missing_rows(book, datasets, tokens=tokens)
+    missing = missing_rows(book, datasets, tokens=tokens)
     total = sum(map(len, missing))
     if total == 0:
         return 0
@@ -92,13 +89,8 @@ def fill(
         for dataset, rows in zip(datasets, missing, strict=True):
             if len(rows) == 0:
                 continue
-            plan = forward_batches(
-                rows,
-                dataset.lengths,
-                max_tokens=max_tokens,
-                world_size=ranks.world_size(),
-                layout=reference.module.layout,
-            )
+            layout, world_size = reference.module.layout, ranks.world_size()
+            plan = forward_batches(rows, dataset.lengths, max_tokens=max_tokens, world_size=world_size, layout=layout)
             for of_ranks, micro_batch, values in _scored(reference, dataset, plan, pad_token_id):
                 if micro_batch.weights.any():
                     keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
@@ -134,12 +126,9 @@ def _compact_if_scattered(book: Book) -> None:
     ranks.log(f"reference store: {done.shards_before} shards compacted into {done.shards}")
 
 
-Scored = tuple[list[MicroBatch], MicroBatch, Tensor]
-
-
 def _scored(
     scorer: Scorer, dataset: PairDataset, plan: Sequence[list[MicroBatch]], pad_token_id: int
-) -> Iterator[Scored]:
+) -> Iterator[tuple[list[MicroBatch], MicroBatch, Tensor]]:
     """Of each entry of a plan: the micro-batches of all ranks, this rank's, and what the model gives it.
 
     The last are the log-probs of the completions' tokens on the host, fp32, row by row, chosen before rejected.

@@ -246,12 +246,8 @@ def hash_tensors(path: Path) -> dict[str, str]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             return _hash_layout(file.fileno(), header, 8 + length)
-    except (SafetensorError, _CutError):
+    except (SafetensorError, EOFError):
         raise ModelError(f"{path}: not a safetensors file, or not a whole one") from None
-
-
-class _CutError(Exception):
-    """The file became shorter while it was read."""
 
 
 def _hash_layout(descriptor: int, header: dict[str, Any], data: int) -> dict[str, str]:
@@ -270,7 +266,7 @@ def _hash_layout(descriptor: int, header: dict[str, Any], data: int) -> dict[str
         while begin < end:  # a read may give less than it was asked for
             count = os.preadv(descriptor, [buffers.memory[: end - begin]], begin)
             if count == 0:
-                raise _CutError
+                raise EOFError  # the file became shorter while it was read
             digest.update(buffers.memory[:count])
             begin += count
         note_activity()

@@ -14,7 +14,7 @@ from dpo_scale.data.dataset import PairDataset
 from dpo_scale.disk.cache import cache_folder
 from dpo_scale.distributed import engine, ranks
 from dpo_scale.distributed.folders import require_shared
-from dpo_scale.errors import ModelError, StoreError
+from dpo_scale.errors import StoreError
 from dpo_scale.models.layout_choice import LayoutChoice
 from dpo_scale.models.load import ModelSource, load_reference, policy_source, reference_source
 from dpo_scale.models.scorer import Policy, Scorer
@@ -38,19 +38,12 @@ def source_fingerprint(config: Config, source: ModelSource) -> str:
         ModelError: on every rank, if they can't be fingerprinted.
     """
 
-    def find() -> tuple[str, ModelError | None]:
-        try:
-            code = config.model.trust_remote_code
-            return weights_fingerprint(
-                source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=code
-            ), None
-        except ModelError as error:
-            return "", error
-
-    fingerprint, error = ranks.from_main(find() if ranks.is_main() else ("", None))
-    if error is not None:
-        raise error
-    return fingerprint
+    code = config.model.trust_remote_code
+    return ranks.on_main(
+        lambda: weights_fingerprint(
+            source.path, revision=source.revision, adapter=source.adapter, trust_remote_code=code
+        )
+    )
 
 
 def open_book(config: Config) -> Book:

@@ -96,19 +96,17 @@ class MovingReference(LiveReference):
 
     def _restored_slices(self, states: Sequence[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in noting_activity(self.scorer.module.named_parameters()):
-            yield name, self._restored(name, len(engine.own_slice(parameter)), states)
-
-    def _restored(self, name: str, length: int, states: Sequence[dict[str, Tensor]]) -> Tensor:
-        if len(states) == ranks.world_size():
-            slice_ = states[ranks.rank()][name]
-        else:
-            slice_ = torch.cat([state[name] for state in states])
-            size = -(-len(slice_) // ranks.world_size())
-            slice_ = slice_[ranks.rank() * size : (ranks.rank() + 1) * size]
-        if len(slice_) != length:
-            raise RuntimeError(f"{name}: {len(slice_)} weights of the reference, expected {length}")
-        kept = self._kept[name]
-        return slice_ if kept is None else kept.copy_(slice_)
+            if len(states) == ranks.world_size():
+                slice_ = states[ranks.rank()][name]
+            else:
+                whole = torch.cat([state[name] for state in states])
+                size = -(-len(whole) // ranks.world_size())
+                slice_ = whole[ranks.rank() * size : (ranks.rank() + 1) * size]
+            expected = len(engine.own_slice(parameter))
+            if len(slice_) != expected:
+                raise RuntimeError(f"{name}: {len(slice_)} weights of the reference, expected {expected}")
+            kept = self._kept[name]
+            yield name, slice_ if kept is None else kept.copy_(slice_)
 
 
 def _shapes(model: Scorer) -> dict[str, tuple[int, ...]]:

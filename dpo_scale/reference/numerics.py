@@ -6,7 +6,6 @@ tolerance that stored values are verified with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 
 from dpo_scale.settings.tree import Config
@@ -15,6 +14,7 @@ from dpo_scale.settings.tree import Config
 PRECISION_CLASSES = {"naive": "fp32 logits", "chunked": "fp32 logits", "triton": "fp32 logits"}
 # The libraries whose code computes the numbers, by minor release: a patch release changes no kernel and no model.
 LIBRARIES = ("torch", "transformers")
+IMPORTED = {"computed": "elsewhere"}  # the numerics of values that others have computed
 
 
 def numerics_of(config: Config) -> dict[str, str]:
@@ -35,11 +35,6 @@ def numerics_of(config: Config) -> dict[str, str]:
         **({"elementwise": f"liger {_minor_version(version('liger-kernel'))}"} if uses_liger(config)[0] else {}),
         **{library: _minor_version(version(library)) for library in LIBRARIES},
     }
-
-
-def imported_numerics(described: Mapping[str, str]) -> dict[str, str]:
-    """The numerics of values that were computed elsewhere: what is known of them, as text."""
-    return {"computed": "elsewhere", **described}
 
 
 def _minor_version(full: str) -> str:

@@ -29,7 +29,7 @@ from dpo_scale.errors import StoreError
 from dpo_scale.progress import noting_activity
 from dpo_scale.reference.store_manifest import MANIFEST_FILE, BookKey, Manifest, now, read_manifest, write_manifest
 from dpo_scale.reference.store_rows import Rows, as_keys, merge, ragged_index, sum_bits
-from dpo_scale.reference.store_shard import DamagedError, Shard, parse_name, rows_in_name, write_shard
+from dpo_scale.reference.store_shard import DamagedError, Shard, parse_name, write_shard
 
 DAMAGED_DIR = "damaged"  # in a store: what `compact --drop-damaged` took out of its books
 _BOOK_NAME = re.compile("[0-9a-f]{32}")
@@ -92,8 +92,7 @@ class ReferenceStore:
         Raises:
             StoreError: as `Book`.
         """
-        books = [Book(folder) for folder in self.book_folders()]
-        return sorted(books, key=lambda book: (book.manifest.created, book.folder.name))
+        return sorted(map(Book, self.book_folders()), key=lambda book: (book.manifest.created, book.folder.name))
 
     def book(self, key: BookKey, model: dict[str, str] | None = None) -> Book:
         """The book of a key, empty if nothing was written yet.
@@ -189,14 +188,7 @@ class Book:
         return Lookup(*map(np.concatenate, zip(*parts, strict=True)))
 
     def lookup_tokens(self, pair_keys: np.ndarray) -> TokenLookup:
-        """The per-token values of pairs; only rows that were written with them are found.
-
-        Args:
-            pair_keys: uint8 [M, 16] or uint64 [M, 2].
-
-        Raises:
-            DamagedError: if a file that is needed for the answer is not what was written.
-        """
+        """As `lookup`, the per-token values; only rows that were written with them are found."""
         return self._with_all_shards(self._lookup_tokens, as_keys(pair_keys))
 
     def writer(
@@ -207,25 +199,17 @@ class Book:
 
     def write_manifest(self) -> None:
         """Bring the readable description up to date with the folder's listing."""
-        known = read_manifest(self.folder) or self.manifest
-        names = self._list()
-        self.manifest = replace(
-            self.manifest,
-            created=known.created or now(),
-            updated=now(),
-            rows=sum(map(rows_in_name, names)),
-            shards=len(names),
-        )
+        created = (read_manifest(self.folder) or self.manifest).created or now()
+        counts = self._list().values()
+        self.manifest = replace(self.manifest, created=created, updated=now(), rows=sum(counts), shards=len(counts))
         write_manifest(self.folder, self.manifest)
 
-    def _list(self) -> list[str]:
-        """The names of all shards. What writing leaves in between begins with a dot and is passed over."""
+    def _list(self) -> dict[str, int]:
+        """The rows of all shards by name. What writing leaves in between begins with a dot and is passed over."""
         with naming(self.folder, StoreError, to="read"):
             entries = sorted(self.folder.iterdir()) if self.folder.exists() else []
         shards = [path for path in entries if not path.name.startswith(".") and path.name != MANIFEST_FILE]
-        for path in shards:
-            parse_name(path)
-        return [path.name for path in shards]
+        return {path.name: parse_name(path)[0] for path in shards}
 
     def _with_all_shards(self, look_up: Callable[[np.ndarray], _T], keys: np.ndarray) -> _T:
         def attempt() -> _T:
@@ -238,32 +222,30 @@ class Book:
         return retried(self.folder, attempt)
 
     def _lookup(self, keys: np.ndarray) -> Lookup:
-        with_tokens, plain = self._by_kind()
         served = _Served(keys)
         # A row that has tokens is the same row without them, and more.
-        served.choose(self._each(with_tokens))
-        served.choose(self._each(plain))
+        for tokens in (True, False):
+            served.choose(self._each(has_tokens=tokens))
         return Lookup(served.found, served.sums, served.counts)
 
     def _lookup_tokens(self, keys: np.ndarray) -> TokenLookup:
-        shards, _ = self._by_kind()
         served = _Served(keys)
-        served.choose(self._each(shards))
+        served.choose(self._each(has_tokens=True))
         offsets = np.concatenate([[0], np.cumsum(served.counts.reshape(-1), dtype=np.int64)])
         values = np.zeros(offsets[-1], np.float32)
-        for number, shard in enumerate(self._each(shards)):
+        for number, shard in enumerate(self._each(has_tokens=True)):
             mine = np.flatnonzero(served.sources == number)
             if len(mine):
                 lengths = served.counts[mine].sum(axis=1, dtype=np.int64)
                 values[ragged_index(offsets[2 * mine], lengths)] = shard.tokens(served.rows[mine])
         return TokenLookup(served.found, values, offsets)
 
-    def _by_kind(self) -> tuple[list[Shard], list[Shard]]:
-        """The shards with per-token values and those without."""
-        return [one for one in self.shards if one.has_tokens], [one for one in self.shards if not one.has_tokens]
+    def _each(self, *, has_tokens: bool) -> Iterator[Shard]:
+        """The shards with or without per-token values one by one, in the order of their names.
 
-    def _each(self, shards: list[Shard]) -> Iterator[Shard]:
-        """Some of the shards one by one, each let go of when the next is asked for, as far as memory asks for it."""
+        Each is let go of when the next is asked for, as far as memory asks for it.
+        """
+        shards = [shard for shard in self.shards if shard.has_tokens == has_tokens]
         for shard in noting_activity(shards):
             yield shard
             if len(self._shards) > _MAX_MAPPED_SHARDS:
@@ -339,24 +321,18 @@ class BookWriter:
             StoreError: if a value is not finite, or a shard cannot be written.
         """
         assert (tokens is not None) == self._tokens, "per-token values go with all rows of a writer, or with none"
-        sums = np.asarray(sums, dtype=np.float32)
-        for values in (sums, tokens):
-            if values is not None and not np.isfinite(values).all():
-                raise StoreError(
-                    f"{self._book.folder.parent}: the reference gave a log-prob that is not finite; it was not stored"
-                )
         tokens = None if tokens is None else np.array(tokens, np.float32)
-        self._waiting.append(Rows(as_keys(pair_keys).copy(), sums.copy(), np.array(counts, np.int32), tokens))
+        rows = Rows(as_keys(pair_keys).copy(), np.array(sums, np.float32), np.array(counts, np.int32), tokens)
+        if not all(np.isfinite(values).all() for values in (rows.sums, rows.tokens) if values is not None):
+            raise StoreError(
+                f"{self._book.folder.parent}: the reference gave a log-prob that is not finite; it was not stored"
+            )
+        self._waiting.append(rows)
         full = sum(map(len, self._waiting)) >= self._rows_per_shard
         if full or time.monotonic() - self._last_flush >= self._seconds_per_shard:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
-        """Put all rows that were added onto the disk.
-
-        Raises:
-            StoreError: if the folder cannot be written; the rows stay waiting.
-        """
+    def _flush(self) -> None:
         rows = merge(self._waiting, tokens=self._tokens).rows
         if len(rows):
             if not (self._book.folder / MANIFEST_FILE).exists():
@@ -371,7 +347,7 @@ class BookWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.flush()
+        self._flush()
         if self._book.folder.exists():
             self._book.write_manifest()
             self._book.refresh()

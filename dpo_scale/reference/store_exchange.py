@@ -7,7 +7,7 @@ for values of this package's numerics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_scale.data.cache import TokenizedSource, tokenize_source
+from dpo_scale.data.cache import tokenize_source
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.sources import RowProblem, find_files, parse_record
 from dpo_scale.data.tokenize import PairTokenizer
@@ -104,52 +104,29 @@ class _TextsByKey:
         }
 
 
-def import_columns(
-    book: Book,
-    sources: Sequence[SourceSettings],
-    settings: DataSettings,
-    encoder: PairTokenizer,
-    log: Callable[[str], None],
-) -> int:
-    """Take the values of the columns `ref_chosen_logps` and `ref_rejected_logps` of data files into a book.
+def column_rows(
+    sources: Sequence[SourceSettings], settings: DataSettings, encoder: PairTokenizer, log: Callable[[str], None]
+) -> Iterator[Rows]:
+    """The values of the columns `ref_chosen_logps` and `ref_rejected_logps` of data files, a source at a time.
 
     Args:
-        book: of source "imported".
         sources: files with these columns, tokenized as the whole `data:` section says.
-
-    Returns:
-        The number of pairs.
 
     Raises:
         DataError: naming file and row where a value is missing or not a finite number, and whatever reading and
             tokenizing may raise.
     """
-    assert book.manifest.key.source == "imported"
-    total = 0
-    with book.writer() as writer:
-        for source in sources:
-            tokenized = tokenize_source(source, settings, encoder, log)
-            sums = column_values(settings.for_source(source), tokenized)
-            writer.add(tokenized.pairs.pair_keys(), sums, tokenized.pairs.lengths[:, 1:])
-            total += len(sums)
-    return total
-
-
-def column_values(source: SourceSettings, tokenized: TokenizedSource) -> np.ndarray:
-    """fp32 [M, 2]: the values that a source's files state for its M tokenized pairs, in their order.
-
-    Raises:
-        DataError: naming file and row where a value is missing or not a finite number.
-    """
-    files, rows = tokenized.pairs.origins()
-    sums = np.empty((len(rows), 2), dtype=np.float32)
-    for number, file in enumerate(find_files(source)):
-        mine = np.flatnonzero(files == number)
-        wanted = dict(zip(rows[mine].tolist(), mine.tolist(), strict=True))
-        for row, content in file.records():
-            if row in wanted:  # the others were left out, as bad or too long
-                sums[wanted[row]] = _values(file.label, row, content)
-    return sums
+    for source in sources:
+        pairs = tokenize_source(source, settings, encoder, log).pairs
+        files, rows = pairs.origins()
+        sums = np.empty((len(rows), 2), dtype=np.float32)
+        for number, file in enumerate(find_files(settings.for_source(source))):
+            mine = np.flatnonzero(files == number)
+            wanted = dict(zip(rows[mine].tolist(), mine.tolist(), strict=True))
+            for row, content in file.records():
+                if row in wanted:  # the others were left out, as bad or too long
+                    sums[wanted[row]] = _values(file.label, row, content)
+        yield Rows(as_keys(pairs.pair_keys()), sums, np.ascontiguousarray(pairs.lengths[:, 1:]))
 
 
 def _values(label: str, row: int, content: Any) -> list[float]:

@@ -31,7 +31,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -72,15 +72,8 @@ class NewerVersionError(StoreError):
         )
 
 
-class ShardName(NamedTuple):
-    """What a shard's file name states: its rows, and the first 32 hex digits of the SHA-256 of header and index."""
-
-    rows: int
-    digest: str
-
-
-def parse_name(path: Path) -> ShardName:
-    """What the name of a shard states.
+def parse_name(path: Path) -> tuple[int, str]:
+    """What a shard's name states: its rows, and the first 32 hex digits of the SHA-256 of header and index.
 
     Raises:
         DamagedError: if it is not the name of a shard.
@@ -91,12 +84,7 @@ def parse_name(path: Path) -> ShardName:
         raise DamagedError(path, "its name is not that of a file of a reference store")
     if int(match[1]) != FORMAT_VERSION:
         raise NewerVersionError(path, int(match[1]))
-    return ShardName(int(match[2]), match[3])
-
-
-def rows_in_name(name: str) -> int:
-    """The number of rows that a shard's file name states."""
-    return parse_name(Path(name)).rows
+    return int(match[2]), match[3]
 
 
 def write_shard(folder: Path, rows: Rows, metadata: dict[str, str]) -> Path:
@@ -285,7 +273,7 @@ class Shard:
         return self._array("tokens")[ragged_index(starts, lengths)]
 
     def rows(self, begin: int, end: int) -> Rows:
-        """Rows begin .. end, at least one, with all that is kept of them, verified and copied."""
+        """Rows begin .. end, as far as there are, with all that is kept of them, verified and copied."""
         step = self.rows_per_group
         groups = np.arange(begin // step, -(-end // step))
         self._verify(groups)

@@ -85,9 +85,8 @@ def _verify(folder: Path) -> Findings:
                 whole.append(checked.shard)
         if checked.damage is not None:
             findings.damaged.append((checked.path, checked.damage))
-    manifest_damage = _manifest_damage(folder, needed=findings.shards > 0)
-    if manifest_damage is not None:
-        findings.damaged.append((folder / MANIFEST_FILE, manifest_damage))
+    if (damage := _manifest_damage(folder, needed=findings.shards > 0)) is not None:
+        findings.damaged.append((folder / MANIFEST_FILE, damage))
     for part in merged_parts(whole):
         findings.rows_with_tokens += len(part[0].rows)
         for merged in part:
@@ -207,7 +206,9 @@ def _set_damaged_aside(folder: Path) -> list[Path]:
         if shard is not None:
             manifest = manifest or Manifest.from_shard_metadata(shard.metadata)
             if damage is not None:
-                saved[shard.has_tokens] += _whole_rows(shard, bad)
+                whole = (group for group in range(-(-len(shard) // shard.rows_per_group)) if group not in bad)
+                begins = (group * shard.rows_per_group for group in whole)
+                saved[shard.has_tokens] += [shard.rows(begin, begin + shard.rows_per_group) for begin in begins]
         if damage is not None:
             removed.append(path)
     if _manifest_damage(folder, needed=manifest is not None) is not None:
@@ -244,16 +245,6 @@ def _checked_files(folder: Path) -> Iterator[_Checked]:
         else:
             bad = shard.damaged_groups()
             yield _Checked(path, shard, bad, f"checksums of {len(bad)} groups of rows" if bad else None)
-
-
-def _whole_rows(shard: Shard, bad: Sequence[int]) -> list[Rows]:
-    """The rows of a shard's other groups."""
-    begins = range(0, len(shard), shard.rows_per_group)
-    return [
-        shard.rows(begin, min(begin + shard.rows_per_group, len(shard)))
-        for group, begin in enumerate(begins)
-        if group not in bad
-    ]
 
 
 def _move_aside(path: Path) -> Path:

@@ -45,20 +45,15 @@ def finished_step(run_dir: Path) -> int | None:
         CheckpointError: if the mark is damaged or cannot be read.
     """
 
-    def look() -> int | None | CheckpointError:
+    def look() -> int | None:
         path = run_dir / FINISHED_FILE
         try:
             with naming(path, CheckpointError, to="read"):
                 return int(_read_mark(path)["step"]) if path.exists() else None
-        except CheckpointError as error:
-            return error
         except (ValueError, KeyError, TypeError) as error:
-            return CheckpointError(f"{path}: damaged ({error}); remove it if the run is to go on")
+            raise CheckpointError(f"{path}: damaged ({error}); remove it if the run is to go on") from None
 
-    found = ranks.from_main(look() if ranks.is_main() else None)
-    if isinstance(found, CheckpointError):
-        raise found
-    return found
+    return ranks.on_main(look)
 
 
 def _read_mark(path: Path) -> dict:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_scale.errors import ConfigError
 from dpo_scale.settings.fields import setting
-from dpo_scale.settings.reader import build
+from dpo_scale.settings.reader import build, set_nested
 
 if TYPE_CHECKING:
     from dpo_scale.settings.tree import Config
@@ -52,14 +52,8 @@ OWNED_KEYS = {
     "hybrid_engine": "nothing: no text is generated while training",
 }
 # `train.optim` in lower case -> DeepSpeed's spelling. A name that DeepSpeed does not know, it looks up in torch.optim.
-OPTIMIZERS = {
-    name.lower(): name
-    for name in (
-        *("adamw_torch", "Adam", "AdamW", "Lamb", "Lion", "Adagrad", "Muon", "MuAdam", "MuAdamW", "MuSGD"),
-        *("SGD", "RMSprop", "NAdam", "RAdam", "Adamax"),
-    )
-}
-
+_OPTIMIZER_NAMES = "adamw_torch Adam AdamW Lamb Lion Adagrad Muon MuAdam MuAdamW MuSGD SGD RMSprop NAdam RAdam Adamax"
+OPTIMIZERS = {name.lower(): name for name in _OPTIMIZER_NAMES.split()}
 
 Offload = Literal["none", "cpu"]
 
@@ -278,10 +272,10 @@ def _merge(
                 f"deepspeed.config: {'.'.join(path)} = {stated!r} contradicts {key} = {value!r}; "
                 f'remove it there (or write "auto"), or change {key}'
             )
-        _set(merged, path, value)
+        set_nested(merged, path, value)
     for path, value in defaults.items():
         if _get(merged, path) is _ABSENT:
-            _set(merged, path, value)
+            set_nested(merged, path, value)
     return merged
 
 
@@ -291,9 +285,7 @@ _ABSENT = object()
 def _same(stated: Any, value: Any) -> bool:
     if isinstance(stated, str) and isinstance(value, str):
         return stated.lower() == value.lower()
-    if isinstance(stated, bool) != isinstance(value, bool):
-        return False
-    return stated == value
+    return isinstance(stated, bool) == isinstance(value, bool) and stated == value
 
 
 def _get(mapping: Any, path: tuple[str, ...]) -> Any:
@@ -302,15 +294,6 @@ def _get(mapping: Any, path: tuple[str, ...]) -> Any:
             return _ABSENT
         mapping = mapping[name]
     return mapping
-
-
-def _set(mapping: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        child = mapping.get(name)
-        if not isinstance(child, dict):
-            child = mapping[name] = {}
-        mapping = child
-    mapping[path[-1]] = value
 
 
 def _without_auto(value: Any) -> Any:

@@ -9,12 +9,11 @@ read and refused, and `--help` printed, without waiting for it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NoReturn
 
 from dpo_scale.errors import ConfigError
-from dpo_scale.settings.fields import setting
+from dpo_scale.settings.fields import Setting, setting
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class LossInfo:
     separable: a pair's loss depends on that pair alone; if not, all pairs of a micro-step are needed at once.
     of_d: it reads the log-ratios only through D = score(L_c) - score(L_r), so an f-divergence can replace D.
     per_token_rewards: without a reference, its rewards are logged per token: b * s / n.
+    smoothing: which values of `label_smoothing` it takes, and why.
     reads: the optional settings that it reads; giving one to losses that do not read it is refused.
     """
 
@@ -33,6 +33,7 @@ class LossInfo:
     separable: bool = True
     of_d: bool = False
     per_token_rewards: bool = False
+    smoothing: Setting = Setting("")
     reads: tuple[str, ...] = ()
 
 
@@ -40,10 +41,20 @@ _SMOOTHED = ("label_smoothing",)
 
 LOSSES: dict[str, LossInfo] = {
     "sigmoid": LossInfo("DPO, arXiv 2305.18290; cDPO, E. Mitchell's note", of_d=True, reads=_SMOOTHED),
-    "robust": LossInfo("robust DPO, arXiv 2403.00409", of_d=True, reads=_SMOOTHED),
+    "robust": LossInfo(
+        "robust DPO, arXiv 2403.00409",
+        of_d=True,
+        smoothing=Setting("divides by 1 - 2 * label_smoothing", below=0.5),
+        reads=_SMOOTHED,
+    ),
     "hinge": LossInfo("SLiC, arXiv 2305.10425", of_d=True),
     "ipo": LossInfo("IPO, arXiv 2310.12036"),
-    "exo_pair": LossInfo("EXO, arXiv 2402.00856", of_d=True, reads=_SMOOTHED),
+    "exo_pair": LossInfo(
+        "EXO, arXiv 2402.00856",
+        of_d=True,
+        smoothing=Setting("takes its logarithm, e.g. of 0.001", above=0),
+        reads=_SMOOTHED,
+    ),
     "nca_pair": LossInfo("NCA, arXiv 2402.05369"),
     "bco_pair": LossInfo("BCO, arXiv 2404.04656"),
     "sppo_hard": LossInfo("SPPO, arXiv 2405.00675"),
@@ -60,7 +71,6 @@ LOSSES: dict[str, LossInfo] = {
 }
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
-F_DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 
 
 @dataclass
@@ -109,11 +119,6 @@ class LossSettings:
         return not self.needs_batch and not self.use_weighting
 
     @property
-    def needs_token_values(self) -> bool:
-        """Whether sums per sequence are not enough, and per-token log-probs are needed."""
-        return self.ld_alpha is not None or self.use_weighting
-
-    @property
     def metric_names(self) -> list[str]:
         """The names of the metrics that `dpo_scale.losses.preference_loss` returns under these settings."""
         names = ["loss"]
@@ -141,7 +146,8 @@ class LossSettings:
             self._refuse("loss_type", f"give at least one of: {', '.join(LOSSES)}")
         for name in names:
             if name not in LOSSES:
-                self._refuse("loss_type", f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {', '.join(LOSSES)}")
+                near = "".join(f"; did you mean {loss!r}?" for loss in difflib.get_close_matches(name, LOSSES, n=1))
+                self._refuse("loss_type", f"unknown loss {name!r}{near}; known: {', '.join(LOSSES)}")
             if names.count(name) > 1:
                 self._refuse("loss_type", f"{name!r} is given twice; give it once, with its weight")
         if weights is not None and len(weights) != len(names):
@@ -150,11 +156,10 @@ class LossSettings:
             self._refuse("loss_weights", "expected weights of at least 0, and not all of them 0")
 
     def _check_smoothing(self) -> None:
-        names, smoothing = self.loss_types, self.label_smoothing
-        if "exo_pair" in names and smoothing == 0:
-            self._refuse("label_smoothing", "exo_pair takes its logarithm: give a value above 0, e.g. 0.001")
-        if "robust" in names and smoothing >= 0.5:
-            self._refuse("label_smoothing", "robust divides by 1 - 2 * label_smoothing: give a value below 0.5")
+        for name in self.loss_types:
+            taken = LOSSES[name].smoothing
+            if not taken.allows(self.label_smoothing):
+                self._refuse("label_smoothing", f"{name} {taken.meaning}: expected {taken.expected('a number')}")
 
     def _check_divergence(self) -> None:
         alpha_given = self.f_alpha_divergence_coef != type(self).f_alpha_divergence_coef
@@ -171,11 +176,9 @@ class LossSettings:
             self._refuse("f_divergence", f"has no meaning for {named}; it can be used with: {', '.join(of_d)}")
 
     def _check_token_options(self) -> None:
-        if self.ld_alpha is not None:
-            policy_only = [name for name in self.loss_types if not LOSSES[name].needs_reference]
-            if policy_only:
-                named = ", ".join(policy_only)
-                self._refuse("ld_alpha", f"would also reweight the likelihood that {named} maximises; leave it out")
+        policy_only = ", ".join(name for name in self.loss_types if not LOSSES[name].needs_reference)
+        if self.ld_alpha is not None and policy_only:
+            self._refuse("ld_alpha", f"would also reweight the likelihood that {policy_only} maximises; leave it out")
         if self.use_weighting and self.needs_batch:
             named = ", ".join(name for name in self.loss_types if not LOSSES[name].separable)
             self._refuse("use_weighting", f"{named} sorts values over pairs, so a pair's weight has no place there")
@@ -189,8 +192,3 @@ class LossSettings:
                 readers = [name for name, info in LOSSES.items() if field in info.reads]
                 named = ", ".join(self.loss_types)
                 self._refuse(field, f"{named} does not read it ({', '.join(readers)} would); leave it at {default!r}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -74,14 +74,16 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text  # paths and templates may hold characters that YAML reads otherwise
-    *parents, last = key.strip().split(".")
-    node = mapping
-    for parent in parents:
-        child = node.get(parent)
-        if not isinstance(child, dict):
-            child = node[parent] = {}
-        node = child
-    node[last] = value
+    set_nested(mapping, key.strip().split("."), value)
+
+
+def set_nested(mapping: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a value in nested mappings, which are made where there is none."""
+    for name in path[:-1]:
+        if not isinstance(mapping.get(name), dict):
+            mapping[name] = {}
+        mapping = mapping[name]
+    mapping[path[-1]] = value
 
 
 def build(cls: type, value: Any, key: str = "", root: type | None = None) -> Any:
@@ -100,21 +102,12 @@ def build(cls: type, value: Any, key: str = "", root: type | None = None) -> Any
     for name in value:
         if name not in known:
             raise ConfigError(_unknown_key(_join(key, name), root))
-    read = {}
-    for name, item in value.items():
-        read[name] = _read(hints[name], item, _join(key, name), root, described(known[name]))
-    return cls(**read)
+    return cls(**{n: _read(hints[n], item, _join(key, n), root, described(known[n])) for n, item in value.items()})
 
 
 def to_mapping(value: Any) -> Any:
     """The inverse of `build`: dataclasses to nested plain mappings."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, list | tuple):
-        return [to_mapping(item) for item in value]
-    if isinstance(value, dict):
-        return {name: to_mapping(item) for name, item in value.items()}
-    return value
+    return dataclasses.asdict(value)
 
 
 class Option(NamedTuple):
@@ -142,8 +135,7 @@ def list_options(cls: type, section: str = "") -> list[Option]:
     hints, options = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
         if not _is_section(hints[field.name]):
-            factory = field.default_factory
-            value = field.default if factory is dataclasses.MISSING else factory()
+            value = getattr(cls(), field.name)
             default = json.dumps(value).replace('"', "") or '""'
             about = described(field)
             expected = about.expected(describe_type(hints[field.name]))
@@ -218,16 +210,10 @@ def _try_convert(hint: Any, value: Any, key: str, root: type) -> Any:
         return {} if value is None else dict(value) if isinstance(value, dict) else _MISMATCH
     if _is_section(hint):
         return build(hint, value, key, root)
-    if hint is type(None):
-        return None if value is None else _MISMATCH
-    if hint is bool:
-        return value if isinstance(value, bool) else _MISMATCH
-    if hint is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else _MISMATCH
     if hint is float:
         return _to_float(value)
-    if hint is str:
-        return value if isinstance(value, str) else _MISMATCH
+    if hint in (bool, int, str, type(None)):  # by type, not isinstance: true is an int to Python
+        return value if type(value) is hint else _MISMATCH
     raise AssertionError(f"{key}: settings use a type that the reader does not know: {hint!r}")
 
 
@@ -254,8 +240,8 @@ def _unknown_key(key: str, root: type) -> str:
         leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), n=1)
     ]
     nearest = same_leaf or near
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; the sections are {', '.join(sections)}"
-    return f"unknown key {key}{hint}"
+    hint = f"did you mean {nearest[0]}?" if nearest else f"the sections are {', '.join(sections)}"
+    return f"unknown key {key}; {hint}"
 
 
 def _join(prefix: str, name: object) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_scale.data.batching import MicroBatch, PairOrder, counted_pairs, regroup_for_forward, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import ForwardFlops
-from dpo_scale.data.layout import Layout, PairBatch, filled_slots, pair_tokens, slots
+from dpo_scale.data.layout import Layout, PairBatch, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.distributed import ranks
 from dpo_scale.models.scorer import host_batch
@@ -102,7 +102,7 @@ class Planner:
             micro_steps,
             reference_passes,
             int(of_pairs.sum()),
-            1.0 - filled_slots(self.layout, pairs, lengths) / computed,
+            1.0 - int(pair_tokens(lengths[pairs], self.layout).sum()) / computed,
             float(useful.sum()),
             float(of_pairs[:, 1].mean()),
         )

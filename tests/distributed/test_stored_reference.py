@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import preference_rows, read_metrics, run_named_jobs, run_overrides, without_timings, write_rows
 
 from dpo_scale.reference.store import ReferenceStore
-from dpo_scale.reference.store_shard import rows_in_name
+from dpo_scale.reference.store_shard import parse_name
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -135,7 +135,7 @@ def test_stored_rows_are_computed_again_at_the_start(done):
 
 def test_each_pair_is_stored_once_by_its_rank(done):
     store = done[0] / "store_of_2_ranks"
-    counts = [rows_in_name(path.name) for path in shards(store)]
+    counts = [parse_name(path)[0] for path in shards(store)]
     assert len(list(store.iterdir())) == 1, "one model and numerics, one book"
     assert sum(counts) == 2 * 27 and len(counts) == 4  # once plain and once with tokens, by 2 ranks each
 

@@ -122,7 +122,7 @@ def test_a_refused_run_leaves_no_folder_and_one_that_began_does(folder, refusals
         ("empty file", ["empty.jsonl: the file is empty"]),
         ("missing model", ["nothing: no config.json there; expected a Hugging Face model folder"]),
         ("no config", ["no-config: no config.json there"]),
-        ("no weights", ["no-weights: its weights cannot be loaded"]),
+        ("no weights", ["no-weights: its weights cannot be read: neither model.safetensors"]),
         ("missing weights", ["missing-weights: no weights for 1 of", "model.layers.1.mlp.up_proj.weight"]),
         ("infinite weights", ["infinite: its logits are not finite"]),
         ("large vocabulary", ["large-vocabulary", "ids up to 384", "384 tokens"]),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dpo_scale.data.dataset import Pair
-from dpo_scale.data.layout import filled_slots, make_batch, pair_tokens, slots
+from dpo_scale.data.layout import make_batch, pair_tokens, slots
 
 PAIRS = [
     Pair(np.array([10, 11, 12]), np.array([20, 21]), np.array([30]), b"", 7),
@@ -64,7 +64,6 @@ def test_costs_are_those_of_the_batch(layout, tokens):
     assert pair_tokens(LENGTHS[1:], layout).tolist() == tokens
     assert pair_tokens(LENGTHS, layout).dtype == np.int64
     rows = np.array([1, 2])
-    assert filled_slots(layout, rows, LENGTHS) == sum(tokens)
     assert slots(layout, rows, LENGTHS) == batch_of(layout).input_ids.numel()
 
 

@@ -13,7 +13,7 @@ import torch
 from dpo_scale import logprobs
 from dpo_scale.logprobs import BY_PRODUCTS, IMPLEMENTATIONS, choose_implementation, token_logps
 from dpo_scale.logprobs.chunked import chunked_token_logps
-from dpo_scale.logprobs.tiles import MIN_TILE_WIDTH
+from dpo_scale.logprobs.tiles import MIN_TILE_WIDTH, Head
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -119,7 +119,7 @@ def test_results_do_not_depend_on_where_tiles_end(extra, rows):
 
     def run(tile_bytes):
         inputs = leaves(hidden, weight, bias)
-        logps, extras = chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 6.0, names, tile_bytes)
+        logps, extras = chunked_token_logps(inputs[0], Head(inputs[1], inputs[2], 1.3, 6.0), targets, names, tile_bytes)
         (logps * torch.arange(1.0, 8.0)).sum().backward()
         return logps.detach(), *extras.values(), *(t.grad for t in inputs)
 
@@ -134,9 +134,7 @@ def test_running_statistics_survive_growing_and_falling_peaks():
     weight = torch.linspace(-40.0, 40.0, vocabulary).unsqueeze(1)
     for head in (weight, weight.flip(0)):
         targets = torch.tensor([vocabulary - 1, 1])
-        logps, extras = chunked_token_logps(
-            hidden, head, targets, None, 1.0, None, list(BY_PRODUCTS), MIN_TILE_WIDTH * 8
-        )
+        logps, extras = chunked_token_logps(hidden, Head(head), targets, list(BY_PRODUCTS), MIN_TILE_WIDTH * 8)
         exact = torch.log_softmax((hidden.double() @ head.double().T), 1)
         torch.testing.assert_close(logps.double(), exact[torch.arange(2), targets], rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(extras["entropy"].double(), -(exact.exp() * exact).sum(1), rtol=1e-5, atol=1e-5)
@@ -252,7 +250,7 @@ def test_chunked_gradient_passes_gradcheck():
     hidden, weight = 0.3 * hidden, 0.3 * weight
 
     def function(*inputs):
-        return chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], 1.3, 4.0, (), max_held=0)[0]
+        return chunked_token_logps(inputs[0], Head(inputs[1], inputs[2], 1.3, 4.0), targets, (), max_held=0)[0]
 
     assert torch.autograd.gradcheck(function, leaves(hidden, weight, bias))
 
@@ -289,7 +287,7 @@ def test_chunked_makes_only_the_products_that_are_needed(count_products, trained
     hidden, weight, _, targets = make(7, 130)
     hidden.requires_grad_("hidden" in trained)
     weight.requires_grad_("weight" in trained)
-    logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), max_held=held)
+    logps, _ = chunked_token_logps(hidden, Head(weight), targets, (), max_held=held)
     made = count_products()
     if trained:
         logps.sum().backward()
@@ -309,7 +307,7 @@ def test_gradients_with_a_frozen_head_agree_with_fp64(dtype, head):
         leaves(hidden),
         leaves(*(None if t is None else t.double() for t in (hidden, weight, bias))),
     )
-    logps, _ = chunked_token_logps(ours, weight, targets, bias, scale, softcap, (), 4 * MIN_TILE_WIDTH * 8)
+    logps, _ = chunked_token_logps(ours, Head(weight, bias, scale, softcap), targets, (), 4 * MIN_TILE_WIDTH * 8)
     upstream = torch.linspace(-1.0, 2.0, 33, dtype=torch.float64)
     (logps * upstream.to(logps.dtype)).sum().backward()
     (exact_logps(truth, *rest, targets, scale, softcap) * upstream).sum().backward()
@@ -325,8 +323,8 @@ def test_gradients_do_not_depend_on_how_much_is_held(dtype, head):
     for tiles_held in range(4):
         inputs = leaves(hidden, weight, bias)
         held = tiles_held * 33 * MIN_TILE_WIDTH * 8
-        options = (scale, softcap, (), 4 * MIN_TILE_WIDTH * 8, held)
-        logps, _ = chunked_token_logps(inputs[0], inputs[1], targets, inputs[2], *options)
+        capped = Head(*inputs[1:], scale, softcap)
+        logps, _ = chunked_token_logps(inputs[0], capped, targets, (), 4 * MIN_TILE_WIDTH * 8, held)
         logps.sum().backward()
         found.append([t.grad.double() for t in inputs if t is not None])
     for other in found[1:]:
@@ -340,7 +338,7 @@ def test_chunked_saves_the_weight_itself_and_no_more_of_the_soft_max_than_allowe
     hidden, weight = leaves(hidden, weight)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), 4 * MIN_TILE_WIDTH * 8, held)
+        chunked_token_logps(hidden, Head(weight), targets, (), 4 * MIN_TILE_WIDTH * 8, held)
     kept = [t for t in saved if t.data_ptr() not in (hidden.data_ptr(), weight.data_ptr())]
     assert any(t.data_ptr() == weight.data_ptr() for t in saved)
     # of the first H tokens in the memory of the weight's gradient, of the other 9 in tiles
@@ -368,7 +366,7 @@ def test_chunked_allocates_a_bounded_tile_whatever_the_number_of_tokens():
     hidden.requires_grad_(), weight.requires_grad_()
     tile_bytes = 4 * MIN_TILE_WIDTH * 64
     with Largest():
-        logps, _ = chunked_token_logps(hidden, weight, targets, None, 1.0, None, (), tile_bytes, 0)
+        logps, _ = chunked_token_logps(hidden, Head(weight), targets, (), tile_bytes, 0)
         logps.sum().backward()
     assert Largest.numel <= max(tile_bytes // 4, weight.numel())
     assert Largest.numel < 300 * 5000 / 10

@@ -130,12 +130,6 @@ def test_the_whole_micro_step_is_needed_only_by_the_sorting_losses():
     assert LossSettings(loss_type=["sigmoid", "aot"]).needs_batch
 
 
-def test_token_values_are_needed_by_ld_dpo_and_wpo():
-    assert not LossSettings().needs_token_values
-    assert LossSettings(ld_alpha=1.0).needs_token_values
-    assert LossSettings(use_weighting=True).needs_token_values
-
-
 def test_settings_are_read_without_importing_torch():
     code = "import sys, dpo_scale.settings.loss; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

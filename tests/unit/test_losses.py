@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from dpo_scale.losses import preference_loss
-from dpo_scale.settings.loss import F_DIVERGENCES, LOSSES, LossSettings
+from dpo_scale.settings.loss import LOSSES, Divergence, LossSettings
 
 POLICY = [(-12.0, -15.0), (-30.5, -28.0), (-7.25, -9.5)]
 REFERENCE = [(-13.0, -14.5), (-29.0, -29.25), (-9.0, -9.125)]
@@ -137,7 +138,7 @@ def test_gradients_agree_with_finite_differences(name):
     assert torch.autograd.gradcheck(loss, (policy,))
 
 
-@pytest.mark.parametrize("divergence", F_DIVERGENCES)
+@pytest.mark.parametrize("divergence", get_args(Divergence))
 @pytest.mark.parametrize("name", OF_D)
 def test_f_divergences_replace_the_score_in_d(name, divergence):
     alpha = {"f_alpha_divergence_coef": 0.3} if divergence == "alpha" else {}
@@ -157,7 +158,7 @@ def test_f_divergences_replace_the_score_in_d(name, divergence):
     assert torch.autograd.gradcheck(lambda p: preference_loss(p, reference, lengths, settings)[0], (policy,))
 
 
-@pytest.mark.parametrize("divergence", F_DIVERGENCES)
+@pytest.mark.parametrize("divergence", get_args(Divergence))
 def test_an_f_divergence_leaves_the_logged_rewards_alone(divergence):
     metrics = run(LossSettings(f_divergence=divergence))[1]
     assert metrics["rewards/margins"].tolist() == pytest.approx([0.15, -0.275, 0.2125])
@@ -266,7 +267,7 @@ def test_metrics_are_detached_and_one_per_pair():
         assert all(value.shape == (3,) and not value.requires_grad for value in metrics.values())
 
 
-@pytest.mark.parametrize("divergence", F_DIVERGENCES)
+@pytest.mark.parametrize("divergence", get_args(Divergence))
 @pytest.mark.parametrize("name", LOSSES)
 def test_values_and_gradients_are_finite_when_a_run_has_gone_astray(name, divergence):
     if divergence != "reverse_kl" and not LOSSES[name].of_d:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_scale.data import json_rows
-from dpo_scale.data.sources import RowProblem, Unreadable, find_files, parse_record
+from dpo_scale.data.sources import RowProblem, find_files, parse_record
 from dpo_scale.errors import ConfigError, DataError
 from dpo_scale.settings.data import SourceSettings
 from dpo_scale.settings.tree import load_config
@@ -191,7 +191,8 @@ def test_an_array_that_cannot_be_cut_is_an_error_not_fewer_rows(tmp_path, text, 
 def test_bad_rows_of_csv_and_parquet_spoil_only_themselves(tmp_path):
     text = b"prompt,chosen,rejected\na,b,c\na,b\na,\xff,c\nd,e,f\n"
     records = dict(find_files(SourceSettings(str(contents(tmp_path / "a.csv", text))))[0].records())
-    assert records[2] == Unreadable("2 fields where the header has 3") and records[3] == Unreadable("not UTF-8")
+    assert [str(records[i]) for i in (2, 3)] == ["2 fields where the header has 3", "not UTF-8"]
+    assert isinstance(records[2], RowProblem) and isinstance(records[3], RowProblem)
     assert [records[i]["prompt"] for i in (1, 4)] == ["a", "d"]
 
     raw = pa.array([b"good", b"\xff\xfe", b"fine"])
@@ -199,7 +200,7 @@ def test_bad_rows_of_csv_and_parquet_spoil_only_themselves(tmp_path):
     pq.write_table(pa.table({"prompt": column}), tmp_path / "a.parquet")
     records = dict(find_files(SourceSettings(str(tmp_path / "a.parquet")))[0].records())
     assert records[1] == {"prompt": "good"} and records[3] == {"prompt": "fine"}
-    assert isinstance(records[2], Unreadable) and "not UTF-8" in records[2].reason
+    assert isinstance(records[2], RowProblem) and "not UTF-8" in str(records[2])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 triton = pytest.importorskip("triton")
 from dpo_scale.logprobs import BY_PRODUCTS, choose_implementation, token_logps  # noqa: E402
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss  # noqa: E402
+from dpo_scale.logprobs.tiles import Head  # noqa: E402
 from dpo_scale.logprobs.triton_blocks import Blocks  # noqa: E402
 from dpo_scale.logprobs.triton_logps import triton_token_logps  # noqa: E402
 from dpo_scale.logprobs.triton_pair_loss import TritonJob  # noqa: E402
@@ -60,7 +61,7 @@ def ours(hidden, weight, bias, targets, logit_scale=1.0, softcap=None, trained=(
     inputs = [t.detach().clone() for t in (hidden, weight, bias)]
     for tensor, train in zip(inputs, trained, strict=True):
         tensor.requires_grad_(train)
-    logps, _ = triton_token_logps(inputs[0], inputs[1], targets, inputs[2], logit_scale, softcap, (), **how)
+    logps, _ = triton_token_logps(inputs[0], Head(inputs[1], inputs[2], logit_scale, softcap), targets, (), **how)
     (logps * upstream).sum().backward()
     return logps.detach(), [t.grad for t in inputs]
 
@@ -138,8 +139,8 @@ def passes(monkeypatch):
     def counted(name, function):
         return lambda *args, **kwargs: (made.append(name), function(*args, **kwargs))[1]
 
-    monkeypatch.setattr(path.TritonHead, "statistics", counted("logits", path.TritonHead.statistics))
-    monkeypatch.setattr(path.TritonHead, "logit_gradient", counted("logits again", path.TritonHead.logit_gradient))
+    monkeypatch.setattr(path.Launcher, "statistics", counted("logits", path.Launcher.statistics))
+    monkeypatch.setattr(path.Launcher, "logit_gradient", counted("logits again", path.Launcher.logit_gradient))
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, counted("product", getattr(torch, name)))
     return made
@@ -159,7 +160,7 @@ def test_only_the_passes_that_are_needed_are_made(passes, trained, forward, back
     hidden, weight, _, targets = make(torch.float32, vocabulary=2048)
     hidden.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
     memory_bytes = 4 * TOKENS * (1024 + HIDDEN) + 100 if trained[1] else 10**9
-    logps, _ = triton_token_logps(hidden, weight, targets, None, 1.0, None, (), memory_bytes=memory_bytes)
+    logps, _ = triton_token_logps(hidden, Head(weight), targets, (), memory_bytes=memory_bytes)
     assert passes == forward
     assert logps.requires_grad == any(trained)
     if any(trained):
@@ -192,7 +193,7 @@ def test_a_second_backward_pass_gives_the_same_gradients():
     """The first overwrites the soft-max that was kept."""
     hidden, weight, bias, targets = make(torch.float32)
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
-    logps, _ = triton_token_logps(hidden, weight, targets, bias, 1.0, None, (), blocks=SMALL)
+    logps, _ = triton_token_logps(hidden, Head(weight, bias), targets, (), blocks=SMALL)
     first = torch.autograd.grad(logps.sum(), inputs, retain_graph=True)
     second = torch.autograd.grad(logps.sum(), inputs)
     for one, other in zip(first, second, strict=True):
@@ -203,13 +204,13 @@ def test_a_second_backward_pass_gives_the_same_gradients():
 def test_what_is_trained_and_what_comes_along_changes_no_bit_of_log_probs_and_by_products(trained):
     """A policy equal to its reference has margins of exactly 0, whatever the batch and the memory."""
     hidden, weight, bias, targets = make(torch.bfloat16)
-    plain = triton_token_logps(hidden, weight, targets, bias, 1.0, None, BY_PRODUCTS, blocks=SMALL)
-    few = triton_token_logps(hidden[5:9], weight, targets[5:9], bias, 1.0, None, BY_PRODUCTS, blocks=SMALL)
+    plain = triton_token_logps(hidden, Head(weight, bias), targets, BY_PRODUCTS, blocks=SMALL)
+    few = triton_token_logps(hidden[5:9], Head(weight, bias), targets[5:9], BY_PRODUCTS, blocks=SMALL)
     for tensor, train in zip((hidden, weight, bias), trained, strict=True):
         tensor.requires_grad_(train)
     for memory_bytes in (1, 10**8):
         how = {"blocks": SMALL, "memory_bytes": memory_bytes}
-        found = triton_token_logps(hidden, weight, targets, bias, 1.0, None, BY_PRODUCTS, **how)
+        found = triton_token_logps(hidden, Head(weight, bias), targets, BY_PRODUCTS, **how)
         assert torch.equal(found[0], plain[0]) and torch.equal(few[0], plain[0][5:9])
         for name in BY_PRODUCTS:
             assert torch.equal(found[1][name], plain[1][name]) and torch.equal(few[1][name], plain[1][name][5:9])
@@ -224,7 +225,7 @@ def test_an_infinitely_unlikely_token_leaves_the_others_as_they_are():
     logps, (grad_hidden, grad_weight, _) = ours(hidden, weight, bias, targets, **options, blocks=SMALL)
     assert_agrees((logps, [grad_hidden, grad_weight[keep], None]), truth, torch.float32)
     assert not grad_weight[5].any()
-    _, found = triton_token_logps(hidden, weight, targets, bias, 1.0, None, BY_PRODUCTS, blocks=SMALL)
+    _, found = triton_token_logps(hidden, Head(weight, bias), targets, BY_PRODUCTS, blocks=SMALL)
     p = torch.softmax(hidden.double() @ weight[keep].double().T + bias[keep].double(), 1)
     torch.testing.assert_close(found["entropy"].double(), -(p * p.log()).sum(1), rtol=1e-5, atol=1e-5)
 
