@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dpo_scale.errors import UserError
+
 Result = TypeVar("Result")
 
 
@@ -142,6 +144,20 @@ def from_main(value: Result, group: dist.ProcessGroup | None = None) -> Result:
     holder: list[Any] = [value if is_main() else None]
     dist.broadcast_object_list(holder, src=0, group=group)
     return holder[0]
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """What `work` gives on rank 0, on every rank; a `UserError` that it raises there is raised on every rank too."""
+    result, error = None, None
+    if is_main():
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+    result, error = from_main((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def first_then_others(work: Callable[[], Result], *, is_first: bool) -> Result:
