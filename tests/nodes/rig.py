@@ -96,6 +96,11 @@ class Started:
     def running(self) -> bool:
         return self.process.poll() is None
 
+    def ranks(self) -> list[int]:
+        """The process numbers, seen from outside, of what a launcher on a machine has started."""
+        (launcher,) = children(self.process.pid)
+        return children(launcher)
+
     def wait(self, seconds: float) -> int:
         """The exit code; an error if there is none in time."""
         try:

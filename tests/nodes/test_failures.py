@@ -1,0 +1,62 @@
+"""A cable that is pulled and a node that is killed while a run goes on: the other ends soon, and nothing is lost.
+
+Runs are held at a step until that has happened (`faults.hooks.HoldSteps`), so the speed of the machine decides nothing.
+"""
+
+import time
+
+import pytest
+from faults.hooks import HoldSteps
+from faults.rig import assert_same_run, is_alive, wait_for_step
+from nodes.rig import NAMES, Cluster
+
+pytestmark = [pytest.mark.nodes, pytest.mark.slow, pytest.mark.distributed]
+HANG_SECONDS = 12
+SECONDS_TO_NOTICE = 20  # on top of a timeout, or for what has none
+SECONDS_TO_END = 120
+EXIT_HANGING, EXIT_LOST = 70, 71
+
+
+def test_a_pulled_cable_ends_both_sides_within_the_hang_timeout(settings):
+    arguments = settings(f"train.hang_timeout_minutes={HANG_SECONDS / 60}")
+    with Cluster(settings.run_dir / "machines") as cluster:
+        ranks = cluster.start_ranks(arguments, faults=[HoldSteps(3)])
+        assert wait_for_step(settings.run_dir, 3, ranks[0].running), ranks[0].output()
+        cluster.unplug(NAMES[1])
+        pulled = time.monotonic()
+        codes = [rank.wait(HANG_SECONDS + SECONDS_TO_NOTICE) for rank in ranks]
+        print(f"exit codes {codes} after {time.monotonic() - pulled:.1f} s")
+        assert set(codes) <= {EXIT_HANGING, EXIT_LOST}, ranks[0].output()[-3000:]
+    assert not (settings.run_dir / "finished.json").exists()
+
+
+def test_three_kills_of_a_node_under_max_restarts_change_no_number(whole, settings):
+    """The rank that is left ends within seconds; when the node is back, the run goes on from the newest checkpoint."""
+    released = settings.run_dir / "released"
+    steps_before_kills = (3, 5, 7)  # each attempt does three steps; saved are the even ones
+    with Cluster(settings.run_dir / "machines") as cluster:
+
+        def start(machine):
+            more = ["--max-restarts=3", "--rdzv-conf=keep_alive_interval=1"]
+            return cluster.start_torchrun(
+                machine, [*settings(), "--resume", "auto"], *more, faults=[HoldSteps(3, released)]
+            )
+
+        first, second = (start(machine) for machine in cluster.machines)
+        for number, step in enumerate(steps_before_kills, start=1):
+            assert wait_for_step(settings.run_dir, step, first.running), first.output()[-3000:]
+            (left,) = first.ranks()
+            if number == len(steps_before_kills):
+                released.touch()
+            cluster.machines[1].kill()
+            killed = time.monotonic()
+            while is_alive(left):
+                assert time.monotonic() < killed + SECONDS_TO_NOTICE, first.output()[-3000:]
+                time.sleep(0.05)
+            print(f"kill {number} at step {step}: the other rank ended after {time.monotonic() - killed:.1f} s")
+            second = start(cluster.boot(NAMES[1]))
+        codes = [agent.wait(SECONDS_TO_END) for agent in (first, second)]
+        assert codes == [0, 0], first.output()[-3000:]
+        for step in (2, 4, 6):
+            assert f"resumed from {settings.run_dir}/checkpoints/step-{step}" in first.output()
+    assert_same_run(settings.run_dir, whole)
