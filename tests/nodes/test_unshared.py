@@ -4,7 +4,6 @@ The error names the host that does not see the folder, and the folder. Without a
 """
 
 import pytest
-from faults.rig import SAVE_STEPS
 from nodes.rig import NAMES, Cluster
 
 pytestmark = [pytest.mark.nodes, pytest.mark.slow, pytest.mark.distributed]
@@ -38,7 +37,9 @@ def test_a_store_in_a_cache_that_is_not_shared_is_refused_before_it_is_filled(fo
     """Tokenized data may be each node's own, but a rank reads what others have put into the store."""
     cache = folder / "cache-with-store"
     with Cluster(tmp_path, own=[cache]) as cluster:
-        ranks = cluster.start_ranks(settings("reference.mode=store", f"data.cache_dir={cache}"))
+        for machine in cluster.machines:
+            machine.variables["DPO_SCALE_CACHE"] = str(cache)
+        ranks = cluster.start_ranks(settings("reference.mode=store"))
         said = refusal(cluster, ranks)
         assert NAMES[1] in said and "reference.store" in said and str(cache) in said
         assert "computed" not in ranks[0].output()
