@@ -28,7 +28,7 @@ NAMES = ("node-a", "node-b")
 PORT = 29500  # of whatever meets on the first machine: each has all ports to itself
 SECONDS_TO_START = 20
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 
 # What the first process of a machine does: make the machine, say so, and adopt (and forget) orphans until it is killed.
 _MACHINE = """

@@ -1,6 +1,6 @@
 """A Slurm cluster of two machines out of unpacked packages, and a job that is told of its time limit and goes on.
 
-`bash tests/nodes/slurm.sh` gets the packages and calls this: `slurm.py PACKAGES FOLDER`. What is printed is a transcript.
+`bash tests/nodes/slurm.sh` gets the packages and calls this: `slurm.py PACKAGES FOLDER`. It prints a transcript.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from faults.rig import steps_done  # noqa: E402
 from nodes.rig import NAMES, Cluster, Machine, why_not  # noqa: E402
-from tiny import run_overrides  # noqa: E402
+from tiny import read_metrics, run_overrides  # noqa: E402
 
-STEPS = 1000
-STEPS_BEFORE_THE_SIGNAL = 100
+STEPS = 600
+STEPS_BEFORE_THE_SIGNAL = 50
 SECONDS_TO_RUN = 300
+SHOWN = "JobState|Restarts|ExitCode"
 # Nothing that needs the real machine's users, cgroups or keys. %h keeps the daemons' files apart.
 SLURM_CONF = """
 ClusterName=tests
@@ -102,27 +103,39 @@ def run_job(first: Machine, settings: list[str], run_dir: Path, folder: Path) ->
         f"output_dir={run_dir}", *settings,
     )  # fmt: skip
     job = said.split()[-1]
-
-    def ended() -> bool:
-        state = ask(first, "squeue", "-h", "-j", job, "-o", "%T")
-        assert state not in ("FAILED", "CANCELLED"), output.read_text()
-        return state == ""
-
     wait_until(lambda: steps_done(run_dir) >= STEPS_BEFORE_THE_SIGNAL, "the job's first steps", output)
     show(first, "scancel", "--batch", "--signal=USR1", job)
-    wait_until((run_dir / "preempted.json").exists, "the job's end", output)
-    print(f"preempted.json: {(run_dir / 'preempted.json').read_text().strip()}")
-    wait_until(lambda: ask(first, "squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "the requeue", output)
+    wait_until(lambda: state(first, job) == "PENDING", "the requeue", output)
     show(first, "squeue", "-o", "%i %T %r %S")
     # Slurm holds a requeued job back for two minutes
-    wait_until(lambda: ask(first, "squeue", "-h", "-j", job, "-o", "%T") != "PENDING", "the second start", output)
-    wait_until((run_dir / "finished.json").exists, "the job's finish", output)
-    wait_until(ended, "the job's end", output)
+    wait_until(lambda: state(first, job) != "PENDING", "the second start", output)
+    wait_until(lambda: state(first, job) not in ("CONFIGURING", "RUNNING", "COMPLETING"), "the job's end", output)
+    print(f"$ scontrol show job {job} | grep -E 'JobState|Restarts|ExitCode'")
     print(
-        f"$ grep -v '^step' {output.name}\n"
-        + "".join(f"{line}\n" for line in output.read_text().splitlines() if not line.startswith("step "))
+        *(line for line in ask(first, "scontrol", "show", "job", job).splitlines() if re.search(SHOWN, line)), sep="\n"
     )
-    print(f"finished.json: {(run_dir / 'finished.json').read_text().strip()}")
+    print(f"$ grep -E 'resumed|stopped|saved' {output.name}")
+    print(
+        *(line for line in output.read_text().splitlines() if re.match("resumed|stopped|model saved", line)), sep="\n"
+    )
+    check(run_dir, output)
+
+
+def check(run_dir: Path, output: Path) -> None:
+    """Every step was done once, some before the signal and some after the requeue, and the run is finished."""
+    assert (run_dir / "finished.json").exists(), output.read_text()
+    assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, STEPS + 1))
+    text = output.read_text()
+    stopped, resumed = (
+        int(re.search(words, text)[1]) for words in (r"stopped after step (\d+)", r"resumed from .* at step (\d+)")
+    )
+    assert stopped == resumed
+    print(f"each of {STEPS} steps was done once, {stopped} of them before the signal")
+
+
+def state(machine: Machine, job: str) -> str:
+    """The job's state; nothing if the controller has forgotten it."""
+    return ask(machine, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
 
 def ask(machine: Machine, *command: object) -> str:

@@ -41,14 +41,14 @@ def test_a_hostfile_over_pdsh_and_ssh_gives_the_numbers_of_one_node(folder, whol
 
 
 def test_clocks_two_minutes_apart_change_nothing(folder, whole, settings):
-    if not FAKETIME.exists():
-        pytest.skip(f"{FAKETIME} is not there (Debian: libfaketime)")
+    if FAKETIME is None:
+        pytest.skip("not installed: libfaketime.so.1 (Debian: libfaketime)")
     with Cluster(settings.run_dir / "machines") as cluster:
         late = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+120", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         cluster.machines[1].variables.update(late)
         early, late = (int(machine.run("date", "+%s")) for machine in cluster.machines)
         assert 115 < late - early < 125
-        # without torchrun, whose own meeting of nodes needs clocks that are closer
+        # not under torchrun: its agents take one another for dead when their clocks are 15 seconds apart
         ranks = cluster.start_ranks(settings())
         assert [rank.wait(SECONDS_TO_END) for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
     assert_same_run(settings.run_dir, whole)

@@ -6,15 +6,15 @@ import pytest
 from nodes.rig import NAMES, Cluster
 
 pytestmark = [pytest.mark.nodes, pytest.mark.slow, pytest.mark.distributed]
-START_SECONDS = 15  # deepspeed.timeout_minutes, which bounds the start
-SECONDS_OF_IMPORTS = 30
+START_SECONDS = 8  # deepspeed.timeout_minutes, which bounds the start
+SECONDS_OF_IMPORTS = 20
 
 
 def assert_all_end_in_time(cluster, settings):
-    """What each rank printed; all must fail within the start timeout, on top of what it takes to get there."""
+    """What each rank printed; all must fail within the start timeout, which torch's store may use up twice."""
     started = time.monotonic()
     ranks = cluster.start_ranks(settings(f"deepspeed.timeout_minutes={START_SECONDS / 60}"))
-    codes = [rank.wait(START_SECONDS + SECONDS_OF_IMPORTS) for rank in ranks]
+    codes = [rank.wait(max(0, started + 2 * START_SECONDS + SECONDS_OF_IMPORTS - time.monotonic())) for rank in ranks]
     print(f"exit codes {codes} after {time.monotonic() - started:.1f} s")
     assert 0 not in codes
     return [rank.output() for rank in ranks]
