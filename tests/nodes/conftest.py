@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-from faults.rig import finish, overrides
-from nodes.rig import why_not
-
-STAGE = "deepspeed.stage=3"
+from faults.rig import finish
+from nodes.rig import Settings, why_not
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,11 +30,3 @@ def whole(folder) -> Path:
     settings = Settings(folder, folder / "whole")
     finish(folder, settings())
     return settings.run_dir
-
-
-class Settings:
-    def __init__(self, folder: Path, run_dir: Path) -> None:
-        self.folder, self.run_dir = folder, run_dir
-
-    def __call__(self, *more: str) -> list[str]:
-        return overrides(self.folder, STAGE, f"output_dir={self.run_dir}", *more)

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.rig import children, environment
+from faults.rig import children, environment, overrides
 from tiny import ROOT
 
 NAMES = ("node-a", "node-b")
@@ -81,12 +82,25 @@ def _release(holder: subprocess.Popen) -> None:
     holder.communicate()
 
 
+class Settings:
+    """The settings of a small run at stage 3, called with those that one test adds.
+
+    Args:
+        folder: where all runs have their model and data.
+    """
+
+    def __init__(self, folder: Path, run_dir: Path) -> None:
+        self.folder, self.run_dir = folder, run_dir
+
+    def __call__(self, *more: str) -> list[str]:
+        return overrides(self.folder, "deepspeed.stage=3", f"output_dir={self.run_dir}", *more)
+
+
 class Started:
     """A command on a machine, or the test's own: what it printed, and how it ended."""
 
     def __init__(self, command: Sequence[object], log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        self._started = time.monotonic()
         with open(log, "w") as output:
             self.process = subprocess.Popen(
                 list(map(str, command)), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
@@ -116,6 +130,25 @@ class Started:
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended, and after how many seconds; no code if it did not."""
+
+    code: int | None
+    seconds: float
+
+
+def ends_of(commands: Sequence[Started], since: float, seconds: float) -> list[End]:
+    """Wait until all have ended, or for that long since a time of `time.monotonic`."""
+    ends: dict[int, End] = {}
+    while len(ends) < len(commands) and time.monotonic() < since + seconds:
+        for number, command in enumerate(commands):
+            if number not in ends and not command.running():
+                ends[number] = End(command.process.returncode, time.monotonic() - since)
+        time.sleep(0.05)
+    return [ends.get(number, End(None, time.monotonic() - since)) for number in range(len(commands))]
 
 
 class Machine:

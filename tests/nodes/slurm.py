@@ -18,11 +18,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 from faults.rig import steps_done  # noqa: E402
 from nodes.rig import NAMES, Cluster, Machine, why_not  # noqa: E402
 from tiny import read_metrics, run_overrides  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+from dpo_scale.settings.tree import load_config  # noqa: E402
 
 STEPS = 600
 STEPS_BEFORE_THE_SIGNAL = 50
 SECONDS_TO_RUN = 300
-SHOWN = "JobState|Restarts|ExitCode"
 # Nothing that needs the real machine's users, cgroups or keys. %h keeps the daemons' files apart.
 SLURM_CONF = """
 ClusterName=tests
@@ -53,12 +55,15 @@ def main(packages: Path, folder: Path) -> None:
         raise SystemExit(f"error: {reason}")
     with Cluster(folder / "machines") as cluster:
         start_slurm(cluster, packages, folder)
-        settings = [
-            *run_overrides(folder), "deepspeed.stage=3", f"train.max_steps={STEPS}", "checkpoint.save_steps=100",
-            "checkpoint.save_total_limit=2", "logging.console_metrics=[loss]",
-        ]  # fmt: skip
+        disable_progress_bar()
+        settings = load_config(
+            None,
+            [*run_overrides(folder), "deepspeed.stage=3", f"train.max_steps={STEPS}", "checkpoint.save_steps=100",
+             "checkpoint.save_total_limit=2", "logging.console_metrics=[loss]"],
+        )  # fmt: skip
+        settings.save(folder / "tiny.yaml")
         run_dir = folder / "run"
-        run_job(cluster.machines[0], settings, run_dir, folder)
+        run_job(cluster.machines[0], run_dir, folder)
 
 
 def start_slurm(cluster: Cluster, packages: Path, folder: Path) -> None:
@@ -91,16 +96,15 @@ def start_slurm(cluster: Cluster, packages: Path, folder: Path) -> None:
     show(first, "sinfo", "-N", "-o", "%N %T %c")
 
 
-def run_job(first: Machine, settings: list[str], run_dir: Path, folder: Path) -> None:
+def run_job(first: Machine, run_dir: Path, folder: Path) -> None:
     """Submit, send what Slurm sends before the time limit, and wait until the requeued job has finished."""
     config, output = folder / "tiny.yaml", folder / "job.log"
-    config.write_text("deepspeed:\n  stage: 3\n")
     # without --gpus-per-node, which a line in the file asks for
     script = folder / "slurm.sh"
     script.write_text(re.sub("#SBATCH --gpus-per-node.*\n", "", (ROOT / "launch/slurm.sh").read_text()))
     said = show(
         first, "sbatch", "--nodes=2", "--cpus-per-task=1", "--time=10", f"--output={output}", script, config,
-        f"output_dir={run_dir}", *settings,
+        f"output_dir={run_dir}",
     )  # fmt: skip
     job = said.split()[-1]
     wait_until(lambda: steps_done(run_dir) >= STEPS_BEFORE_THE_SIGNAL, "the job's first steps", output)
@@ -130,7 +134,7 @@ def check(run_dir: Path, output: Path) -> None:
         int(re.search(words, text)[1]) for words in (r"stopped after step (\d+)", r"resumed from .* at step (\d+)")
     )
     assert stopped == resumed
-    print(f"each of {STEPS} steps was done once, {stopped} of them before the signal")
+    print(f"each of {STEPS} steps was done once, {stopped[1]} of them before the signal")
 
 
 def state(machine: Machine, job: str) -> str:
@@ -151,6 +155,11 @@ def show(machine: Machine, *command: object) -> str:
     said = machine.run(*command)
     print(said, end="", flush=True)
     return said
+
+
+def show_lines(text: str, pattern: str) -> None:
+    """What grep would print."""
+    print(*(line for line in text.splitlines() if re.search(pattern, line)), sep="\n", flush=True)
 
 
 def wait_until(happened: Callable[[], object], what: str, output: Path | None = None) -> None:

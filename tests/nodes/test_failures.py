@@ -4,32 +4,96 @@ Runs are held at a step until that has happened (`faults.hooks.HoldSteps`), so t
 """
 
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from faults.hooks import HoldSteps
 from faults.rig import STEPS, assert_same_run, is_alive, wait_for_step
-from nodes.rig import NAMES, Cluster
+from nodes.rig import NAMES, Cluster, End, Settings, ends_of
 from tiny import read_metrics
 
 pytestmark = [pytest.mark.nodes, pytest.mark.slow, pytest.mark.distributed]
 HANG_SECONDS = 12
-SECONDS_TO_NOTICE = 20  # on top of a timeout, or for what has none
 SECONDS_OF_SILENCE = 30  # after which the watchdog misses a machine
+SECONDS_TO_NOTICE = 20  # on top of a timeout, or for what has none
 SECONDS_TO_END = 120
 EXIT_HANGING, EXIT_LOST = 70, 71
 
 
-def test_a_pulled_cable_ends_both_sides_within_the_hang_timeout(settings):
-    arguments = settings(f"train.hang_timeout_minutes={HANG_SECONDS / 60}")
-    with Cluster(settings.run_dir / "machines") as cluster:
-        ranks = cluster.start_ranks(arguments, faults=[HoldSteps(3)])
-        assert wait_for_step(settings.run_dir, 3, ranks[0].running), ranks[0].output()
+@dataclass
+class Try:
+    """What became of a run of two ranks, one a node, after something befell the second node.
+
+    Attributes:
+        ends: of the ranks.
+        said: what the first rank printed.
+    """
+
+    run_dir: Path
+    ends: list[End]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def tries(folder):
+    """Three runs and what befell them, all at once, since most of their time is waiting."""
+
+    def lose_power(cluster):
         cluster.unplug(NAMES[1])
-        pulled = time.monotonic()
-        codes = [rank.wait(HANG_SECONDS + SECONDS_TO_NOTICE) for rank in ranks]
-        print(f"exit codes {codes} after {time.monotonic() - pulled:.1f} s")
-        assert set(codes) <= {EXIT_HANGING, EXIT_LOST}, ranks[0].output()[-3000:]
-    assert not (settings.run_dir / "finished.json").exists()
+        cluster.machines[1].kill()
+
+    befalls = {
+        "cable": lambda cluster: cluster.unplug(NAMES[1]),
+        "kill": lambda cluster: cluster.machines[1].kill(),
+        "power": lose_power,
+    }
+    with ExitStack() as stack:
+        started = {}
+        for name in befalls:
+            settings = Settings(folder, folder / name)
+            arguments = settings(f"train.hang_timeout_minutes={HANG_SECONDS / 60}") if name == "cable" else settings()
+            cluster = stack.enter_context(Cluster(settings.run_dir / "machines"))
+            started[name] = settings.run_dir, cluster, cluster.start_ranks(arguments, faults=[HoldSteps(3)])
+        since = {}
+        for name, befall in befalls.items():
+            run_dir, cluster, ranks = started[name]
+            assert wait_for_step(run_dir, 3, ranks[0].running), ranks[0].output()[-3000:]
+            befall(cluster)
+            since[name] = time.monotonic()
+        seconds = SECONDS_OF_SILENCE + SECONDS_TO_NOTICE
+        tries = {}
+        for name in ("kill", "cable", "power"):  # in the order in which they end
+            run_dir, _, ranks = started[name]
+            ends = ends_of(ranks, since[name], seconds)
+            print(f"{name}: {ends}")
+            tries[name] = Try(run_dir, ends, ranks[0].output())
+        return tries
+
+
+def test_a_pulled_cable_ends_both_sides_within_the_hang_timeout(tries):
+    cable = tries["cable"]
+    for end in cable.ends:
+        assert end.code in (EXIT_HANGING, EXIT_LOST) and end.seconds < HANG_SECONDS + SECONDS_TO_NOTICE, cable
+    assert not (cable.run_dir / "finished.json").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="exit code 1 and no lost.json today, so launch/requeue.sh does not try again")
+def test_a_killed_node_is_a_lost_rank_within_seconds(tries):
+    """Its connections are reset, which the other rank sees long before its watchdog misses the node."""
+    kill = tries["kill"]
+    assert kill.ends[0].code == EXIT_LOST and kill.ends[0].seconds < SECONDS_TO_NOTICE, kill
+    assert f"on {NAMES[1]}" in kill.said, kill.said[-3000:]
+    assert (kill.run_dir / "lost.json").exists()
+
+
+def test_a_node_that_loses_its_power_is_a_lost_rank_long_before_the_hang_timeout(tries):
+    """No connection tells of it: it is missed because it does not renew its file."""
+    power = tries["power"]
+    assert power.ends[0].code == EXIT_LOST, power
+    assert f"on {NAMES[1]}" in power.said, power.said[-3000:]
+    assert (power.run_dir / "lost.json").exists()
 
 
 def test_three_kills_of_a_node_under_max_restarts_change_no_number(whole, settings):
@@ -62,34 +126,6 @@ def test_three_kills_of_a_node_under_max_restarts_change_no_number(whole, settin
         for step in (2, 4, 6):
             assert f"resumed from {settings.run_dir}/checkpoints/step-{step}" in first.output()
     assert_same_run(settings.run_dir, whole)
-
-
-@pytest.mark.xfail(strict=True, reason="exit code 1 and no lost.json today, so launch/requeue.sh does not try again")
-def test_a_killed_node_is_a_lost_rank_within_seconds(settings):
-    """Its connections are reset, which the other rank sees long before its watchdog misses the node."""
-    with Cluster(settings.run_dir / "machines") as cluster:
-        left, _ = cluster.start_ranks(settings(), faults=[HoldSteps(3)])
-        assert wait_for_step(settings.run_dir, 3, left.running), left.output()
-        cluster.machines[1].kill()
-        killed = time.monotonic()
-        code = left.wait(SECONDS_TO_NOTICE)
-        print(f"exit code {code} after {time.monotonic() - killed:.1f} s")
-        assert code == EXIT_LOST and f"on {NAMES[1]}" in left.output(), left.output()[-3000:]
-    assert (settings.run_dir / "lost.json").exists()
-
-
-def test_a_node_that_loses_its_power_is_a_lost_rank_long_before_the_hang_timeout(settings):
-    """No connection tells of it: it is missed because it does not renew its file."""
-    with Cluster(settings.run_dir / "machines") as cluster:
-        left, _ = cluster.start_ranks(settings(), faults=[HoldSteps(3)])
-        assert wait_for_step(settings.run_dir, 3, left.running), left.output()
-        cluster.unplug(NAMES[1])
-        cluster.machines[1].kill()
-        killed = time.monotonic()
-        code = left.wait(SECONDS_OF_SILENCE + SECONDS_TO_NOTICE)
-        print(f"exit code {code} after {time.monotonic() - killed:.1f} s")
-        assert code == EXIT_LOST and f"on {NAMES[1]}" in left.output(), left.output()[-3000:]
-    assert (settings.run_dir / "lost.json").exists()
 
 
 def test_a_run_goes_on_with_the_nodes_that_are_left_where_the_launcher_allows_it(whole, settings):
