@@ -14,6 +14,7 @@ import functools
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -114,6 +115,12 @@ class Started:
         """The process numbers, seen from outside, of what a launcher on a machine has started."""
         (launcher,) = children(self.process.pid)
         return children(launcher)
+
+    def kill(self) -> None:
+        """SIGKILL to the command, seen from outside; what it has started on its machine goes on."""
+        (command,) = children(self.process.pid)
+        os.kill(command, signal.SIGKILL)
+        self.process.wait(SECONDS_TO_START)
 
     def wait(self, seconds: float) -> int:
         """The exit code; an error if there is none in time."""

@@ -115,13 +115,9 @@ def run_job(first: Machine, run_dir: Path, folder: Path) -> None:
     wait_until(lambda: state(first, job) != "PENDING", "the second start", output)
     wait_until(lambda: state(first, job) not in ("CONFIGURING", "RUNNING", "COMPLETING"), "the job's end", output)
     print(f"$ scontrol show job {job} | grep -E 'JobState|Restarts|ExitCode'")
-    print(
-        *(line for line in ask(first, "scontrol", "show", "job", job).splitlines() if re.search(SHOWN, line)), sep="\n"
-    )
-    print(f"$ grep -E 'resumed|stopped|saved' {output.name}")
-    print(
-        *(line for line in output.read_text().splitlines() if re.match("resumed|stopped|model saved", line)), sep="\n"
-    )
+    show_lines(ask(first, "scontrol", "show", "job", job), "JobState|Restarts|ExitCode")
+    print(f"$ grep -E '^(resumed|stopped|model saved)' {output.name}")
+    show_lines(output.read_text(), "^(resumed|stopped|model saved)")
     check(run_dir, output)
 
 
@@ -130,10 +126,9 @@ def check(run_dir: Path, output: Path) -> None:
     assert (run_dir / "finished.json").exists(), output.read_text()
     assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, STEPS + 1))
     text = output.read_text()
-    stopped, resumed = (
-        int(re.search(words, text)[1]) for words in (r"stopped after step (\d+)", r"resumed from .* at step (\d+)")
-    )
-    assert stopped == resumed
+    stopped = re.search(r"stopped after step (\d+)", text)
+    resumed = re.search(r"resumed from .* at step (\d+)", text)
+    assert stopped and resumed and stopped[1] == resumed[1], text
     print(f"each of {STEPS} steps was done once, {stopped[1]} of them before the signal")
 
 
