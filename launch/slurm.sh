@@ -3,8 +3,9 @@
 #
 #   sbatch launch/slurm.sh configs/llama-3.1-70b-multinode.yaml output_dir=runs/llama-70b [section.key=value ...]
 #
-# One Slurm task a node; torchrun starts a rank for each of the node's GPUs and all meet on the first node. The
-# project, its environment, the model and output_dir must be visible from every node under the same path.
+# One Slurm task a node; torchrun starts a rank for each of the node's GPUs and all meet on the first node. Without GPUs
+# (drop --gpus-per-node) it starts RANKS_PER_NODE of them, which is read from the environment. The project, its
+# environment, the model and output_dir must be visible from every node under the same path.
 #
 #SBATCH --job-name=dpo_scale
 #SBATCH --nodes=4
@@ -36,11 +37,16 @@ fi
 # shellcheck source=/dev/null
 source "${DPO_SCALE_VENV:-.venv}/bin/activate"
 
-GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:?no GPUs were allocated; keep --gpus-per-node}
+# A rank for each GPU of a node; where the job has no GPUs, as many as RANKS_PER_NODE says.
+RANKS_PER_NODE=${SLURM_GPUS_ON_NODE:-${RANKS_PER_NODE:-}}
+if [[ -z $RANKS_PER_NODE ]]; then
+    echo "error: no GPUs were allocated (SLURM_GPUS_ON_NODE is not set); keep --gpus-per-node, or set RANKS_PER_NODE" >&2
+    exit 2
+fi
 FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Jobs that share a node must not share a port.
 export MASTER_ADDR=$FIRST_NODE MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / GPUS_PER_NODE))
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / RANKS_PER_NODE))
 export TOKENIZERS_PARALLELISM=false
 # If NCCL picks the wrong network, name the right one here: NCCL_SOCKET_IFNAME, and NCCL_IB_HCA with InfiniBand.
 
@@ -57,7 +63,7 @@ rm -f "$OUTPUT_DIR/stop" "$OUTPUT_DIR/preempted.json" "$OUTPUT_DIR/lost.json"
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
-    --nproc-per-node="$GPUS_PER_NODE" \
+    --nproc-per-node="$RANKS_PER_NODE" \
     --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
