@@ -177,7 +177,7 @@ def _commit(save: _Save, identity: Identity, files: dict[str, dict[str, Any]]) -
 
 def _not_seen(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
     """The files that are not there in their sizes, after as long as a network file system may lag."""
-    until = time.monotonic() + (LAG_SECONDS if ranks.world_size() > ranks.ranks_of_this_machine() else 0.0)
+    until = time.monotonic() + LAG_SECONDS
     while (found := damage(folder, files, checksums=False)) and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
         os.listdir(folder)  # makes NFS ask the server again

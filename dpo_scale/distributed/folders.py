@@ -9,13 +9,14 @@ import time
 import uuid
 from pathlib import Path
 
+from dpo_scale.disk.atomic import machine_id
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
 
-# Network file systems show a new file late: NFS remembers for up to 60 s that there was none.
-LAG_SECONDS = 65.0
+# Network file systems may show a new file late. Nobody has asked for this one before it is there, so NFS has not noted
+# that there was none.
+LAG_SECONDS = 20.0
 _POLL_SECONDS = 0.1
-_PREFIX = ".seen-by-"
 
 
 def sees_folder_of_main(folder: Path, wait_seconds: float = LAG_SECONDS) -> list[bool]:
@@ -28,9 +29,9 @@ def sees_folder_of_main(folder: Path, wait_seconds: float = LAG_SECONDS) -> list
     Raises:
         OSError: on every rank, if rank 0 can't write there.
     """
-    if ranks.ranks_of_this_machine() == ranks.world_size():
+    if len(set(ranks.gather_objects(machine_id()))) == 1:
         return [True] * ranks.world_size()
-    mark, error = folder / f"{_PREFIX}all-{uuid.uuid4().hex}", None
+    mark, error = folder / f".do-the-ranks-see-this-{uuid.uuid4().hex}", None
     if ranks.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def sees_folder_of_main(folder: Path, wait_seconds: float = LAG_SECONDS) -> list
 def _is_there(mark: Path) -> bool:
     """Whether a file is there. Listing its folder makes NFS ask the server again."""
     try:
-        return mark.name in os.listdir(mark.parent)
+        return mark.exists() or mark.name in os.listdir(mark.parent)
     except OSError:
         return False
 

@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -57,41 +57,45 @@ def join(timeout_minutes: float, start_timeout_minutes: float = 10.0) -> None:
 
 def name_network(backend: str) -> None:
     """Tell gloo which network the other machines are on, where this host's own name leads to no other machine."""
-    on_one_machine = ranks.ranks_of_this_machine() == ranks.world_size()
-    if backend != "gloo" or on_one_machine or "GLOO_SOCKET_IFNAME" in os.environ:
+    if backend != "gloo" or ranks.world_size() == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    try:
-        own = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        own = None
+    own = _own_address()
+    if own is not None and not ipaddress.ip_address(own).is_loopback:
+        return
     interface = _interface_towards(os.environ["MASTER_ADDR"])
-    if interface is not None and (own is None or ipaddress.ip_address(own).is_loopback):
+    if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         print(
-            f"{socket.gethostname()}: the name of this host means {own or 'no address'}, so gloo takes the network of "
-            f"MASTER_ADDR, {interface} (set GLOO_SOCKET_IFNAME to take another)",
+            f"{socket.gethostname()}: this host's name means {own or 'no address'}; gloo takes the network {interface} "
+            "(GLOO_SOCKET_IFNAME names another)",
             flush=True,
         )
 
 
+def _own_address() -> str | None:
+    """What this host's name stands for here."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return None
+
+
 def _interface_towards(host: str) -> str | None:
-    """The network interface that packets to a host leave by; None if that is the loopback one, or none."""
+    """The network interface that leads to a host; if that is this one, its only one. None if there is no such one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        addresses = {}
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # an interface without an address
+                address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24])
+                if not ipaddress.ip_address(address).is_loopback:
+                    addresses[address] = name
         try:
             probe.connect((host, 9))  # of a datagram socket: nothing is sent
         except OSError:
             return None
-        address = probe.getsockname()[0]
-        if ipaddress.ip_address(address).is_loopback:
-            return None
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]) == address:
-                    return name
-            except OSError:  # an interface without an address
-                continue
-    return None
+        towards = addresses.get(probe.getsockname()[0])
+    return next(iter(addresses.values())) if towards is None and len(addresses) == 1 else towards
 
 
 @contextmanager
@@ -108,7 +112,7 @@ def _said_what_to_set(minutes: float) -> Iterator[None]:
             f"{socket.gethostname()}: rank {ranks.rank()} of {ranks.world_size()} could not reach the others within "
             f"{minutes:g} minutes (deepspeed.start_timeout_minutes): {reason}. MASTER_ADDR must be an address of the "
             "first machine that all others reach; GLOO_SOCKET_IFNAME (on CPUs) or NCCL_SOCKET_IFNAME (on GPUs) must "
-            f"name each machine's interface to that network. Here: {said}"
+            f"name each machine's interface to that network. Here this host's name means {_own_address()}, and {said}"
         ) from None
 
 

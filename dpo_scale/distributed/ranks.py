@@ -46,12 +46,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def ranks_of_this_machine() -> int:
-    """How many ranks the launcher has started here; torchrun and DeepSpeed's launcher call it differently."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-    return next((int(os.environ[name]) for name in names if name in os.environ), world_size())
-
-
 def is_main() -> bool:
     return rank() == 0
 

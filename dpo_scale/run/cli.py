@@ -105,6 +105,13 @@ class ForgivingStream:
         return getattr(self._stream, name)
 
 
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether a collective failed because another rank does not answer; gloo has no class of its own for that."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def _say(error: Exception, rank: int) -> None:
     """Print what went wrong, once for all ranks.
 
@@ -113,17 +120,23 @@ def _say(error: Exception, rank: int) -> None:
     is mostly a broken connection to a rank that is gone. If that rank was killed and could say nothing itself, the
     watchdog says where it was and ends this rank.
     """
-    is_users = isinstance(error, UserError)
+    is_users, watchdog = isinstance(error, UserError), Watchdog.current
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         told_before = preemption.was_noticed()
-        until = time.monotonic() + SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not is_users))
+        seconds = SECONDS_TO_SPEAK_FIRST * ((rank != 0) + (not is_users))
+        looks = watchdog.looks_elsewhere() if watchdog is not None and _is_broken_connection(error) else {}
+        if watchdog is not None and looks:
+            seconds = max(seconds, watchdog.seconds_to_look)
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if Watchdog.current is not None and not is_users:
-                Watchdog.current.end_with_others()
+            if watchdog is not None and not is_users:
+                watchdog.end_with_others()
             if told_before:  # the launcher's notice came first, the broken connection after it
                 time.sleep(POLL_SECONDS)
             elif preemption.wait_for_notice(POLL_SECONDS):
                 return
+        if watchdog is not None:
+            watchdog.end_without_silent_machines(looks)
     if is_users:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:

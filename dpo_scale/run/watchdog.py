@@ -117,6 +117,7 @@ class Watchdog:
         self._still = 0.0  # seconds without progress on any rank
         self._loss_found: float | None = None
         self._first_end: tuple[float, End] | None = None
+        self._heard: set[int] = set()  # the ranks that said why they end
         self._ended = threading.Event()
         self._last_word: str | None = None
 
@@ -164,6 +165,31 @@ class Watchdog:
         if self._first_end is not None and self._first_end[1].code in (EXIT_HANGING, EXIT_PREEMPTED):
             self._follow(self._first_end[1])
 
+    def end_without_silent_machines(self, looks_before: dict[int, int]) -> None:
+        """End as one that lost other machines, if some neither said why they end nor have looked around since.
+
+        For a rank whose connection broke: a machine that is gone resets it at once, and is missed by its files later.
+
+        Args:
+            looks_before: what `looks_elsewhere` gave, longer ago than a rank takes to look around again.
+        """
+        self._read_ends()
+        looks = self.looks_elsewhere()
+        silent = [rank for rank in looks_before if rank not in self._heard and looks.get(rank) == looks_before[rank]]
+        if silent:
+            self._end_without([self._files.read_or_unknown(rank) for rank in silent], "does not answer any more")
+
+    def looks_elsewhere(self) -> dict[int, int]:
+        """How often each rank of the other machines has looked around, of those that have not left in order."""
+        machine = self._processes[self._rank].machine
+        others = [self._files.read_or_unknown(r) for r, p in enumerate(self._processes) if p.machine != machine]
+        return {position.rank: position.looks for position in others if position.last_word is None}
+
+    @property
+    def seconds_to_look(self) -> float:
+        """How long a rank takes at most to look around again, with some to spare."""
+        return 2 * self._look
+
     def _look_after(self) -> None:
         last = next_look = time.monotonic()
         while not self._ended.wait(self._poll):
@@ -194,6 +220,7 @@ class Watchdog:
     def _read_ends(self) -> None:
         """Take in what others said about ends; a rank that is lost ends this process at once."""
         for end in self._files.new_ends():
+            self._heard.add(end.rank)
             if end.code == EXIT_LOST:
                 self._follow(end)
             if self._first_end is None:

@@ -79,7 +79,6 @@ def test_a_pulled_cable_ends_both_sides_within_the_hang_timeout(tries):
     assert not (cable.run_dir / "finished.json").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="exit code 1 and no lost.json today, so launch/requeue.sh does not try again")
 def test_a_killed_node_is_a_lost_rank_within_seconds(tries):
     """Its connections are reset, which the other rank sees long before its watchdog misses the node."""
     kill = tries["kill"]

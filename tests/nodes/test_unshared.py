@@ -21,7 +21,6 @@ def refusal(cluster, ranks):
     return errors.pop()
 
 
-@pytest.mark.xfail(strict=True, reason="exit code 0 and finished.json today, and no checkpoint that can be resumed")
 def test_an_output_dir_that_is_not_shared_is_refused_at_the_start(settings, tmp_path):
     with Cluster(tmp_path, own=[settings.run_dir]) as cluster:
         ranks = cluster.start_ranks(settings())
@@ -32,7 +31,6 @@ def test_an_output_dir_that_is_not_shared_is_refused_at_the_start(settings, tmp_
             assert not (machine.own(settings.run_dir) / TRAINED).exists()
 
 
-@pytest.mark.xfail(strict=True, reason="computes the whole reference, then misses rows in the store today")
 def test_a_store_in_a_cache_that_is_not_shared_is_refused_before_it_is_filled(folder, settings, tmp_path):
     """Tokenized data may be each node's own, but a rank reads what others have put into the store."""
     cache = folder / "cache-with-store"
