@@ -13,15 +13,18 @@ import ipaddress
 import os
 import socket
 import struct
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
 from dpo_scale.distributed import ranks
-from dpo_scale.errors import ConfigError
+from dpo_scale.errors import EXIT_USER_ERROR, ConfigError
 
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
+SECONDS_TO_SPEAK = 5.0  # for torch, which knows better what went wrong
 
 
 def join(timeout_minutes: float, start_timeout_minutes: float = 10.0) -> None:
@@ -48,7 +51,7 @@ def join(timeout_minutes: float, start_timeout_minutes: float = 10.0) -> None:
     get_accelerator().set_device(ranks.local_rank())
     backend = get_accelerator().communication_backend_name()
     name_network(backend)
-    with _said_what_to_set(start_timeout_minutes):
+    with _in_time(start_timeout_minutes):
         start = datetime.timedelta(minutes=start_timeout_minutes)
         deepspeed.init_distributed(dist_backend=backend, timeout=start, verbose=False)
         ranks.barrier()  # NCCL connects in its first collective
@@ -99,21 +102,34 @@ def _interface_towards(host: str) -> str | None:
 
 
 @contextmanager
-def _said_what_to_set(minutes: float) -> Iterator[None]:
+def _in_time(minutes: float) -> Iterator[None]:
+    """Say what to set if the ranks do not meet in the block; end the process if it never returns, as gloo may not."""
+
+    def refusal(reason: str) -> ConfigError:
+        names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        said = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
+        return ConfigError(
+            f"{socket.gethostname()}: rank {ranks.rank()} of {ranks.world_size()} could not reach the others within "
+            f"{minutes:g} minutes (deepspeed.start_timeout_minutes): {reason}. MASTER_ADDR must be an address of the "
+            "first machine that all others reach; GLOO_SOCKET_IFNAME (on CPUs) or NCCL_SOCKET_IFNAME (on GPUs) must "
+            f"name each machine's interface to that network. Here this host's name means {_own_address()}, and {said}"
+        )
+
+    def give_up() -> None:
+        print(f"error: {refusal('no answer')}", file=sys.stderr, flush=True)
+        os._exit(EXIT_USER_ERROR)
+
+    timer = threading.Timer(minutes * 60 + SECONDS_TO_SPEAK, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:  # torch's DistError and gloo's failures are RuntimeErrors
         if ranks.world_size() == 1:
             raise
-        reason = " ".join(str(error).split())[:300]
-        names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-        said = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
-        raise ConfigError(
-            f"{socket.gethostname()}: rank {ranks.rank()} of {ranks.world_size()} could not reach the others within "
-            f"{minutes:g} minutes (deepspeed.start_timeout_minutes): {reason}. MASTER_ADDR must be an address of the "
-            "first machine that all others reach; GLOO_SOCKET_IFNAME (on CPUs) or NCCL_SOCKET_IFNAME (on GPUs) must "
-            f"name each machine's interface to that network. Here this host's name means {_own_address()}, and {said}"
-        ) from None
+        raise refusal(" ".join(str(error).split())[:300]) from None
+    finally:
+        timer.cancel()
 
 
 # What torch 2.11 to 2.13 read the settings of CUDA's allocator from, the first that is set, when CUDA starts.
