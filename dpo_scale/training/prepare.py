@@ -56,7 +56,7 @@ class Prepared:
         return self.tokenizer.pad_token_id
 
 
-def _tokenizes_for_others(cache: Path) -> bool:
+def tokenizes_first(cache: Path) -> bool:
     """Whether this rank tokenizes first: rank 0 into a cache that all share, else the first rank of each machine."""
     try:
         is_shared = all(sees_folder_of_main(cache, CACHE_LAG_SECONDS))
@@ -82,6 +82,6 @@ def prepare(config: Config, data: DataSettings | None = None, report_dir: Path |
     reported = report_dir if ranks.is_main() else None
     pairs = ranks.first_then_others(
         lambda: load_pairs(settings, tokenizer, seed=seed, log=ranks.log, report_dir=reported),
-        is_first=_tokenizes_for_others(tokenized_folder(settings)),
+        is_first=tokenizes_first(tokenized_folder(settings)),
     )
     return Prepared(tokenizer, model_config, layout, pairs)
