@@ -53,8 +53,11 @@ def agree_on_run_dir(config: Config, resume: str | None) -> tuple[Path, list[Che
                 f"output_dir = {config.output_dir!r}: there is a run in it already; give another folder, or --resume"
             )
         hold_run_dir(run_dir, grace if continues else 0.0)
-    with removed_if_refused(run_dir):
+    try:
         require_shared(run_dir, "output_dir")
+    except ConfigError:
+        _take_away(run_dir)
+        raise
     return run_dir, found
 
 
@@ -107,17 +110,23 @@ def removed_if_refused(run_dir: Path) -> Iterator[None]:
         yield
         _made.clear()
     except UserError:
-        if run_dir in _made and not (run_dir / CONFIG_FILE).exists():
-            for _ in range(10):  # another rank may write its position meanwhile
-                shutil.rmtree(run_dir, ignore_errors=True)
-                if not run_dir.exists():
-                    break
-            for path in reversed(_made[: _made.index(run_dir)]):
-                try:
-                    path.rmdir()
-                except OSError:  # something else is in it by now
-                    break
+        _take_away(run_dir)
         raise
+
+
+def _take_away(run_dir: Path) -> None:
+    """Remove the run folder, and those that it was made in, if they are this process's and nothing has begun there."""
+    if run_dir not in _made or (run_dir / CONFIG_FILE).exists():
+        return
+    for _ in range(10):  # another rank may write its position meanwhile
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if not run_dir.exists():
+            break
+    for path in reversed(_made[: _made.index(run_dir)]):
+        try:
+            path.rmdir()
+        except OSError:  # something else is in it by now
+            break
 
 
 @contextmanager
