@@ -30,7 +30,7 @@ FATES = {
     r"bash tests/run.sh": "the test command itself",
     r"pip install|source .venv": "changes the environment that it is given in",
     r"python benchmarks/(throughput|precompute).py": "takes an hour, and TRL",
-    r"python benchmarks/uneven_rows.py": "takes minutes",
+    r"python benchmarks/(uneven_rows|saves).py": "takes minutes",
     r"python tests/compare_runs.py": "takes minutes",
 }
 
