@@ -56,15 +56,6 @@ class Prepared:
         return self.tokenizer.pad_token_id
 
 
-def tokenizes_first(cache: Path) -> bool:
-    """Whether this rank tokenizes first: rank 0 into a cache that all share, else the first rank of each machine."""
-    try:
-        is_shared = all(sees_folder_of_main(cache, CACHE_LAG_SECONDS))
-    except OSError:
-        is_shared = False  # the tokenizing says what is wrong with it
-    return ranks.is_main() if is_shared else ranks.local_rank() == 0
-
-
 def prepare(config: Config, data: DataSettings | None = None, report_dir: Path | None = None) -> Prepared:
     """Load tokenizer and pairs, and resolve `data.layout` in the config. Every rank calls it, after `start`.
 
@@ -85,3 +76,12 @@ def prepare(config: Config, data: DataSettings | None = None, report_dir: Path |
         is_first=tokenizes_first(tokenized_folder(settings)),
     )
     return Prepared(tokenizer, model_config, layout, pairs)
+
+
+def tokenizes_first(cache: Path) -> bool:
+    """Whether this rank tokenizes first: rank 0 into a cache that all share, else the first rank of each machine."""
+    try:
+        is_shared = all(sees_folder_of_main(cache, CACHE_LAG_SECONDS))
+    except OSError:
+        is_shared = False  # the tokenizing says what is wrong with it
+    return ranks.is_main() if is_shared else ranks.local_rank() == 0

@@ -28,6 +28,7 @@ from dpo_scale.checkpoint.load import (
     open_checkpoint,
 )
 from dpo_scale.checkpoint.save import Saver, write
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.models.load import load_model_config
 from dpo_scale.reference.protocol import NoReference
@@ -103,6 +104,25 @@ def test_training_goes_on_beside_a_save_which_is_of_the_step_that_it_began_after
     assert saver.wait() and steps(tmp_path) == ["step-3"]
     assert load_file(tmp_path / "checkpoints/step-3/shard.pt")["weight"].tolist() == list(range(1000))
     assert open_checkpoint(tmp_path / "checkpoints/step-3").state.step == 3
+
+
+def test_a_checkpoint_is_not_committed_before_rank_0_sees_every_ranks_files(tmp_path, monkeypatch, capsys):
+    """Two ranks, of which the other writes into a folder of its own, or late."""
+    other = {"shard-rank-1.pt": {"bytes": 8, "xxh3_128": "0"}}
+
+    def gather(value, group=None):
+        return [value, other] if isinstance(value, dict) else [value, None]
+
+    monkeypatch.setattr(ranks, "gather_objects", gather)
+    monkeypatch.setattr(saving, "LAG_SECONDS", 0.3)
+    assert save(tmp_path, 2) is None and steps(tmp_path) == []
+    assert "files of other ranks are not in" in capsys.readouterr().out
+
+    def arrives(*arguments):
+        (tmp_path / "checkpoints" / "step-4.incomplete" / "shard-rank-1.pt").write_bytes(bytes(8))
+
+    monkeypatch.setattr(saving.time, "sleep", arrives)
+    assert save(tmp_path, 4) is not None and steps(tmp_path) == ["step-4"]
 
 
 def test_one_save_at_a_time(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from dpo_scale.distributed import folders, ranks
 from dpo_scale.distributed.folders import require_shared, sees_folder_of_main
 from dpo_scale.errors import ConfigError
+from dpo_scale.settings.tree import Config
 from dpo_scale.training import prepare
 
 
@@ -67,3 +68,16 @@ def test_one_rank_tokenizes_into_a_cache_that_all_share_else_one_a_machine(
     monkeypatch.setattr(ranks, "rank", lambda: rank)
     monkeypatch.setattr(ranks, "local_rank", lambda: local_rank)
     assert prepare.tokenizes_first(tmp_path) is first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_lists_bad_rows(tmp_path, monkeypatch, rank):
+    lists = []
+    tokenizer, model_config = object(), object()
+    monkeypatch.setattr(ranks, "rank", lambda: rank)
+    monkeypatch.setattr(prepare, "load_tokenizers", lambda config: (tokenizer, model_config))
+    monkeypatch.setattr(prepare, "check_vocabulary", lambda *arguments: None)
+    monkeypatch.setattr(prepare, "resolve_layout", lambda config: None)
+    monkeypatch.setattr(prepare, "load_pairs", lambda *_, report_dir, **more: lists.append(report_dir))
+    prepare.prepare(Config(), report_dir=tmp_path)
+    assert lists == [tmp_path if rank == 0 else None]
