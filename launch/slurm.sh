@@ -46,7 +46,7 @@ fi
 FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Jobs that share a node must not share a port.
 export MASTER_ADDR=$FIRST_NODE MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / RANKS_PER_NODE))
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK > RANKS_PER_NODE ? SLURM_CPUS_PER_TASK / RANKS_PER_NODE : 1))
 export TOKENIZERS_PARALLELISM=false
 # If NCCL picks the wrong network, name the right one here: NCCL_SOCKET_IFNAME, and NCCL_IB_HCA with InfiniBand.
 

@@ -54,7 +54,7 @@ def join(timeout_minutes: float, start_timeout_minutes: float = 10.0) -> None:
     with _in_time(start_timeout_minutes):
         start = datetime.timedelta(minutes=start_timeout_minutes)
         deepspeed.init_distributed(dist_backend=backend, timeout=start, verbose=False)
-        ranks.barrier()  # NCCL connects in its first collective
+        ranks.gather_objects(None)  # NCCL connects in its first collective
     _set_pg_timeout(datetime.timedelta(minutes=timeout_minutes))
 
 

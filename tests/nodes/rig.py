@@ -298,7 +298,7 @@ class Cluster:
     ) -> Started:
         """torchrun's part on one machine, with one rank.
 
-        With the variable every meeting of the nodes agrees on an address anew. Without it torchrun (2.4 to 2.13) keeps
+        With the variable every meeting of the nodes agrees on an address anew. Without it torchrun (seen in torch 2.13) keeps
         the first one to itself, and a node that is started anew waits for it in vain.
         """
         return machine.start(
