@@ -298,8 +298,8 @@ class Cluster:
     ) -> Started:
         """torchrun's part on one machine, with one rank.
 
-        With the variable every meeting of the nodes agrees on an address anew. Without it torchrun (seen in torch 2.13) keeps
-        the first one to itself, and a node that is started anew waits for it in vain.
+        With the variable every meeting of the nodes agrees on an address anew. Without it torchrun (seen in torch 2.13)
+        keeps the first one to itself, and a node that is started anew waits for it in vain.
         """
         return machine.start(
             "torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=1",
