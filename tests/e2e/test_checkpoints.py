@@ -24,6 +24,7 @@ BF16 = "model.dtype=bfloat16"
 LORA = ["lora.r=2", "lora.dropout=0.1", "reference.mode=adapter"]
 OFFLOADED = ["deepspeed.offload_optimizer=cpu"]
 MOVING = ["reference.sync_steps=3", "reference.sync_mixup=0.5", "reference.stage=3"]
+BACKGROUND = "checkpoint.async_save=true"
 VARIANTS = {
     "stage0": ["deepspeed.stage=0"],
     "stage1": ["deepspeed.stage=1"],
@@ -38,6 +39,8 @@ VARIANTS = {
     "sgd": ["deepspeed.stage=2", "train.optim=SGD", "train.optim_args={momentum: 0.9}"],
     "tied": [SHARDED, "model.path={folder}/tied-start"],
     "lora-plain": [SHARDED, *LORA, "lora.dropout=0"],
+    "background-stage3": [SHARDED, BACKGROUND],
+    "background-moving": ["deepspeed.stage=2", *MOVING, BACKGROUND],
 }
 # resumed from (a run, on 2 ranks) at another layout
 ON_2_RANKS = {
@@ -124,6 +127,7 @@ def run_all(folder):
         [
             *(job(f"{name}-whole", *six, *extra) for name, extra in variants.items()),
             job("best-whole", *common, "train.max_steps=6", *BEST),
+            job("best-background", *common, "train.max_steps=6", *BEST, BACKGROUND),
             job("best-two-steps", *common, "train.max_steps=2", "deepspeed.stage=3"),
         ],
     )
@@ -209,6 +213,20 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(done, name):
     assert [record["step"] for record in read_metrics(resumed)] == [1, 2, 3, 4, 5, 6]
     assert len({record["loss"] for record in read_metrics(resumed)}) == 6
     assert_same_run(resumed, folder / f"{name}-whole")
+
+
+@pytest.mark.parametrize(
+    ("background", "at_once"),
+    [
+        ("background-stage3-whole", "stage3-whole"),
+        ("background-moving-whole", "moving-whole"),
+        ("best-background", "best-whole"),
+    ],
+)
+def test_saves_in_the_background_change_no_number_and_keep_the_same_checkpoints(done, background, at_once):
+    folder, _ = done
+    assert_same_run(folder / background, folder / at_once)
+    assert steps_of(folder / background) == steps_of(folder / at_once)
 
 
 def test_a_run_folder_named_without_output_dir_is_continued(done):
