@@ -91,8 +91,7 @@ def test_malformed_inputs_are_taken_or_refused(folder):
 
 
 @pytest.mark.distributed
-def test_saves_in_the_background_lose_nothing_either(tmp_path, monkeypatch):
+def test_a_kill_inside_a_save_in_the_background_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
+    """The other faults with such saves: `python tests/faults/run.py --async-save`."""
     monkeypatch.setattr(rig, "EXTRA", ["checkpoint.async_save=true"])
-    nothing_lost(cases.kills(tmp_path, random.Random(SEED), 1))
     nothing_lost(cases.kills_in_saves(tmp_path, random.Random(SEED), 0.01))
-    nothing_lost(cases.full_disks(tmp_path, random.Random(SEED), 0))
