@@ -60,7 +60,12 @@ def join(timeout_minutes: float, start_timeout_minutes: float = 10.0) -> None:
 
 def name_network(backend: str) -> None:
     """Tell gloo which network the other machines are on, where this host's own name leads to no other machine."""
-    if backend != "gloo" or ranks.world_size() == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+    of_this_machine = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # torchrun, deepspeed
+    on_one_machine = of_this_machine == str(ranks.world_size()) or os.environ["MASTER_ADDR"] in (
+        "127.0.0.1",
+        "localhost",
+    )
+    if backend != "gloo" or on_one_machine or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     own = _own_address()
     if own is not None and not ipaddress.ip_address(own).is_loopback:
