@@ -21,10 +21,15 @@ class MicroBatch:
 
     A weight is 1, or 0 for a filler. Every rank must take part in every forward and backward pass of a sharded model,
     so a rank with nothing left in a micro-step repeats a short pair at weight 0.
+
+    Attributes:
+        group_size: how many ranks share the pairs' row, this one among them (`data.groups`); all have the same
+            micro-batch.
     """
 
     indices: np.ndarray
     weights: np.ndarray
+    group_size: int = 1
 
     @classmethod
     def of(cls, pairs: np.ndarray) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""Which layout and which attention a run takes, why, and what it takes instead if a model fails their check.
+"""Which layout, attention and groups a run takes, why, and what it takes instead if a model fails their check.
 
 Rows of many sequences need a model whose attention can be replaced and that mixes tokens nowhere else. What
 transformers says of its classes decides that before any weights are read. `layout_check` then tests the loaded model.
@@ -8,12 +8,14 @@ attention first, to the layout `padded` last, for all models of the run alike.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError, ModelError
@@ -44,11 +46,16 @@ class LayoutOption:
 
 
 class LayoutChoice:
-    """The layout and attention of all models of a run, and what comes next if a model fails their check."""
+    """The layout and attention of all models of a run, and what comes next if a model fails their check.
 
-    def __init__(self, config: Config, options: Sequence[LayoutOption]) -> None:
+    Attributes:
+        groups: of ranks that may share a row; none if the layout is `padded`.
+    """
+
+    def __init__(self, config: Config, options: Sequence[LayoutOption], groups: Groups | None = None) -> None:
         """Args: options: at least one, best first."""
         self._config, self._options = config, list(options)
+        self.groups = groups or Groups(ranks.world_size())
         config.data.layout = self.option.layout
 
     @property
@@ -87,18 +94,62 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     asked = config.data.layout
     if asked == "padded":
         return _padded(config, "asked for by name")
+    groups = choose_groups(config, model_configs)
     attention = ranks.from_main(attention_options(config))  # what another rank lacks fails the check on all
     backend, reason = attention[0]
     against = [reason] if backend is None else [why for c in model_configs if (why := why_padded(c)) is not None]
+    if against and config.train.sequence_parallel_size != 1:
+        raise ConfigError(
+            f"train.sequence_parallel_size = {config.train.sequence_parallel_size!r}: {against[0]}; expected 1 for "
+            "this run, whose rows hold one sequence each"
+        )
     if against and asked != "auto":
         raise ConfigError(f"data.layout = {asked!r}: {against[0]}; expected 'padded' or 'auto' for this run")
     if against:
         return _padded(config, against[0])
     layout: Layout = "shared_prefix" if asked == "auto" else asked
     options = [LayoutOption(layout, backend, reason) for backend, reason in attention]
-    if asked == "auto" and config.model.attn_implementation is None:
+    if asked == "auto" and config.model.attn_implementation is None and groups.largest == 1:
         options.append(LayoutOption("padded", None, "no attention for rows of many sequences passed its check"))
-    return LayoutChoice(config, options)
+    return LayoutChoice(config, options, groups)
+
+
+def choose_groups(config: Config, model_configs: Sequence[Any]) -> Groups:
+    """The groups of ranks that `train.sequence_parallel_size` comes to.
+
+    Raises:
+        ConfigError: if the ranks or the models' heads cannot be divided so, or a model needs whole rows.
+    """
+    asked, world_size = config.train.sequence_parallel_size, ranks.world_size()
+    if asked == 1:
+        return Groups(world_size)
+    said = f"train.sequence_parallel_size = {asked!r}"
+    for model_config in model_configs:
+        if (why := why_whole_rows(model_config)) is not None:
+            raise ConfigError(f"{said}: {why}; expected 1 for this run")
+    heads = min(c.get_text_config().num_attention_heads for c in model_configs)
+    if asked == "auto":
+        powers = itertools.takewhile(lambda n: world_size % n == 0 and n <= heads, (2**k for k in itertools.count()))
+        return Groups(world_size, tuple(powers))
+    if world_size % asked:
+        raise ConfigError(f"{said}: expected a number that divides the {world_size} ranks of this run")
+    if asked > heads:
+        raise ConfigError(f"{said}: expected at most {heads}, the model's attention heads, of which each rank has some")
+    return Groups(world_size, (asked,))
+
+
+def why_whole_rows(model_config: Any) -> str | None:
+    """Why a model's row cannot be split over ranks, though its attention can be replaced; None if it can.
+
+    Rotary embeddings of some kinds are scaled by the longest position in the row, of which a rank has a part only.
+    """
+    text = model_config.get_text_config()
+    stated = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = {name: of for name, of in stated.items() if isinstance(of, dict)} or {"": stated}  # some by kind of layer
+    for of in kinds.values():
+        if (kind := of.get("rope_type", of.get("type"))) in ("dynamic", "longrope"):
+            return f"a {model_config.model_type} model with {kind} positions scales them by the length of the whole row"
+    return None
 
 
 def _padded(config: Config, reason: str) -> LayoutChoice:

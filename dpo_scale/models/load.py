@@ -211,7 +211,7 @@ def load_policy(config: Config, micro_steps: int, choice: LayoutChoice | None = 
             ranks.log(f"model.gradient_checkpointing_offload does nothing on a CPU: {why}")
         enable_checkpointing(causal_lm(model), offload=offload and not on_cpu)
     prepare_layers(model, config, deepspeed_config, "policy")
-    scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout)
+    scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout, choice.groups)
     policy = engine.initialize_policy(scorer, deepspeed_config, config.train.weight_decay)
     policy.train()
     prove_layout(choice, policy, config.model.dtype)
@@ -253,7 +253,7 @@ def load_scoring_model(
     if source.adapter is not None:
         model = lora.wear_adapter(model, source.adapter)
     prepare_layers(model, config, deepspeed_config, "reference")
-    scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout)
+    scorer = PairScorer(model, config.logprobs.implementation, choice.option.layout, choice.groups)
     reference = engine.initialize_reference(scorer, deepspeed_config)
     prove_layout(choice, reference, config.model.dtype, beside)
     return reference

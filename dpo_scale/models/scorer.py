@@ -22,6 +22,7 @@ from torch import nn
 
 from dpo_scale.data.batching import MicroBatch
 from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout, PairBatch, Segment, make_batch
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
@@ -82,16 +83,23 @@ class PairScorer(nn.Module):
         model: a transformers causal LM, or a peft model around one; its head is rebound, so `model(...)` no longer
             returns logits.
         implementation: how log-probs are computed (`dpo_scale.logprobs`).
-        layout: of the batches that it is meant to be given, for whoever makes them.
+        layout, groups: of the batches that it is meant to be given, for whoever makes them.
 
     Raises:
         ModelError: if the model has no separable backbone and linear head.
     """
 
-    def __init__(self, model: nn.Module, implementation: str = "auto", layout: Layout = "padded") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        implementation: str = "auto",
+        layout: Layout = "padded",
+        groups: Groups | None = None,
+    ) -> None:
         super().__init__()
         _, head = backbone_and_head(model)
         self.model, self.layout = model, layout
+        self.groups = groups or Groups(ranks.world_size())
         transform = head_transform(causal_lm(model).config)
 
         def score(linear, hidden, targets, by_products, pair_loss):  # typed by `forward`

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a field means and which numbers it takes. Null, where the field's type allows it, is in every range."""
+    """What a field means and which numbers it takes. Null or a word, where its type allows it, is in every range."""
 
     meaning: str
     unit: str = ""  # what a number counts: pairs, steps, seconds
@@ -25,7 +25,7 @@ class Setting:
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the field's type lies in its range."""
-        return value is None or all(holds(value, limit) for _, limit, holds in self._limits())
+        return value is None or isinstance(value, str) or all(holds(value, limit) for _, limit, holds in self._limits())
 
     def expected(self, kind: str) -> str:
         """A field's type with its unit and range, e.g. `null or a whole number of steps, at least 1`."""

@@ -91,6 +91,19 @@ def _train(config: Config) -> Broken:
     train = config.train
     if train.max_tokens_per_micro_batch is not None and train.micro_batch_size != 1:
         yield "train.micro_batch_size", "no value with train.max_tokens_per_micro_batch, which decides in its place"
+    if train.sequence_parallel_size != 1 and config.data.layout == "padded":
+        yield (
+            "data.layout",
+            "shared_prefix, packed or auto with train.sequence_parallel_size: padded rows are not split",
+        )
+    if train.sequence_parallel_size == "auto":
+        if train.max_tokens_per_micro_batch is None:
+            yield (
+                "train.max_tokens_per_micro_batch",
+                "a number with train.sequence_parallel_size auto, which goes by it",
+            )
+        if train.eval_micro_batch_size is not None:
+            yield "train.eval_micro_batch_size", "null with train.sequence_parallel_size auto, which goes by tokens"
     if train.optim.lower() not in OPTIMIZERS:
         yield "train.optim", f"one of {', '.join(OPTIMIZERS.values())}"
     if train.optim.lower() in ("muadam", "muadamw", "musgd") and find_spec("mup") is None:

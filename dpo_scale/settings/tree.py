@@ -112,8 +112,14 @@ class TrainSettings:
     micro_batch_size: int = setting(1, "how many are in one forward pass on one rank", unit="pairs", at_least=1)
     max_tokens_per_micro_batch: int | None = setting(
         None,
-        "instead of micro_batch_size: size of one forward pass, as data.layout computes it",
+        "instead of micro_batch_size: size of one rank's forward pass, as data.layout computes it",
         unit="tokens",
+        at_least=1,
+    )
+    sequence_parallel_size: int | Literal["auto"] = setting(
+        1,
+        "how many share each row; auto: as few as train.max_tokens_per_micro_batch allows for each pair",
+        unit="ranks",
         at_least=1,
     )
     eval_micro_batch_size: int | None = setting(
