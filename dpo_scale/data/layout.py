@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,56 @@ PROMPT, CHOSEN, REJECTED = 0, 1, 2  # branches
 # (tokens, shared): consecutive tokens of a row that continue a sequence. With shared 0 they begin a document, with
 # shared n they follow the first n tokens of that document's beginning.
 Segment = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a batch whose one row is computed by a group of N ranks together.
+
+    Rank r computes tokens r * t to (r + 1) * t of the row, t = T / N; the row is filled up to a multiple of N by a
+    document of its own. Scored tokens are dealt one by one, whoever computes their hidden states: token j is scored by
+    rank j mod N. So no rank has more logits to compute than another, whatever the row looks like.
+
+    Attributes:
+        size: N.
+        rank: r.
+        sent_index: [n] int64 positions, in this rank's part, of hidden states to send, by the rank that scores them.
+        sent, received: [N] how many go to each rank, and come from each.
+        order: [own scored tokens] int64, puts what was received into the order of the scored tokens.
+    """
+
+    size: int
+    rank: int
+    sent_index: torch.Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    order: torch.Tensor
+
+    @classmethod
+    def of(cls, size: int, rank: int, tokens: int, score_index: np.ndarray) -> Share:
+        """Args: tokens, of the row, a multiple of `size`; score_index, [S] positions in it of scored hidden states."""
+        part = tokens // size
+        owners, scorers = score_index // part, np.arange(len(score_index)) % size
+        own = np.flatnonzero(owners == rank)
+        to_send = own[np.argsort(scorers[own], kind="stable")]
+        senders = owners[rank::size]
+        arrival = np.argsort(senders, kind="stable")
+        return cls(
+            size,
+            rank,
+            torch.from_numpy(score_index[to_send] - rank * part),
+            tuple(np.bincount(scorers[own], minlength=size).tolist()),
+            tuple(np.bincount(senders, minlength=size).tolist()),
+            torch.from_numpy(np.argsort(arrival)),
+        )
+
+    def part_of(self, row: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens [1, t] of a row [1, T]."""
+        return row.chunk(self.size, dim=1)[self.rank]
+
+    def dealt(self, values: torch.Tensor) -> torch.Tensor:
+        """What belongs to the tokens that this rank scores, of values [S]."""
+        return values[self.rank :: self.size]
 
 
 @dataclass(frozen=True)
@@ -52,6 +102,7 @@ class PairBatch:
         document_ids: [1, T] 0, 1, 2, ... along the row.
         branch_ids: [1, T] `PROMPT`, `CHOSEN` or `REJECTED`.
         segments: the row from left to right, on the host, so that no kernel launch waits for the device.
+        share: this rank's, if a group of ranks computes the row; all of them have the same batch otherwise.
     """
 
     input_ids: torch.Tensor
@@ -67,6 +118,7 @@ class PairBatch:
     document_ids: torch.Tensor | None = None
     branch_ids: torch.Tensor | None = None
     segments: tuple[Segment, ...] | None = None
+    share: Share | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -77,36 +129,71 @@ class PairBatch:
         """What a `PairScorer` is called with, by name."""
         names = ["input_ids", "score_index", "score_targets"]
         if self.segments is not None:
-            names += ["position_ids", "document_ids", "branch_ids", "segments"]
+            names += ["position_ids", "document_ids", "branch_ids", "segments", "share"]
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank counts the pairs, which all of a group have: it is alone, or its group's first."""
+        return self.share is None or self.share.rank == 0
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """[P] weights of the pairs in sums over all ranks."""
+        return self.weights if self.leads else torch.zeros_like(self.weights)
 
     def to(self, device: torch.device) -> PairBatch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PairBatch:
         """The batch with `function` applied to each of its tensors."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        return replace(self, **changed)
+        share = None if self.share is None else _map_tensors(self.share, function)
+        return replace(_map_tensors(self, function), share=share)
 
     def pinned(self) -> PairBatch:
         """The batch in page-locked memory, from which `to` copies without holding up the host."""
         return self.map_tensors(torch.Tensor.pin_memory)
 
 
-def make_batch(layout: Layout, pairs: Sequence[Pair], weights: np.ndarray, pad_token_id: int) -> PairBatch:
+Holder = TypeVar("Holder", PairBatch, Share)
+
+
+def _map_tensors(holder: Holder, function: Callable[[torch.Tensor], torch.Tensor]) -> Holder:
+    values = {field.name: getattr(holder, field.name) for field in fields(holder)}
+    changed: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
+    return replace(holder, **changed)
+
+
+def make_batch(
+    layout: Layout,
+    pairs: Sequence[Pair],
+    weights: np.ndarray,
+    pad_token_id: int,
+    *,
+    group_size: int = 1,
+    group_rank: int = 0,
+) -> PairBatch:
     """Lay pairs out for one forward pass.
 
     Args:
         pairs: P pairs; every prompt has at least one token, since the first completion token needs a predecessor.
         weights: [P].
         pad_token_id: any valid token id; padding is neither attended to nor scored.
+        group_size: how many ranks compute the row together; more than one only where it is one row.
+        group_rank: of this rank among them.
     """
     for pair in pairs:
         assert len(pair.prompt_ids) > 0 and len(pair.chosen_ids) > 0 and len(pair.rejected_ids) > 0
     completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     lengths = np.array([len(ids) for ids in completions], dtype=np.int64)
-    row = _padded_rows(pairs, pad_token_id) if layout == "padded" else _packed_row(pairs, layout == "shared_prefix")
+    if layout == "padded":
+        assert group_size == 1
+        row = _padded_rows(pairs, pad_token_id)
+    else:
+        row = _packed_row(pairs, layout == "shared_prefix", group_size, pad_token_id)
+    if group_size > 1:
+        tokens = row["input_ids"].shape[1]
+        row["share"] = Share.of(group_size, group_rank, tokens, row["score_index"].numpy())
     return PairBatch(
         **row,
         score_targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
@@ -134,8 +221,8 @@ def _padded_rows(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:
     }
 
 
-def _packed_row(pairs: Sequence[Pair], shared: bool) -> dict[str, Any]:
-    """Pairs in one row without padding, from left to right, each prompt twice or, `shared`, once."""
+def _packed_row(pairs: Sequence[Pair], shared: bool, multiple: int, pad_token_id: int) -> dict[str, Any]:
+    """Pairs in one row from left to right, each prompt twice or, `shared`, once; filled up to a multiple of tokens."""
     columns: list[np.ndarray] = []  # [4, n]: token, position, document, branch
     score_index: list[np.ndarray] = []
     segments: list[Segment] = []
@@ -158,6 +245,9 @@ def _packed_row(pairs: Sequence[Pair], shared: bool) -> dict[str, Any]:
             add(completion, length, branch)
             segments.append((len(completion), length) if is_branch else (length + len(completion), 0))
             document += not shared or is_branch
+    if missing := -size % multiple:
+        add(np.full(missing, pad_token_id), 0, PROMPT)
+        segments.append((missing, 0))
     names = ("input_ids", "position_ids", "document_ids", "branch_ids")
     tensors = torch.from_numpy(np.concatenate(columns, axis=1))
     return {

@@ -111,7 +111,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return gathered
 
 
-def gather_rows(values: torch.Tensor) -> torch.Tensor:
+def gather_rows(values: torch.Tensor, place: int | None = None) -> torch.Tensor:
     """All ranks' rows, stacked in rank order; gradients flow to this rank's own rows only.
 
     Every rank computes a loss over all rows and each contributes the gradient of its own: summed over ranks that is
@@ -119,6 +119,7 @@ def gather_rows(values: torch.Tensor) -> torch.Tensor:
 
     Args:
         values: [P, ...], the same shape on every rank.
+        place: the rank, with the same values, in whose place gradients flow to these; None: this one.
 
     Returns:
         [world_size * P, ...].
@@ -127,7 +128,7 @@ def gather_rows(values: torch.Tensor) -> torch.Tensor:
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(parts, values.detach().contiguous())
-    parts[rank()] = values
+    parts[rank() if place is None else place] = values
     return torch.cat(parts)
 
 

@@ -35,8 +35,9 @@ the loss scale has come, both gradients are kept in fp32, and fp16 operands of t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,17 +78,56 @@ class PairLoss:
         loss_of_sums: from sums [P, 2], fp32 or fp64, to losses [P], each weighted as it is to be added up. Loss i must
             depend on row i alone; rows whose sums are not known yet come as 0.
         token_weights: [S] factors of the log-probs in the sums; None for 1.
+        planned_tokens: [P] at least `scored_tokens`; which pairs come together is decided by these. None: by those.
+        sum_over_ranks: where pairs' tokens are spread over several ranks: sums a tensor over them. They must have the
+            same pairs and the same `planned_tokens`, so that they sum the same pairs at a time.
     """
 
     segments: Tensor
     scored_tokens: Sequence[int]
     loss_of_sums: Callable[[Tensor], Tensor]
     token_weights: Tensor | None = None
+    planned_tokens: Sequence[int] | None = None
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_pairs(self) -> int:
         """P."""
         return len(self.scored_tokens)
+
+    @property
+    def planned(self) -> Sequence[int]:
+        """[P] what decides which pairs come together."""
+        return self.scored_tokens if self.planned_tokens is None else self.planned_tokens
+
+    def dealt(self, size: int, rank: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> PairLoss:
+        """What is left for one of several ranks to which all tokens are dealt one by one: tokens rank, rank + size, ...
+
+        Args:
+            sum_over_ranks: sums a tensor over these ranks.
+        """
+        ends = list(itertools.accumulate(self.scored_tokens, initial=0))
+        before = [(end - rank + size - 1) // size for end in ends]  # of the rank's tokens, those before each end
+        return replace(
+            self,
+            segments=self.segments[rank::size],
+            scored_tokens=tuple(stop - start for start, stop in itertools.pairwise(before)),
+            token_weights=None if self.token_weights is None else self.token_weights[rank::size],
+            planned_tokens=tuple(-(-count // size) for count in self.scored_tokens),
+            sum_over_ranks=sum_over_ranks,
+        )
+
+    def chunks(self, max_in_first: int, max_tokens: int) -> Iterator[tuple[slice, slice]]:
+        """Pairs and their tokens, as many whole pairs at a time as fit; a pair that does not fit comes alone."""
+        first, held, most = 0, 0, max_in_first
+        ends = list(itertools.accumulate(self.scored_tokens, initial=0))
+        for pair, count in enumerate(self.planned):
+            if pair > first and held + count > most:
+                yield slice(first, pair), slice(ends[first], ends[pair])
+                first, held, most = pair, 0, max_tokens
+            held += count
+        if self.num_pairs:
+            yield slice(first, self.num_pairs), slice(ends[first], ends[-1])
 
 
 def fused_pair_loss(
@@ -123,7 +163,7 @@ def fused_pair_loss(
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(hidden.device)
     if max_held is None:
-        max_held = held_bytes(hidden.shape[0], head_weight.shape[0], hidden.device)
+        max_held = held_bytes(sum(pair_loss.planned), head_weight.shape[0], hidden.device)
     trained = requires_gradient(hidden, head)
     settings = (pair_loss, targets, head, tile_bytes, max_held, trained)
     job = Job(*settings)
@@ -172,13 +212,13 @@ class Job:
         probe = Tiles(hidden[:0], head, self.tile_bytes)
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=probe.dtype)
         own_rows = max(1, self.max_held // (weight.shape[0] * probe.product_dtype.itemsize))
-        counts, total = self.pair_loss.scored_tokens, hidden.shape[0]
+        total = sum(self.pair_loss.planned)
         gradients = Gradients(hidden, head, self.trained, 1 + total // own_rows)
         free_rows = rows_in(gradients.weight, probe.product_dtype)
         to_head = self.trained[1] or self.trained[2]
         needed_rows = min(own_rows, max(0, total - free_rows)) if to_head else 0
         memory = hidden.new_empty(needed_rows * weight.shape[0], dtype=probe.product_dtype)
-        for pairs, tokens in chunks(counts, free_rows + own_rows, own_rows):
+        for pairs, tokens in self.pair_loss.chunks(free_rows + own_rows, own_rows):
             count = tokens.stop - tokens.start
             free = min(free_rows if gradients.is_empty else 0, count)
             held = min(free + own_rows, count)
@@ -213,25 +253,16 @@ class Job:
         values = logps.double()
         if weights is not None:
             values = values * weights[tokens]
-        sums[pairs] = segment_sums(values, segments, pairs.stop - pairs.start).to(sums.dtype)
+        of_pairs = segment_sums(values, segments, pairs.stop - pairs.start)
+        if self.pair_loss.sum_over_ranks is not None:
+            of_pairs = self.pair_loss.sum_over_ranks(of_pairs)
+        sums[pairs] = of_pairs.to(sums.dtype)
         with torch.enable_grad():
             leaf = sums.clone().requires_grad_()
             loss = self.pair_loss.loss_of_sums(leaf)[pairs].sum()
             (of_sums,) = torch.autograd.grad(loss, leaf)
         gradient = of_sums[pairs].flatten()[segments]
         return gradient if weights is None else gradient * weights[tokens].to(gradient.dtype)
-
-
-def chunks(counts: Sequence[int], max_in_first: int, max_tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Pairs and their tokens, as many whole pairs at a time as fit; a pair that does not fit comes alone."""
-    first, start, stop, most = 0, 0, 0, max_in_first
-    for pair, count in enumerate(counts):
-        if pair > first and stop + count - start > most:
-            yield slice(first, pair), slice(start, stop)
-            first, start, most = pair, stop, max_tokens
-        stop += count
-    if counts:
-        yield slice(first, len(counts)), slice(start, stop)
 
 
 class _Rows:

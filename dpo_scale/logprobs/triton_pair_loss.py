@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_scale.logprobs.pair_loss import Gradients, Job, chunks
+from dpo_scale.logprobs.pair_loss import Gradients, Job
 from dpo_scale.logprobs.triton_logps import MEMORY_BYTES, Launcher, product, product_in_place, scale_kept
 
 
@@ -32,13 +32,13 @@ class TritonJob(Job):
         assert hidden.dtype == torch.bfloat16 and (self.trained[1] or self.trained[2])
         head, weight = self.head, self.head.weight
         launcher = Launcher(hidden, head)
-        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        tokens, vocabulary = sum(self.pair_loss.planned), weight.shape[0]
         columns = launcher.columns(vocabulary)
         rows = max(1, min(tokens, self.memory_bytes // (columns * hidden.element_size())))
         tile = hidden.new_empty((rows, columns))
         sums = hidden.new_zeros((self.pair_loss.num_pairs, 2), dtype=torch.float32)
         gradients = Gradients(hidden, head, self.trained, 1 + tokens // rows, torch.float32)
-        for pairs, chunk in chunks(self.pair_loss.scored_tokens, rows, rows):
+        for pairs, chunk in self.pair_loss.chunks(rows, rows):
             part, targets = hidden[chunk], self.targets[chunk].contiguous()
             held = min(rows, len(targets))
             first = launcher.statistics(part[:held], targets[:held], (), tile[:held])

@@ -29,6 +29,7 @@ from dpo_scale.errors import ModelError
 
 if TYPE_CHECKING:
     from dpo_scale.data.layout import Segment
+    from dpo_scale.distributed.sequence_parallel import SequenceGroup
 
 QUERY_BLOCK = 1024  # queries that share one mask, where one is needed
 
@@ -116,11 +117,21 @@ class AttentionPlan:
     """Who attends to whom in one row, and what the functions derive from it, once for all layers and passes."""
 
     def __init__(
-        self, position_ids: Tensor, document_ids: Tensor, branch_ids: Tensor, segments: tuple[Segment, ...]
+        self,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        branch_ids: Tensor,
+        segments: tuple[Segment, ...],
+        group: SequenceGroup | None = None,
     ) -> None:
-        """Args: as in `PairBatch`, the tensors [1, T] on the device."""
+        """One row.
+
+        Args:
+            position_ids, document_ids, branch_ids, segments: as in `PairBatch`, the tensors [1, T] on the device.
+            group: of the ranks that share the row, if any do.
+        """
         self.position_ids, self.document_ids, self.branch_ids = position_ids[0], document_ids[0], branch_ids[0]
-        self.segments = segments
+        self.segments, self.group = segments, group
         self.block_masks: dict[int | None, Any] = {}  # of FlexAttention, by sliding window
         self._runs: dict[tuple[int, int, int | None], list[QueryRun]] = {}
 

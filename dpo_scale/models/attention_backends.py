@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_scale.distributed import ranks
+from dpo_scale.distributed.sequence_parallel import over_heads
 from dpo_scale.errors import first_line
 from dpo_scale.models import varlen_attention
 from dpo_scale.models.attention import Limits, blockwise_attention
@@ -106,13 +107,19 @@ def attention_function(name: str) -> Attention:
         taken = _able_backend(name, query, value, settings)
         return taken.attend(module, query, key, value, attention_mask, **settings)
 
-    @torch.compiler.disable
     def observable(*arguments: Any, **settings: Any) -> tuple[Tensor, None]:
         if _observer is not None:
             return _observer(name, attend, *arguments, **settings)
         return attend(*arguments, **settings)
 
-    return observable
+    @torch.compiler.disable
+    def of_row(*arguments: Any, **settings: Any) -> tuple[Tensor, None]:
+        plan = settings.get("attention_plan")
+        if plan is not None and plan.group is not None:
+            return over_heads(observable, plan.group, *arguments, **settings)
+        return observable(*arguments, **settings)
+
+    return of_row
 
 
 def _able_backend(name: str, query: Tensor, value: Tensor, settings: dict[str, Any]) -> Backend:

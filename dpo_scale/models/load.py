@@ -17,6 +17,7 @@ from torch import nn
 
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.distributed import engine, ranks
+from dpo_scale.distributed.sequence_parallel import make_groups
 from dpo_scale.errors import ConfigError, ModelError, first_line
 from dpo_scale.logprobs import choose_implementation
 from dpo_scale.models import lora
@@ -327,6 +328,7 @@ def resolve_layout(config: Config) -> LayoutChoice:
         ConfigError: if a layout was asked for by name that the policy or the reference cannot take.
     """
     choice = choose_layout(config, _model_configs(config))
+    make_groups(choice.groups.sizes, config.deepspeed.timeout_minutes)
     ranks.log(choice.option.describe())
     return choice
 

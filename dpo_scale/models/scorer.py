@@ -6,6 +6,9 @@ predict a completion token, and hands those to the head. The head's own `forward
 head stays the module that owns its weight, so ZeRO-3 gathers that weight by the hooks it has anyway, in forward and
 backward, once per pass, tied or not.
 
+A row may be computed by a group of ranks together (`distributed.sequence_parallel`). Each runs the backbone on its own
+tokens; the hidden states to score are dealt evenly over the group first, and what comes of them is gathered.
+
 Shapes: B rows of T tokens, S scored tokens, H hidden size, V vocabulary.
 """
 
@@ -15,6 +18,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,8 +27,9 @@ from torch import nn
 from dpo_scale.data.batching import MicroBatch
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.groups import Groups
-from dpo_scale.data.layout import Layout, PairBatch, Segment, make_batch
-from dpo_scale.distributed import ranks
+from dpo_scale.data.layout import Layout, PairBatch, Segment, Share, make_batch
+from dpo_scale.distributed import ranks, sequence_parallel
+from dpo_scale.distributed.sequence_parallel import exchange, gather_dealt, sum_over
 from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
@@ -123,6 +128,7 @@ class PairScorer(nn.Module):
         document_ids: torch.Tensor | None = None,
         branch_ids: torch.Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
+        share: Share | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of `score_targets`, fp32 [S]; with `pair_loss` the loss and [P, 2] sums (`fused_pair_loss`).
 
@@ -135,17 +141,31 @@ class PairScorer(nn.Module):
             pair_loss: how the log-probs of each pair become its loss, to be done here with its gradient.
             position_ids, document_ids, branch_ids, segments: a row of many sequences, as in `PairBatch`; the model's
                 attention must be one of `dpo_scale.models.attention`.
+            share: of a row that a group of ranks computes together. The result is that of the whole row on each.
         """
         backbone, head = backbone_and_head(self.model)
+        group = None if share is None else sequence_parallel.group_of(share.size)
         row: dict[str, Any] = {}
         if segments is not None:
             assert position_ids is not None and document_ids is not None and branch_ids is not None
-            plan = AttentionPlan(position_ids, document_ids, branch_ids, segments)
+            plan = AttentionPlan(position_ids, document_ids, branch_ids, segments, group)
             row = {"position_ids": position_ids, "attention_plan": plan}
+        if share is not None:
+            input_ids, row["position_ids"] = share.part_of(input_ids), share.part_of(row["position_ids"])
         with _one_sequence_a_row() if segments is None else nullcontext():
             hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
-        scored = hidden.flatten(0, 1).index_select(0, score_index)
-        return head(scored, score_targets, by_products, pair_loss)
+        if share is None or group is None:
+            scored = hidden.flatten(0, 1).index_select(0, score_index)
+            return head(scored, score_targets, by_products, pair_loss)
+        scored = exchange(hidden[0].index_select(0, share.sent_index), group, share.sent, share.received)
+        scored, targets = scored.index_select(0, share.order), share.dealt(score_targets)
+        if pair_loss is not None:
+            return head(scored, targets, (), pair_loss.dealt(share.size, share.rank, partial(sum_over, group)))
+        found = head(scored, targets, by_products, None)
+        logps, extra = found if by_products else (found, {})
+        logps = gather_dealt(logps, len(score_targets), group)
+        extra = {name: gather_dealt(values, len(score_targets), group) for name, values in extra.items()}
+        return (logps, extra) if by_products else logps
 
 
 class Scorer(Protocol):
@@ -177,7 +197,10 @@ class Policy(Scorer, Protocol):
 def host_batch(dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int, layout: Layout) -> PairBatch:
     """A micro-batch on the host, ready to be copied to the device."""
     pairs = [dataset[int(i)] for i in micro_batch.indices]
-    batch = make_batch(layout, pairs, micro_batch.weights, pad_token_id)
+    size = micro_batch.group_size
+    batch = make_batch(
+        layout, pairs, micro_batch.weights, pad_token_id, group_size=size, group_rank=ranks.rank() % size
+    )
     return batch.pinned() if ranks.device().type == "cuda" else batch
 
 

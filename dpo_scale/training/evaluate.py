@@ -60,7 +60,7 @@ def evaluate(
             batch = reference.attach(batch.to(ranks.device()))
             counts = counted_pairs(of_ranks)
             _, losses, metrics = loss_of(policy, batch, config.loss, chosen_tokens, counts)
-            sums.add({"loss": losses, **metrics}, batch.weights)
+            sums.add({"loss": losses, **metrics}, batch.counted)
             # read one micro-batch later, when the device has the next one to work on
             stops_before, stops = stops, ranks.sum_over_ranks(torch.full_like(stops, should_stop()))
             broken_off = stops_before.item() > 0

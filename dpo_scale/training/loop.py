@@ -159,13 +159,14 @@ def accumulate_gradients(
     """Forward and backward passes of a step's micro-batches.
 
     Returns:
-        The step's plan, this rank's sums of its metrics, and its micro-steps' row ids [P] and losses [P].
+        The step's plan, this rank's sums of its metrics, and row ids [P] and losses [P] of micro-steps that it counts.
     """
     step, loss_settings, sums = run.state.step + 1, run.config.loss, MetricSums()
     seen: list[tuple[Tensor, Tensor]] = []
-    is_last = False
+    number, is_last = 0, False
     while not is_last:
-        heartbeat(f"step {step}, micro-step {len(seen) + 1}")
+        number += 1
+        heartbeat(f"step {step}, micro-step {number}")
         with timer.phase("data"):
             micro = next(batches)
             batch = micro.batch.to(ranks.device())
@@ -176,8 +177,9 @@ def accumulate_gradients(
             total, losses, metrics = run.objective(
                 run.policy, batch, loss_settings, plan.mean_chosen_tokens, micro.pairs_of_ranks
             )
-            sums.add({"loss": losses, **metrics}, batch.weights)
-            seen.append((batch.row_ids, losses.detach()))
+            sums.add({"loss": losses, **metrics}, batch.counted)
+            if batch.leads:
+                seen.append((batch.row_ids, losses.detach()))
         with timer.phase("backward"):
             scale = engine.loss_scale_for_mean(len(plan.pairs))
             engine.backward(run.policy, total * scale, last_micro_step=is_last)

@@ -52,7 +52,7 @@ class Objective(Protocol):
         Args:
             batch: with `reference_logps`, if the loss needs them.
             mean_chosen_tokens: mean length of the chosen completions of the whole global batch (see `losses`).
-            pairs_of_ranks: how many pairs that count each rank has in this micro-step.
+            pairs_of_ranks: how many pairs that count each rank has in this micro-step; a group's count on its first.
         """
 
 
@@ -129,12 +129,14 @@ def across_ranks(
     its own; what it reports is its share of the positions, so that sums over ranks count each once.
     """
     sums, weights = _policy_sums(policy, batch, settings)
+    # a group of ranks has the same pairs, which are counted on its first: their place is there for all of the group
+    place = ranks.rank() - (0 if batch.share is None else batch.share.rank)
     rows = max(1, *pairs_of_ranks)  # of each rank's block; one with a filler alone still has that row
 
     def gathered(values: Tensor) -> Tensor:
         """The rows of all ranks that are no padding and no filler: the host knows which, the device is not asked."""
         padding = values.new_zeros((rows - values.shape[0], *values.shape[1:]))
-        blocks = ranks.gather_rows(torch.cat([values, padding])).split(rows)
+        blocks = ranks.gather_rows(torch.cat([values, padding]), place).split(rows)
         return torch.cat([block[:count] for block, count in zip(blocks, pairs_of_ranks, strict=True)])
 
     losses, metrics = preference_loss(
@@ -145,8 +147,8 @@ def across_ranks(
         mean_chosen_tokens=mean_chosen_tokens,
         pair_weights=None if weights is None else gathered(weights),
     )
-    first = sum(pairs_of_ranks[: ranks.rank()])
-    own = slice(first, first + pairs_of_ranks[ranks.rank()])
+    first = sum(pairs_of_ranks[:place])
+    own = slice(first, first + pairs_of_ranks[place])
     # a filler takes part in the backward pass like any other, at zero
     total = losses.sum() + 0.0 * sums.sum()
     if own.start == own.stop:
