@@ -1,7 +1,8 @@
 """The check that a layout gives a loaded model the log-probs, and its attention the gradients, of separate sequences.
 
 A few pairs of random tokens go through the model twice: padded, with the model's own attention, and in the layout, with
-the back end that is to keep sequences apart. Back ends choose kernels by length. So one row is short, and one is longer
+the back end that is to keep sequences apart; where groups of ranks share rows, shared as well. Back ends choose kernels
+by length. So one row is short, and one is longer
 than the blocks that they compute in.
 
 Gradients are those of the attention alone, layer by layer, beside those of `blockwise_attention` in fp32. A backward
@@ -44,13 +45,14 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
     Every rank calls it and gets the same answer: a failure on one is a failure on all. The back end stays in place.
 
     Args:
-        scorer: an engine around a `PairScorer`, at any stage; gradients are checked if it is in training mode.
+        scorer: an engine around a `PairScorer`, at any stage; gradients are checked if it is in training mode. Rows are
+            shared as in its smallest and its largest `groups`.
         model: the transformers model inside it, with `own_attention` (`layouts.install_attention`).
         dtype: of the model.
     """
     was_training = scorer.module.training
     scorer.eval()
-    watcher = _Watcher(gradients=was_training)
+    watcher, sizes_of_groups = _Watcher(gradients=was_training), scorer.module.groups.sizes
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or 2**31  # where a table of positions may end
     apart = []
@@ -65,11 +67,17 @@ def check_layout(scorer: Any, model: Any, layout: Layout, backend: str, dtype: s
         expected = log_probs(make_batch("padded", pairs, weights, 0))
         alone = torch.cat([log_probs(make_batch("padded", [pair], weights[:1], 0)) for pair in pairs])
         use_attention(model, backend)
-        with observed(watcher):
-            got = log_probs(make_batch(layout, pairs, weights, 0))
-        by_padding, difference = ((values - expected).abs().mean().item() for values in (alone, got))
-        if not difference <= max(_ALLOWED_PER_TOKEN[dtype], min(_TIMES_PADDING * by_padding, _MOST_ALLOWED)):
-            apart.append(f"it does not give the log-probs of separate sequences ({difference:.3g} a token apart)")
+        by_padding = (alone - expected).abs().mean().item()
+        for size in sorted({sizes_of_groups[0], sizes_of_groups[-1]}):
+            share = {"group_size": size, "group_rank": ranks.rank() % size}
+            with observed(watcher):
+                got = log_probs(make_batch(layout, pairs, weights, 0, **share))
+            difference = (got - expected).abs().mean().item()
+            if not difference <= max(_ALLOWED_PER_TOKEN[dtype], min(_TIMES_PADDING * by_padding, _MOST_ALLOWED)):
+                shared = f" of rows that {size} ranks share" if size > 1 else ""
+                apart.append(
+                    f"it does not give the log-probs of separate sequences{shared} ({difference:.3g} a token apart)"
+                )
     scorer.train(was_training)
     failures = ranks.gather_objects(next(iter([*watcher.raised, *apart, *watcher.wrong_gradients]), None))
     where = [f" (on rank {rank})" if len(failures) > 1 else "" for rank in range(len(failures))]
