@@ -94,7 +94,6 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     asked = config.data.layout
     if asked == "padded":
         return _padded(config, "asked for by name")
-    groups = choose_groups(config, model_configs)
     attention = ranks.from_main(attention_options(config))  # what another rank lacks fails the check on all
     backend, reason = attention[0]
     against = [reason] if backend is None else [why for c in model_configs if (why := why_padded(c)) is not None]
@@ -107,6 +106,7 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
         raise ConfigError(f"data.layout = {asked!r}: {against[0]}; expected 'padded' or 'auto' for this run")
     if against:
         return _padded(config, against[0])
+    groups = choose_groups(config, model_configs)
     layout: Layout = "shared_prefix" if asked == "auto" else asked
     options = [LayoutOption(layout, backend, reason) for backend, reason in attention]
     if asked == "auto" and config.model.attn_implementation is None and groups.largest == 1:
