@@ -12,11 +12,11 @@ Either way micro-batches are then sorted by cost and dealt to the ranks, neighbo
 ranks have about the same to do, and the first needs the most memory. Cost is FLOPs (`dpo_scale.data.flops`), so a long
 pair weighs more than its tokens; the budget is in tokens, because memory grows with them.
 
-Where N ranks may share a row (`dpo_scale.data.groups`), the row holds N budgets and takes each rank an N-th of its cost.
-Rows of several sizes lie side by side in a micro-step. A pair's row has as many ranks as its tokens need. Attention is
-quadratic, so such a pair may still hold all others up: plans that give costly pairs more ranks than they need are tried
-too, and one is taken if it saves enough time (`LEVELS`). Each kind of row gets as many ranks as its pairs are of all
-work, single ranks get the rest, and short pairs fill whatever row has the least to do.
+Where N ranks may share a row (`dpo_scale.data.groups`), the row holds N budgets, and each rank does an N-th of it. A
+micro-step can hold rows of several sizes side by side. A pair gets as many ranks as its tokens need. Attention is
+quadratic, so it may still hold all others up: plans that give costly pairs more ranks than that are tried too
+(`LEVELS`), and the quickest is taken. Pairs of a size have as many ranks as their share of the work, single ranks have
+the rest, and short pairs go wherever there is least to do, into longer pairs' rows as well.
 
 All of it is a pure function of the pairs, their lengths, the budget and the groups. A plan is made per global batch, in
 O(G log G) and memory for one.
@@ -35,10 +35,10 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout, pair_tokens, row_widths
 
-# A pair's time in its row may be so many times the mean time of all rows. Plans are tried in this order, and one that
-# shares more rows than another must take less than this share of its time: shared rows are exchanged in every layer.
+# How long a pair may take in its row, in mean times of a rank's micro-step. A tighter limit shares more rows, and shared
+# rows are exchanged in every layer: it must bring the time below this share of what it was.
 LEVELS = (math.inf, 2.0, 1.0, 0.5)
-SHARE_OF_TIME = 0.97
+WORTH_SHARING = 0.97
 
 
 def pack_among_ranks(
@@ -70,8 +70,8 @@ def pack_among_ranks(
         runs = _even_runs(of_pairs, costs, size * max_tokens, count)
         runs.sort(key=lambda run: -run[0])  # stable, so equal costs keep the order in which they were made
         steps = deal([MicroBatch.of(pairs[members], size) for _, members in runs], count, spare)
-        return [ranks[::-1] if k % 2 else ranks for k, ranks in enumerate(steps)]  # as in `_shared_out`
-    made = _shared_out(pair_tokens(of_pairs, layout), costs, max_tokens, groups)
+        return [ranks[::-1] if k % 2 else ranks for k, ranks in enumerate(steps)]  # as in `_packed_rows`
+    made = _packed_rows(pair_tokens(of_pairs, layout), costs, max_tokens, groups)
     return [to_ranks([row.micro_batch(pairs, spare) for row in rows]) for rows in made]
 
 
@@ -94,58 +94,57 @@ class _Row:
         return MicroBatch.filler(spare, self.size)
 
 
-def _shared_out(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups) -> list[list[_Row]]:
+def _packed_rows(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups) -> list[list[_Row]]:
     """Rows of all pairs as `result[micro_step]`, from the first rank to the last: the fewest micro-steps that go."""
     fits = groups.smallest_for(tokens, max_tokens)
     held = int(np.minimum(tokens, groups.largest * max_tokens).sum())
     count = -(-held // (max_tokens * groups.world_size))
-    while True:
-        best: list[list[_Row]] = []
-        least, tried = math.inf, np.empty(0)
-        mean = costs.sum() / (count * groups.world_size)
-        for level in LEVELS:
-            sizes = np.maximum(fits, groups.smallest_for(costs, level * mean))
-            if np.array_equal(sizes, tried):
-                continue
-            tried = sizes
-            numbers = _rows_of_sizes(sizes, tokens, costs, max_tokens, mean, groups, count)
-            rows = _filled(sizes, tokens, costs, max_tokens, numbers)
-            if rows:
-                steps = _side_by_side(rows, groups.world_size)
-                time = sum(max(row.time for row in step) for step in steps)
-                if time < SHARE_OF_TIME * least:
-                    best, least = steps, time
-        if best:
-            break
+    while not (steps := _quickest(fits, tokens, costs, max_tokens, groups, count)):
         count += 1
-    # micro-steps with the same groups follow each other, so that forward passes can be merged
-    best.sort(key=lambda step: [-row.size for row in step])
-    # every other micro-step the other way round: otherwise the first rank of a size would have the most to do in all
-    return [sorted(step[::-1] if k % 2 else step, key=lambda row: -row.size) for k, step in enumerate(best)]
+    # those with the same groups follow each other, so that forward passes can be merged
+    steps.sort(key=lambda step: sorted(-row.size for row in step))
+    # every other one the other way round: otherwise the first rank of a size would have the most to do in all of them
+    return [sorted(step[::-1] if k % 2 else step, key=lambda row: -row.size) for k, step in enumerate(steps)]
+
+
+def _quickest(
+    fits: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups, count: int
+) -> list[list[_Row]]:
+    """At most `count` micro-steps with groups of at least the sizes `fits` [G]; none if the pairs need more."""
+    mean = costs.sum() / (count * groups.world_size)
+    best: list[list[_Row]] = []
+    least, tried = math.inf, None
+    for level in LEVELS:
+        sizes = np.maximum(fits, groups.smallest_for(costs, level * mean))
+        if tried is not None and (sizes == tried).all():
+            continue
+        tried = sizes
+        numbers = _rows_of_sizes(sizes, tokens, costs, max_tokens, groups, count)
+        steps = _side_by_side(_filled(sizes, tokens, costs, max_tokens, numbers), groups.world_size)
+        time = sum(max(row.time for row in step) for step in steps)
+        if steps and time < WORTH_SHARING * least:
+            best, least = steps, time
+    return best
 
 
 def _rows_of_sizes(
-    sizes: np.ndarray,
-    tokens: np.ndarray,
-    costs: np.ndarray,
-    max_tokens: int,
-    mean: float,
-    groups: Groups,
-    count: int,
+    sizes: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups, count: int
 ) -> dict[int, int]:
-    """How many rows of each size `count` micro-steps have, for pairs that need groups of `sizes` [G].
+    """How many rows of each size `count` micro-steps have, the largest first, for pairs in groups of `sizes` [G].
 
-    As many as hold the pairs of that size, and as take no longer than the mean row where that can be; the rest are of
-    the smallest size. Empty if the ranks do not suffice.
+    Enough for the tokens of the pairs of that size, and for their work to take no longer than others'. The rest are of
+    the smallest size. None at all if the ranks do not suffice.
     """
-    numbers, left = {}, count * groups.world_size
+    left = count * groups.world_size
+    mean = costs.sum() / left
+    numbers = {}
     for size in groups.sizes[:0:-1]:
         own = sizes == size
         room = size * max_tokens
         numbers[size] = max(
             -(-int(np.minimum(tokens[own], room).sum()) // room),
             int((2 * tokens[own] > room).sum()),  # no two of them fit together
-            math.ceil(np.minimum(costs[own] / (size * mean), 1.0).sum()),
+            math.ceil(np.minimum(costs[own] / (size * mean), 1.0).sum()),  # a pair is in one row, however costly
         )
         left -= size * numbers[size]
     return numbers | {groups.sizes[0]: left // groups.sizes[0]} if left >= 0 else {}
@@ -154,9 +153,9 @@ def _rows_of_sizes(
 def _filled(
     sizes: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, numbers: dict[int, int]
 ) -> list[_Row]:
-    """So many rows of each size, filled with pairs that need groups of `sizes` [G]; empty if one fits nowhere.
+    """So many rows of each size, filled with pairs that need groups of `sizes` [G]; none if a pair fits nowhere.
 
-    Pairs come by size, then by cost, and each goes to the row that ends earliest with it.
+    Pairs come by size, then by cost, and each goes to the row that is done first with it.
     """
     rows = [_Row(size, size * max_tokens) for size, number in numbers.items() for _ in range(number)]
     heaps: dict[int, list[tuple[float, int]]] = {size: [] for size in numbers}
@@ -164,13 +163,13 @@ def _filled(
         heaps[row.size].append((0.0, number))
     order = np.lexsort((np.arange(len(costs)), -costs, -sizes))
     for i in order.tolist():
-        least_size, size_of_pair, cost = int(sizes[i]), int(tokens[i]), float(costs[i])
+        least_size, length, cost = int(sizes[i]), int(tokens[i]), float(costs[i])
         end, chosen = math.inf, 0
         passed_over = []
         for size, heap in heaps.items():
             if size < least_size:
                 break
-            while heap and size_of_pair > rows[heap[0][1]].room and rows[heap[0][1]].members:
+            while heap and length > rows[heap[0][1]].room and rows[heap[0][1]].members:
                 passed_over.append((heap, heappop(heap)))
             if heap and (heap[0][0] + cost) / size <= end:  # the smaller of equals
                 end, chosen = (heap[0][0] + cost) / size, size
@@ -180,7 +179,7 @@ def _filled(
         row = rows[number]
         row.members.append(i)
         row.cost += cost
-        row.room -= size_of_pair
+        row.room -= length
         if row.room > 0:
             heappush(heaps[chosen], (row.cost, number))
         for heap, item in passed_over:
@@ -191,8 +190,8 @@ def _filled(
 def _side_by_side(rows: list[_Row], world_size: int) -> list[list[_Row]]:
     """Micro-steps of rows that take about as long as each other, the longest first.
 
-    Each is filled to the last rank: sizes divide each other and all rows together are whole micro-steps, so what is
-    left to fill is a multiple of the smallest size that remains.
+    Each is filled to the last rank: sizes divide each other and all rows together make whole micro-steps, so what is
+    left to fill is a multiple of the smallest size that waits.
     """
     waiting = sorted(rows, key=lambda row: -row.time)
     steps = []
@@ -210,9 +209,7 @@ def _side_by_side(rows: list[_Row], world_size: int) -> list[list[_Row]]:
     return steps
 
 
-def _even_runs(
-    lengths: np.ndarray, costs: np.ndarray, max_tokens: int, count: int
-) -> list[tuple[float, list[int]]]:
+def _even_runs(lengths: np.ndarray, costs: np.ndarray, max_tokens: int, count: int) -> list[tuple[float, list[int]]]:
     """(cost, positions of pairs) of runs of neighbours by width, of at most `max_tokens` slots, as even as can be.
 
     As few as go, in multiples of `count`.
