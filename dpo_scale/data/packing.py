@@ -35,8 +35,8 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout, pair_tokens, row_widths
 
-# How long a pair may take in its row, in mean times of a rank's micro-step. A tighter limit shares more rows, and shared
-# rows are exchanged in every layer: it must bring the time below this share of what it was.
+# How long a pair may take in its row, in mean times of a rank's micro-step. A tighter limit shares more rows, and
+# those are exchanged in every layer: it must bring the time below this share of what it was.
 LEVELS = (math.inf, 2.0, 1.0, 0.5)
 WORTH_SHARING = 0.97
 
