@@ -6,12 +6,14 @@ resumed at any step, and a step holds the same pairs whatever the number of rank
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout, pair_tokens, row_widths
 
 
@@ -23,8 +25,8 @@ class MicroBatch:
     so a rank with nothing left in a micro-step repeats a short pair at weight 0.
 
     Attributes:
-        group_size: how many ranks share the pairs' row, this one among them (`data.groups`); all have the same
-            micro-batch.
+        group_size: how many ranks share the pairs' row, this one among them (`dpo_scale.data.groups`). All of them
+            have the same micro-batch; whoever counts pairs asks the first alone.
     """
 
     indices: np.ndarray
@@ -32,18 +34,34 @@ class MicroBatch:
     group_size: int = 1
 
     @classmethod
-    def of(cls, pairs: np.ndarray) -> MicroBatch:
+    def of(cls, pairs: np.ndarray, group_size: int = 1) -> MicroBatch:
         """Pairs that count."""
-        return cls(pairs, np.ones(len(pairs), dtype=np.float32))
+        return cls(pairs, np.ones(len(pairs), dtype=np.float32), group_size)
 
     @classmethod
-    def filler(cls, pair: int) -> MicroBatch:
-        return cls(np.array([pair]), np.zeros(1, dtype=np.float32))
+    def filler(cls, pair: int, group_size: int = 1) -> MicroBatch:
+        return cls(np.array([pair]), np.zeros(1, dtype=np.float32), group_size)
 
 
-def counted_pairs(ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
-    """How many pairs each rank has in a micro-step; none where it repeats one as a filler."""
-    return tuple(int(np.count_nonzero(micro_batch.weights)) for micro_batch in ranks)
+def to_ranks(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches of neighbouring groups, one for each of their ranks."""
+    return [micro_batch for micro_batch in batches for _ in range(micro_batch.group_size)]
+
+
+def of_groups(of_ranks: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """A micro-step's micro-batches, each once: those of the groups' first ranks."""
+    return [micro_batch for rank, micro_batch in enumerate(of_ranks) if rank % micro_batch.group_size == 0]
+
+
+def counted_pairs(of_ranks: Sequence[MicroBatch]) -> tuple[int, ...]:
+    """How many pairs count for each rank in a micro-step.
+
+    None where it repeats one as a filler, and none where it is not the first of its group: its pairs count there.
+    """
+    return tuple(
+        int(np.count_nonzero(micro_batch.weights)) if rank % micro_batch.group_size == 0 else 0
+        for rank, micro_batch in enumerate(of_ranks)
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ class PairOrder:
 
 
 def split_among_ranks(
-    pairs: np.ndarray, lengths: np.ndarray, *, micro_batch_size: int, world_size: int
+    pairs: np.ndarray, lengths: np.ndarray, *, micro_batch_size: int, groups: Groups
 ) -> list[list[MicroBatch]]:
     """Lay a global batch out over micro-steps and ranks.
 
@@ -100,44 +118,68 @@ def split_among_ranks(
         pairs: [G] indices into the dataset.
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
         micro_batch_size: most pairs in a micro-batch.
+        groups: of one size.
 
     Returns:
         `result[micro_step][rank]`.
     """
-    assert len(pairs) > 0
+    assert len(pairs) > 0 and len(groups.sizes) == 1
+    size = groups.largest
+    count = groups.world_size // size
     ordered = pairs[np.lexsort((pairs, -row_widths(lengths[pairs])))]
-    micro_steps = math.ceil(len(pairs) / (micro_batch_size * world_size))
-    runs = np.array_split(ordered, micro_steps * world_size)
-    return deal([MicroBatch.of(run) for run in runs if len(run)], world_size, ordered[-1])
+    micro_steps = math.ceil(len(pairs) / (micro_batch_size * count))
+    runs = np.array_split(ordered, micro_steps * count)
+    return deal([MicroBatch.of(run, size) for run in runs if len(run)], count, ordered[-1])
 
 
-def deal(batches: list[MicroBatch], world_size: int, spare: int) -> list[list[MicroBatch]]:
-    """Micro-batches in their order as `result[micro_step][rank]`; ranks left without one repeat the pair `spare`."""
-    batches = batches + [MicroBatch.filler(spare)] * (-len(batches) % world_size)
-    return [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
+def deal(batches: list[MicroBatch], count: int, spare: int) -> list[list[MicroBatch]]:
+    """Micro-batches in their order, to `count` groups of one size, as `result[micro_step][rank]`.
+
+    Groups that are left without one repeat the pair `spare`.
+    """
+    batches = batches + [MicroBatch.filler(spare, batches[0].group_size)] * (-len(batches) % count)
+    return [to_ranks(batches[i : i + count]) for i in range(0, len(batches), count)]
 
 
 def forward_batches(
-    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int, layout: Layout = "padded"
+    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, groups: Groups, layout: Layout = "padded"
 ) -> list[list[MicroBatch]]:
     """Lay pairs out for forward passes alone: by length, as many a micro-batch as fit a budget of tokens.
 
     Without a gradient the order does not matter, so rows of one length go together and nearly nothing is padding;
-    neighbours in length go to different ranks of the same micro-step, so the ranks finish together.
+    neighbours in length go to different ranks of the same micro-step, so the ranks finish together. Each pair goes to
+    the smallest group that holds it, and all groups of a micro-step have one size.
 
     Args:
         pairs: [n] indices into the dataset.
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
-        max_tokens: most tokens of a micro-batch as the layout computes them (where rows are padded: rows times
-            width); a longer pair gets one of its own.
+        max_tokens: most tokens of a micro-batch that one rank holds, as the layout computes them (where rows are
+            padded: rows times width); a longer pair gets a micro-batch of its own. 0: every pair does, in the
+            largest group.
 
     Returns:
         `result[micro_step][rank]`, longest first.
     """
     tokens = _slots_alone(lengths[pairs], layout)
+    fits = groups.smallest_for(tokens, max_tokens)
+    micro_steps = []
+    for size in reversed(groups.sizes):
+        own = np.flatnonzero(fits == size)
+        if len(own):
+            count = groups.world_size // size
+            runs = _runs_within(pairs[own], tokens[own], size * max_tokens, count, layout)
+            micro_steps += deal([MicroBatch.of(run, size) for run in runs], count, runs[-1][-1])
+    return micro_steps
+
+
+def _runs_within(
+    pairs: np.ndarray, tokens: np.ndarray, max_tokens: int, count: int, layout: Layout
+) -> list[np.ndarray]:
+    """Runs of neighbours by length, longest first, each within `max_tokens`; few pairs are spread over `count` all the
+    same."""
     order = np.lexsort((pairs, -tokens))
     before = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens of all pairs before each in order
-    share = -(-len(pairs) // world_size)  # few pairs are spread over the ranks all the same
+    share = -(-len(pairs) // count)
     runs: list[np.ndarray] = []
     start = 0
     while start < len(order):
@@ -145,11 +187,11 @@ def forward_batches(
             fit = int(max_tokens // tokens[order[start]])
         else:
             fit = int(np.searchsorted(before, before[start] + max_tokens, side="right")) - 1 - start
-        left_for_others = len(order) - start - max(0, world_size - len(runs) - 1)
-        count = max(1, min(share, fit, left_for_others))
-        runs.append(pairs[order[start : start + count]])
-        start += count
-    return deal([MicroBatch.of(run) for run in runs], world_size, runs[-1][-1])
+        left_for_others = len(order) - start - max(0, count - len(runs) - 1)
+        taken = max(1, min(share, fit, left_for_others))
+        runs.append(pairs[order[start : start + taken]])
+        start += taken
+    return runs
 
 
 def regroup_for_forward(
@@ -159,8 +201,9 @@ def regroup_for_forward(
 
     A rank's pairs, fillers among them, stay in the order in which its micro-batches hold them, so values come out in
     that order. Padded micro-batches are merged as wholes, and only while that adds little padding
-    (`MAX_ADDED_SLOTS`). All ranks make as many passes: one that needs fewer repeats its shortest pair at weight 0 in
-    the others, which come last.
+    (`MAX_ADDED_SLOTS`). The ranks of a group make each pass together, so only micro-steps that follow each other and
+    have the same groups are merged. All ranks make as many passes: one that needs fewer repeats its shortest pair at
+    weight 0, and what comes of that is of no use.
 
     Args:
         micro_steps: `micro_steps[k][rank]`.
@@ -169,18 +212,30 @@ def regroup_for_forward(
     Returns:
         `result[pass][rank]`; no more passes than micro-steps, if those are within the budget.
     """
-    of_ranks = []
+    passes: list[list[MicroBatch]] = []
+    by_groups = [of_groups(of_ranks) for of_ranks in micro_steps]
+    for _, alike in itertools.groupby(by_groups, key=lambda batches: [one.group_size for one in batches]):
+        passes += _merged_passes(list(alike), lengths, max_tokens, layout)
+    return passes
+
+
+def _merged_passes(
+    micro_steps: list[list[MicroBatch]], lengths: np.ndarray, max_tokens: int, layout: Layout
+) -> list[list[MicroBatch]]:
+    """`regroup_for_forward` of micro-steps that have the same groups, `micro_steps[k][group]`."""
+    passes_of_groups = []
     for micro_batches in zip(*micro_steps, strict=True):
+        size = micro_batches[0].group_size
         pairs = np.concatenate([micro_batch.indices for micro_batch in micro_batches])
         tokens = _slots_alone(lengths[pairs], layout)
-        sizes = [len(micro_batch.indices) for micro_batch in micro_batches]
-        counts = _merged(tokens.tolist(), sizes, max_tokens, layout)
+        numbers = [len(micro_batch.indices) for micro_batch in micro_batches]
+        counts = _merged(tokens.tolist(), numbers, size * max_tokens, layout)
         runs = np.split(pairs, np.cumsum(counts)[:-1])
-        of_ranks.append(([MicroBatch.of(run) for run in runs], pairs[tokens.argmin()]))
-    passes = max(len(batches) for batches, _ in of_ranks)
-    for batches, shortest in of_ranks:
-        batches += [MicroBatch.filler(shortest)] * (passes - len(batches))
-    return [list(ranks) for ranks in zip(*(batches for batches, _ in of_ranks), strict=True)]
+        filler = MicroBatch.filler(pairs[tokens.argmin()], size)
+        passes_of_groups.append(([MicroBatch.of(run, size) for run in runs], filler))
+    most = max(len(batches) for batches, _ in passes_of_groups)
+    padded = [batches + [filler] * (most - len(batches)) for batches, filler in passes_of_groups]
+    return [to_ranks(batches) for batches in zip(*padded, strict=True)]
 
 
 # Merging padded micro-batches makes all rows as wide as the widest. This bounds the extra computing: where the model is

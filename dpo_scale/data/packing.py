@@ -12,94 +12,208 @@ Either way micro-batches are then sorted by cost and dealt to the ranks, neighbo
 ranks have about the same to do, and the first needs the most memory. Cost is FLOPs (`dpo_scale.data.flops`), so a long
 pair weighs more than its tokens; the budget is in tokens, because memory grows with them.
 
-All of it is a pure function of the pairs, their lengths, the budget and the number of ranks. A plan is made per global
-batch, in O(G log G) and memory for one.
+Where N ranks may share a row (`dpo_scale.data.groups`), the row holds N budgets, and each rank does an N-th of it. A
+micro-step can hold rows of several sizes side by side. A pair gets as many ranks as its tokens need. Attention is
+quadratic, so it may still hold all others up: plans that give costly pairs more ranks than that are tried too
+(`LEVELS`), and the quickest is taken. Pairs of a size have as many ranks as their share of the work, single ranks have
+the rest, and short pairs go wherever there is least to do, into longer pairs' rows as well.
+
+All of it is a pure function of the pairs, their lengths, the budget and the groups. A plan is made per global batch, in
+O(G log G) and memory for one.
 """
 
 from __future__ import annotations
 
-from heapq import heappop, heappush, heapreplace
+import math
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import numpy as np
 
-from dpo_scale.data.batching import MicroBatch, deal
+from dpo_scale.data.batching import MicroBatch, deal, to_ranks
 from dpo_scale.data.flops import ForwardFlops
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout, pair_tokens, row_widths
+
+# How long a pair may take in its row, in mean times of a rank's micro-step. A tighter limit shares more rows, and
+# those are exchanged in every layer: it must bring the time below this share of what it was.
+LEVELS = (math.inf, 2.0, 1.0, 0.5)
+WORTH_SHARING = 0.97
 
 
 def pack_among_ranks(
-    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, world_size: int, layout: Layout, flops: ForwardFlops
+    pairs: np.ndarray, lengths: np.ndarray, *, max_tokens: int, groups: Groups, layout: Layout, flops: ForwardFlops
 ) -> list[list[MicroBatch]]:
     """Lay a global batch out over micro-steps and ranks.
 
     Args:
         pairs: [G] indices into the dataset.
         lengths: [N, 3] tokens of prompt, chosen and rejected of the whole dataset.
-        max_tokens: most tokens of a micro-batch, as its layout computes them: prompts once or twice, padding
-            included. A pair that is longer by itself gets a micro-batch of its own.
+        max_tokens: most tokens of a micro-batch that one rank holds, as its layout computes them: prompts once or
+            twice, padding included. A pair that is longer than the largest group holds gets a micro-batch of its own.
+        groups: of one size where rows are padded.
         flops: of the model, for the balance.
 
     Returns:
-        `result[micro_step][rank]`, the costliest first.
+        `result[micro_step][rank]`, the costliest first; of several sizes of groups, those with the largest.
     """
     assert len(pairs) > 0
     # sorted, so that the order in which pairs are given decides nothing
     pairs = np.sort(pairs)
     of_pairs = lengths[pairs]
     costs = flops.of_pairs(of_pairs, layout)
+    spare = pairs[costs.argmin()]
     if layout == "padded":
-        groups = _even_runs(of_pairs, costs, max_tokens, world_size)
-    else:
-        groups = _even_bins(pair_tokens(of_pairs, layout), costs, max_tokens, world_size)
-    groups.sort(key=lambda group: -group[0])  # stable, so equal costs keep the order in which they were made
-    steps = deal([MicroBatch.of(pairs[members]) for _, members in groups], world_size, pairs[costs.argmin()])
-    # every other micro-step the other way round: otherwise rank 0 would have the most to do in all of them
-    return [ranks[::-1] if k % 2 else ranks for k, ranks in enumerate(steps)]
+        assert len(groups.sizes) == 1
+        size = groups.largest
+        count = groups.world_size // size
+        runs = _even_runs(of_pairs, costs, size * max_tokens, count)
+        runs.sort(key=lambda run: -run[0])  # stable, so equal costs keep the order in which they were made
+        steps = deal([MicroBatch.of(pairs[members], size) for _, members in runs], count, spare)
+        return [ranks[::-1] if k % 2 else ranks for k, ranks in enumerate(steps)]  # as in `_packed_rows`
+    made = _packed_rows(pair_tokens(of_pairs, layout), costs, max_tokens, groups)
+    return [to_ranks([row.micro_batch(pairs, spare) for row in rows]) for rows in made]
 
 
-def _even_bins(
-    tokens: np.ndarray, costs: np.ndarray, max_tokens: int, world_size: int
-) -> list[tuple[float, list[int]]]:
-    """(cost, positions of pairs) of bins of at most `max_tokens`, as few as go, in multiples of `world_size`."""
-    order = np.lexsort((np.arange(len(costs)), -costs)).tolist()
-    token_list, cost_list = tokens.tolist(), costs.tolist()
-    needed = -(-int(np.minimum(tokens, max_tokens).sum()) // max_tokens)
-    count = -(-needed // world_size) * world_size
-    while (bins := _fill_bins(order, token_list, cost_list, max_tokens, count)) is None:
-        count += world_size
-    return [(load, members) for load, members in bins if members]
+@dataclass
+class _Row:
+    """What the ranks of a group have in a micro-step: positions of pairs, and their cost together."""
+
+    size: int
+    room: int  # tokens that still fit
+    cost: float = 0.0
+    members: list[int] = field(default_factory=list)
+
+    @property
+    def time(self) -> float:
+        return self.cost / self.size
+
+    def micro_batch(self, pairs: np.ndarray, spare: int) -> MicroBatch:
+        if self.members:
+            return MicroBatch.of(pairs[self.members], self.size)
+        return MicroBatch.filler(spare, self.size)
 
 
-def _fill_bins(
-    order: list[int], tokens: list[int], costs: list[float], max_tokens: int, count: int
-) -> list[tuple[float, list[int]]] | None:
-    """`count` bins filled in `order`, each pair into the cheapest with room for it; None if one fits nowhere."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    loads, room = [0.0] * count, [max_tokens] * count
-    heap = [(0.0, number) for number in range(count)]
-    for i in order:
+def _packed_rows(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups) -> list[list[_Row]]:
+    """Rows of all pairs as `result[micro_step]`, from the first rank to the last: the fewest micro-steps that go."""
+    fits = groups.smallest_for(tokens, max_tokens)
+    held = int(np.minimum(tokens, groups.largest * max_tokens).sum())
+    count = -(-held // (max_tokens * groups.world_size))
+    while not (steps := _quickest(fits, tokens, costs, max_tokens, groups, count)):
+        count += 1
+    # those with the same groups follow each other, so that forward passes can be merged
+    steps.sort(key=lambda step: sorted(-row.size for row in step))
+    # every other one the other way round: otherwise the first rank of a size would have the most to do in all of them
+    return [sorted(step[::-1] if k % 2 else step, key=lambda row: -row.size) for k, step in enumerate(steps)]
+
+
+def _quickest(
+    fits: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups, count: int
+) -> list[list[_Row]]:
+    """At most `count` micro-steps with groups of at least the sizes `fits` [G]; none if the pairs need more."""
+    mean = costs.sum() / (count * groups.world_size)
+    best: list[list[_Row]] = []
+    least, tried = math.inf, None
+    for level in LEVELS:
+        sizes = np.maximum(fits, groups.smallest_for(costs, level * mean))
+        if tried is not None and (sizes == tried).all():
+            continue
+        tried = sizes
+        numbers = _rows_of_sizes(sizes, tokens, costs, max_tokens, groups, count)
+        steps = _side_by_side(_filled(sizes, tokens, costs, max_tokens, numbers), groups.world_size)
+        time = sum(max(row.time for row in step) for step in steps)
+        if steps and time < WORTH_SHARING * least:
+            best, least = steps, time
+    return best
+
+
+def _rows_of_sizes(
+    sizes: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups, count: int
+) -> dict[int, int]:
+    """How many rows of each size `count` micro-steps have, the largest first, for pairs in groups of `sizes` [G].
+
+    Enough for the tokens of the pairs of that size, and for their work to take no longer than others'. The rest are of
+    the smallest size. None at all if the ranks do not suffice.
+    """
+    left = count * groups.world_size
+    mean = costs.sum() / left
+    numbers = {}
+    for size in groups.sizes[:0:-1]:
+        own = sizes == size
+        room = size * max_tokens
+        numbers[size] = max(
+            -(-int(np.minimum(tokens[own], room).sum()) // room),
+            int((2 * tokens[own] > room).sum()),  # no two of them fit together
+            math.ceil(np.minimum(costs[own] / (size * mean), 1.0).sum()),  # a pair is in one row, however costly
+        )
+        left -= size * numbers[size]
+    return numbers | {groups.sizes[0]: left // groups.sizes[0]} if left >= 0 else {}
+
+
+def _filled(
+    sizes: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, numbers: dict[int, int]
+) -> list[_Row]:
+    """So many rows of each size, filled with pairs that need groups of `sizes` [G]; none if a pair fits nowhere.
+
+    Pairs come by size, then by cost, and each goes to the row that is done first with it.
+    """
+    rows = [_Row(size, size * max_tokens) for size, number in numbers.items() for _ in range(number)]
+    heaps: dict[int, list[tuple[float, int]]] = {size: [] for size in numbers}
+    for number, row in enumerate(rows):
+        heaps[row.size].append((0.0, number))
+    order = np.lexsort((np.arange(len(costs)), -costs, -sizes))
+    for i in order.tolist():
+        least_size, length, cost = int(sizes[i]), int(tokens[i]), float(costs[i])
+        end, chosen = math.inf, 0
         passed_over = []
-        while heap and tokens[i] > room[heap[0][1]] and bins[heap[0][1]]:
-            passed_over.append(heappop(heap))
-        if not heap:
-            return None
-        number = heap[0][1]
-        bins[number].append(i)
-        loads[number] += costs[i]
-        room[number] -= tokens[i]
-        if room[number] > 0:
-            heapreplace(heap, (loads[number], number))
-        else:
-            heappop(heap)
-        for item in passed_over:
+        for size, heap in heaps.items():
+            if size < least_size:
+                break
+            while heap and length > rows[heap[0][1]].room and rows[heap[0][1]].members:
+                passed_over.append((heap, heappop(heap)))
+            if heap and (heap[0][0] + cost) / size <= end:  # the smaller of equals
+                end, chosen = (heap[0][0] + cost) / size, size
+        if not chosen:
+            return []
+        _, number = heappop(heaps[chosen])
+        row = rows[number]
+        row.members.append(i)
+        row.cost += cost
+        row.room -= length
+        if row.room > 0:
+            heappush(heaps[chosen], (row.cost, number))
+        for heap, item in passed_over:
             heappush(heap, item)
-    return list(zip(loads, bins, strict=True))
+    return rows
 
 
-def _even_runs(
-    lengths: np.ndarray, costs: np.ndarray, max_tokens: int, world_size: int
-) -> list[tuple[float, list[int]]]:
-    """(cost, positions of pairs) of runs of neighbours by width, of at most `max_tokens` slots, as even as can be."""
+def _side_by_side(rows: list[_Row], world_size: int) -> list[list[_Row]]:
+    """Micro-steps of rows that take about as long as each other, the longest first.
+
+    Each is filled to the last rank: sizes divide each other and all rows together make whole micro-steps, so what is
+    left to fill is a multiple of the smallest size that waits.
+    """
+    waiting = sorted(rows, key=lambda row: -row.time)
+    steps = []
+    while waiting and waiting[0].members:
+        step, others, left = [], [], world_size
+        for row in waiting:
+            if row.size <= left:
+                step.append(row)
+                left -= row.size
+            else:
+                others.append(row)
+        assert left == 0
+        steps.append(step)
+        waiting = others
+    return steps
+
+
+def _even_runs(lengths: np.ndarray, costs: np.ndarray, max_tokens: int, count: int) -> list[tuple[float, list[int]]]:
+    """(cost, positions of pairs) of runs of neighbours by width, of at most `max_tokens` slots, as even as can be.
+
+    As few as go, in multiples of `count`.
+    """
     widths = row_widths(lengths)
     order = np.lexsort((np.arange(len(widths)), -widths))
     fits = np.maximum(1, max_tokens // (2 * widths[order])).tolist()
@@ -114,7 +228,7 @@ def _even_runs(
         return starts
 
     starts = cut(float("inf"))
-    allowed = -(-len(starts) // world_size) * world_size
+    allowed = -(-len(starts) // count) * count
     low, high = 0.0, pair_costs[0] * len(order)
     for _ in range(16):
         middle = (low + high) / 2

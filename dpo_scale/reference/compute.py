@@ -1,8 +1,9 @@
 """Reference values computed: a store filled where rows are missing, and known values checked on use.
 
 Filling is the forward half of training with the reference's weights: pairs are sorted by length, laid out by a token
-budget, spread over the ranks, and each rank adds its own rows to the store as it goes. Nothing here depends on which
-run asks: a row's key is what the model saw, a book's key is the model and the numerics.
+budget, spread over the ranks, and each rank adds its own rows to the store as it goes; where ranks share pairs, the
+first of them does. Nothing here depends on which run asks: a row's key is what the model saw, a book's key is the model
+and the numerics.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_scale.data.batching import MicroBatch, forward_batches
+from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import ranks
@@ -72,7 +73,7 @@ def fill(
 
     Args:
         load_reference: gives the reference's engine; called only if something is missing.
-        max_tokens: most token slots of a forward pass.
+        max_tokens: most token slots of a forward pass that one rank holds.
         tokens: store per-token values too.
         seconds_per_shard: how often a rank puts its rows on the disk; 0: after every micro-batch.
 
@@ -89,13 +90,13 @@ def fill(
         for dataset, rows in zip(datasets, missing, strict=True):
             if len(rows) == 0:
                 continue
-            layout, world_size = reference.module.layout, ranks.world_size()
-            plan = forward_batches(rows, dataset.lengths, max_tokens=max_tokens, world_size=world_size, layout=layout)
-            for of_ranks, micro_batch, values in _scored(reference, dataset, plan, pad_token_id):
-                if micro_batch.weights.any():
+            layout, groups = reference.module.layout, reference.module.groups
+            plan = forward_batches(rows, dataset.lengths, max_tokens=max_tokens, groups=groups, layout=layout)
+            for pairs_of_ranks, micro_batch, values in _scored(reference, dataset, plan, pad_token_id):
+                if pairs_of_ranks[ranks.rank()]:
                     keys, counts = dataset.pair_keys[micro_batch.indices], dataset.lengths[micro_batch.indices, 1:]
                     writer.add(keys, _sums(values, counts).numpy(), counts, values.numpy() if tokens else None)
-                done += sum(int(micro.weights.sum()) for micro in of_ranks)
+                done += sum(pairs_of_ranks)
                 if time.monotonic() - last_said > 10:
                     last_said = time.monotonic()
                     left = (last_said - started) / done * (total - done)
@@ -128,8 +129,8 @@ def _compact_if_scattered(book: Book) -> None:
 
 def _scored(
     scorer: Scorer, dataset: PairDataset, plan: Sequence[list[MicroBatch]], pad_token_id: int
-) -> Iterator[tuple[list[MicroBatch], MicroBatch, Tensor]]:
-    """Of each entry of a plan: the micro-batches of all ranks, this rank's, and what the model gives it.
+) -> Iterator[tuple[tuple[int, ...], MicroBatch, Tensor]]:
+    """Of each entry of a plan: how many pairs count for each rank, this rank's micro-batch, what the model gives it.
 
     The last are the log-probs of the completions' tokens on the host, fp32, row by row, chosen before rejected.
     """
@@ -138,7 +139,7 @@ def _scored(
     with Prefetcher(made, BATCHES_AHEAD) as batches, torch.no_grad():
         for k, (of_ranks, micro_batch, batch) in enumerate(zip(plan, own, batches, strict=True)):
             heartbeat(f"reference log-probs, micro-batch {k + 1} of {len(plan)}")
-            yield of_ranks, micro_batch, scorer(**batch.to(ranks.device()).scorer_inputs).cpu()
+            yield counted_pairs(of_ranks), micro_batch, scorer(**batch.to(ranks.device()).scorer_inputs).cpu()
 
 
 def _sums(values: Tensor, counts: np.ndarray) -> Tensor:
@@ -170,8 +171,10 @@ def verify(
         return
     drawn = np.random.default_rng(seed).choice(len(dataset), size=min(rows, len(dataset)), replace=False)
     worst = (-1.0, 0.0, 0.0, "")
-    plan = forward_batches(drawn, dataset.lengths, max_tokens=1, world_size=ranks.world_size())
-    for _, own, values in _scored(model, dataset, plan, pad_token_id):
+    plan = forward_batches(drawn, dataset.lengths, max_tokens=0, groups=model.module.groups)  # one pair at a time
+    for pairs_of_ranks, own, values in _scored(model, dataset, plan, pad_token_id):
+        if not pairs_of_ranks[ranks.rank()]:
+            continue
         index = int(own.indices[0])
         counts = dataset.lengths[own.indices, 1:]
         computed = _sums(values, counts)[0]

@@ -37,7 +37,10 @@ class LiveReference(Reference):
     def attach(self, batch: PairBatch, passes: Sequence[PairBatch] = ()) -> PairBatch:
         for k, scored in enumerate(passes):
             heartbeat(f"reference pass {k + 1} of {len(passes)}")
+            before = self._scored
             self.score(scored.to(ranks.device()))
+            if not scored.weights.any():  # a filler, whose values no batch asks for; other passes may follow
+                self._scored = before
         if self._scored is None:
             self.score(batch)
         assert self._scored is not None and len(self._scored) >= batch.num_pairs

@@ -10,6 +10,7 @@ import torch
 
 from dpo_scale.data.batching import MicroBatch, counted_pairs, forward_batches, split_among_ranks
 from dpo_scale.data.dataset import PairDataset
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import ranks
@@ -49,7 +50,7 @@ def evaluate(
     sums = MetricSums()
     chosen_tokens = float(lengths[:, 1].mean())
     loss_of = objective_without_gradient(config.loss)
-    plan = evaluation_plan(config, pairs, lengths, policy.module.layout)
+    plan = evaluation_plan(config, pairs, lengths, policy.module.layout, policy.module.groups)
     to_come = (
         load_batch(dataset, of_ranks[ranks.rank()], pad_token_id, reference, policy.module.layout) for of_ranks in plan
     )
@@ -73,23 +74,16 @@ def evaluate(
     return {**means, "pairs": float(len(dataset))}
 
 
-def evaluation_plan(config: Config, pairs: np.ndarray, lengths: np.ndarray, layout: Layout) -> list[list[MicroBatch]]:
+def evaluation_plan(
+    config: Config, pairs: np.ndarray, lengths: np.ndarray, layout: Layout, groups: Groups
+) -> list[list[MicroBatch]]:
     """How held-out pairs are laid out: by the training's budget of tokens, or by pairs where that is what is set."""
     settings = config.train
     if settings.eval_micro_batch_size is None and settings.max_tokens_per_micro_batch is not None:
-        return forward_batches(
-            pairs,
-            lengths,
-            max_tokens=settings.max_tokens_per_micro_batch,
-            world_size=ranks.world_size(),
-            layout=layout,
-        )
-    return split_among_ranks(
-        pairs,
-        lengths,
-        micro_batch_size=settings.eval_micro_batch_size or settings.micro_batch_size,
-        world_size=ranks.world_size(),
-    )
+        budget = settings.max_tokens_per_micro_batch
+        return forward_batches(pairs, lengths, max_tokens=budget, groups=groups, layout=layout)
+    micro_batch_size = settings.eval_micro_batch_size or settings.micro_batch_size
+    return split_among_ranks(pairs, lengths, micro_batch_size=micro_batch_size, groups=groups)
 
 
 def evaluate_model(config: Config) -> dict[str, float]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_scale.data.batching import MicroBatch, PairOrder, counted_pairs, regroup_for_forward, split_among_ranks
+from dpo_scale.data.batching import (
+    MicroBatch,
+    PairOrder,
+    counted_pairs,
+    of_groups,
+    regroup_for_forward,
+    split_among_ranks,
+)
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import ForwardFlops
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout, PairBatch, pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.distributed import ranks
@@ -32,7 +41,7 @@ class StepPlan:
             where no reference runs.
         tokens: of the data: each prompt once, each completion once.
         padding_fraction: share of the token slots of the policy's forward passes that hold no token of a pair that
-            counts.
+            counts; rows that ranks share are padded to a multiple of them.
         useful_flops: what the step needs if each prompt is computed once and nothing is padded or recomputed.
         mean_chosen_tokens: mean length of the chosen completions.
     """
@@ -53,16 +62,18 @@ class Planner:
     Attributes:
         lengths: [N, 3] tokens of prompt, chosen and rejected of the dataset.
         layout: how pairs become rows (`dpo_scale.data.layout`).
+        groups: the ranks that may share a row.
         micro_batch_size: most pairs of a micro-batch, where `max_tokens` is None.
-        max_tokens: most tokens of a micro-batch.
+        max_tokens: most tokens of a micro-batch that one rank holds.
         flops: of the model.
         weight_passes, attention_passes: what a step does to each pair, in forward passes (`passes_of`).
-        reference_tokens: most tokens of a pass of a reference that runs in the step; None: there is none.
+        reference_tokens: most tokens that one rank holds in a pass of a reference that runs in the step; None: there
+            is none.
     """
 
     lengths: np.ndarray
     layout: Layout
-    world_size: int
+    groups: Groups
     micro_batch_size: int
     max_tokens: int | None
     flops: ForwardFlops
@@ -72,17 +83,15 @@ class Planner:
 
     def plan(self, pairs: np.ndarray) -> StepPlan:
         """The plan of a global batch [G]."""
-        lengths, world_size = self.lengths, self.world_size
+        lengths, groups = self.lengths, self.groups
         if self.max_tokens is None:
-            micro_steps = split_among_ranks(
-                pairs, lengths, micro_batch_size=self.micro_batch_size, world_size=world_size
-            )
+            micro_steps = split_among_ranks(pairs, lengths, micro_batch_size=self.micro_batch_size, groups=groups)
         else:
             micro_steps = pack_among_ranks(
                 pairs,
                 lengths,
                 max_tokens=self.max_tokens,
-                world_size=world_size,
+                groups=groups,
                 layout=self.layout,
                 flops=self.flops,
             )
@@ -91,8 +100,7 @@ class Planner:
             reference_passes = regroup_for_forward(
                 micro_steps, lengths, max_tokens=self.reference_tokens, layout=self.layout
             )
-        micro_batches = [micro_batch for of_ranks in micro_steps for micro_batch in of_ranks]
-        computed = sum(slots(self.layout, micro_batch.indices, lengths) for micro_batch in micro_batches)
+        computed = sum(self._slots(micro_batch) for of_ranks in micro_steps for micro_batch in of_groups(of_ranks))
         of_pairs = lengths[pairs]
         useful = self.flops.of_pairs(
             of_pairs, "shared_prefix", weights=self.weight_passes, attention=self.attention_passes
@@ -109,10 +117,24 @@ class Planner:
 
     def idle_fraction(self, plan: StepPlan) -> float:
         """Share of the ranks' time that they wait for the slowest of each micro-step, if FLOPs take equal time."""
-        costs = np.array([[self._cost(micro_batch) for micro_batch in of_ranks] for of_ranks in plan.micro_steps])
+        costs = np.array([self._costs(of_ranks) for of_ranks in plan.micro_steps])
         return float(1.0 - costs.mean(axis=1).sum() / costs.max(axis=1).sum())
 
+    def _slots(self, micro_batch: MicroBatch) -> int:
+        """Token slots of a micro-batch's row or rows on all ranks that share it."""
+        computed, size = slots(self.layout, micro_batch.indices, self.lengths), micro_batch.group_size
+        return -(-computed // size) * size
+
+    def _costs(self, of_ranks: list[MicroBatch]) -> list[float]:
+        """FLOPs of each rank in a micro-step."""
+        return [
+            cost
+            for micro_batch in of_groups(of_ranks)
+            for cost in [self._cost(micro_batch) / micro_batch.group_size] * micro_batch.group_size
+        ]
+
     def _cost(self, micro_batch: MicroBatch) -> float:
+        """FLOPs of a micro-batch on all ranks that share it."""
         if not micro_batch.weights.any():
             return 0.0
         lengths = self.lengths[micro_batch.indices]
@@ -135,16 +157,18 @@ class Planner:
         size = f"{self.micro_batch_size} pairs" if self.max_tokens is None else f"{self.max_tokens} tokens"
         micro_steps = _span([len(plan.micro_steps) for plan in plans])
         text = (
-            f"{micro_steps} micro-steps x {self.world_size} ranks of at most {size}; by the plans of the first "
-            f"{len(plans)} steps {padding:.1%} is padding and ranks are idle for {idle:.1%}"
+            f"{micro_steps} micro-steps x {self.groups.world_size} ranks of at most {size}{self._shared(plans)}; by "
+            f"the plans of the first {len(plans)} steps {padding:.1%} is padding and ranks are idle for {idle:.1%}"
         )
         if self.max_tokens is not None:
             tokens = pair_tokens(self.lengths, self.layout)
             longest = int(tokens.argmax())
-            over = int((tokens > self.max_tokens).sum())
+            largest = self.groups.largest
+            over = int((tokens > largest * self.max_tokens).sum())
             if over:
+                than = "that" if largest == 1 else f"{largest} ranks hold together"
                 text += (
-                    f"; {over} pairs are longer than that and get micro-batches of their own, the longest "
+                    f"; {over} pairs are longer than {than} and get micro-batches of their own, the longest "
                     f"{dataset.describe(longest)} with {tokens[longest]} tokens"
                 )
         if self.reference_tokens is not None:
@@ -152,18 +176,35 @@ class Planner:
             text += f"; reference passes a step: {passes} of at most {self.reference_tokens} tokens"
         return text
 
+    def _shared(self, plans: list[StepPlan]) -> str:
+        """For the log: how many ranks share a row; nothing where none do."""
+        largest = self.groups.largest
+        if largest == 1:
+            return ""
+        if len(self.groups.sizes) == 1:
+            return f"; rows are shared by {largest} ranks"
+        sizes = Counter(
+            micro_batch.group_size
+            for plan in plans
+            for of_ranks in plan.micro_steps
+            for micro_batch in of_groups(of_ranks)
+            if micro_batch.weights.any()
+        )
+        shared = [f"{sizes[size]} are shared by {size} ranks" for size in sorted(sizes, reverse=True) if size > 1]
+        return f"; of {sizes.total()} micro-batches {', '.join(shared) or 'none is shared'}"
+
 
 def _span(counts: list[int]) -> str:
     return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def make_planner(config: Config, layout: Layout, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
+def make_planner(config: Config, layout: Layout, groups: Groups, flops: ForwardFlops, lengths: np.ndarray) -> Planner:
     """The planner of a run's training steps."""
     train, budget = config.train, config.reference.max_tokens_per_micro_batch
     return Planner(
         lengths,
         layout,
-        ranks.world_size(),
+        groups,
         train.micro_batch_size,
         train.max_tokens_per_micro_batch,
         flops,
@@ -196,7 +237,7 @@ class MicroStep:
         batch: on the host, page-locked if the device is not the host.
         reference_passes: the reference's batches of the whole optimizer step, with its first micro-step; kept as
             `batch` is.
-        pairs_of_ranks: how many pairs that count each rank has in this micro-step.
+        pairs_of_ranks: how many pairs count for each rank in this micro-step (`counted_pairs`).
         is_last: of its optimizer step.
     """
 

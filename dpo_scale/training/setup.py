@@ -200,7 +200,7 @@ def build(
     """Plan the steps, fill the store if that is the reference, and load the models."""
     data, layout, total_steps = prepared.data, prepared.layout, course.total_steps
     flops = forward_flops(prepared.model_config, trust_remote_code=config.model.trust_remote_code)
-    planner = make_planner(config, layout.option.layout, flops, data.train.lengths)
+    planner = make_planner(config, layout.option.layout, layout.groups, flops, data.train.lengths)
     plans = planner.first_plans(course.pair_order, total_steps)
     ranks.log(f"run folder {run_dir}")
     ranks.log(
@@ -221,7 +221,7 @@ def build(
     elif known is not None:
         verify_start(config, known, policy, seen, prepared.pad_token_id, layout)
     if layout.option.layout != planner.layout:  # a model failed its check, before any step was laid out
-        planner = make_planner(config, layout.option.layout, flops, data.train.lengths)
+        planner = make_planner(config, layout.option.layout, layout.groups, flops, data.train.lengths)
         plans = planner.first_plans(course.pair_order, total_steps)
         ranks.log(f"planned again for layout {planner.layout}: {planner.describe(plans, data.train)}")
     objective, reason = choose_objective(config, policy)

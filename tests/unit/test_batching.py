@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_scale.data.batching import PairOrder, forward_batches, split_among_ranks
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import pair_tokens, slots
 
 
@@ -47,7 +48,7 @@ def test_unshuffled_order_is_the_files():
 def test_every_pair_is_seen_once_and_ranks_run_in_step(count, micro, world):
     lengths = random_lengths(50)
     pairs = np.random.default_rng(1).permutation(50)[:count]
-    layout = split_among_ranks(pairs, lengths, micro_batch_size=micro, world_size=world)
+    layout = split_among_ranks(pairs, lengths, micro_batch_size=micro, groups=Groups(world))
     assert len(layout) == max(1, -(-count // (micro * world)))
     assert all(len(ranks) == world for ranks in layout)
     real = np.concatenate([m.indices[m.weights > 0] for ranks in layout for m in ranks])
@@ -60,8 +61,8 @@ def test_every_pair_is_seen_once_and_ranks_run_in_step(count, micro, world):
 def test_layout_does_not_depend_on_the_order_of_the_pairs():
     lengths = random_lengths(20)
     pairs = np.arange(12)
-    one = split_among_ranks(pairs, lengths, micro_batch_size=2, world_size=2)
-    two = split_among_ranks(pairs[::-1].copy(), lengths, micro_batch_size=2, world_size=2)
+    one = split_among_ranks(pairs, lengths, micro_batch_size=2, groups=Groups(2))
+    two = split_among_ranks(pairs[::-1].copy(), lengths, micro_batch_size=2, groups=Groups(2))
     assert [list(m.indices) for r in one for m in r] == [list(m.indices) for r in two for m in r]
 
 
@@ -73,7 +74,7 @@ def test_sorting_by_length_pads_less_than_the_given_order():
         computed = sum(slots("padded", b, lengths) for b in batches)
         return 1 - sum(pair_tokens(lengths[b], "padded").sum() for b in batches) / computed
 
-    laid_out = split_among_ranks(pairs, lengths, micro_batch_size=4, world_size=2)
+    laid_out = split_among_ranks(pairs, lengths, micro_batch_size=4, groups=Groups(2))
     ours = padding([m.indices for ranks in laid_out for m in ranks])
     assert ours < 0.6 * padding(np.array_split(pairs, 16))
 
@@ -81,7 +82,7 @@ def test_sorting_by_length_pads_less_than_the_given_order():
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_longest_rows_come_first(world):
     lengths = random_lengths(32)
-    layout = split_among_ranks(np.arange(32), lengths, micro_batch_size=2, world_size=world)
+    layout = split_among_ranks(np.arange(32), lengths, micro_batch_size=2, groups=Groups(world))
     widest = [max(int((lengths[m.indices, 0] + lengths[m.indices, 1:].max(1)).max()) for m in r) for r in layout]
     assert widest == sorted(widest, reverse=True)
 
@@ -91,7 +92,7 @@ def test_longest_rows_come_first(world):
 def test_forward_batches_hold_every_pair_once_within_the_budget(count, budget, world):
     lengths = random_lengths(50)
     pairs = np.random.default_rng(2).permutation(50)[:count]
-    layout = forward_batches(pairs, lengths, max_tokens=budget, world_size=world)
+    layout = forward_batches(pairs, lengths, max_tokens=budget, groups=Groups(world))
     assert all(len(ranks) == world for ranks in layout)
     real = [m.indices for ranks in layout for m in ranks if m.weights.any()]
     assert sorted(np.concatenate(real)) == sorted(pairs)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dpo_scale.data.batching import PairOrder, forward_batches
 from dpo_scale.data.flops import ForwardFlops
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.training.plan import Planner
@@ -19,7 +20,7 @@ FLOPS = ForwardFlops(per_token=3000.0, per_scored_token=800.0, attention=((None,
 
 
 def plan(pairs, lengths, budget, world, layout, flops=FLOPS):
-    return pack_among_ranks(pairs, lengths, max_tokens=budget, world_size=world, layout=layout, flops=flops)
+    return pack_among_ranks(pairs, lengths, max_tokens=budget, groups=Groups(world), layout=layout, flops=flops)
 
 
 def indices(layout):
@@ -105,22 +106,22 @@ def test_a_long_pair_counts_for_more_than_its_tokens():
 @pytest.mark.parametrize("world", [2, 8])
 def test_rows_of_8_to_4000_tokens_leave_ranks_idle_and_slots_empty_for_under_5_percent(layout, world):
     lengths = wide_lengths(64 * world * 8)
-    planner = Planner(lengths, layout, world, 1, 8192, FLOPS, 3.0, 3.0)
+    planner = Planner(lengths, layout, Groups(world), 1, 8192, FLOPS, 3.0, 3.0)
     pair_order = PairOrder(len(lengths), 32 * world, seed=0)
     plans = planner.first_plans(pair_order, 16)
     assert len(plans) == 16
     assert np.mean([planner.idle_fraction(one) for one in plans]) < 0.05
     assert max(one.padding_fraction for one in plans) < 0.05
     # the same pairs in micro-batches of a fixed number of padded rows
-    fixed = Planner(lengths, "padded", world, 4, None, FLOPS, 3.0, 3.0)
+    fixed = Planner(lengths, "padded", Groups(world), 4, None, FLOPS, 3.0, 3.0)
     assert np.mean([fixed.idle_fraction(one) for one in fixed.first_plans(pair_order, 16)]) > 0.05
 
 
 def test_padded_runs_are_more_even_and_emptier_of_padding_than_fixed_numbers_of_pairs():
     lengths = wide_lengths(512, seed=3)
     pair_order = PairOrder(512, 64, seed=0)
-    by_tokens = Planner(lengths, "padded", 2, 1, 8192, FLOPS, 3.0, 3.0)
-    by_pairs = Planner(lengths, "padded", 2, 4, None, FLOPS, 3.0, 3.0)
+    by_tokens = Planner(lengths, "padded", Groups(2), 1, 8192, FLOPS, 3.0, 3.0)
+    by_pairs = Planner(lengths, "padded", Groups(2), 4, None, FLOPS, 3.0, 3.0)
 
     def mean(planner, measure):
         return np.mean([measure(planner, one) for one in planner.first_plans(pair_order, 8)])
@@ -133,7 +134,7 @@ def test_padded_runs_are_more_even_and_emptier_of_padding_than_fixed_numbers_of_
 def test_plans_say_what_a_step_holds():
     lengths = np.array([[4, 2, 3], [1, 5, 1]], dtype=np.int32)
     flops = ForwardFlops(per_token=1.0, per_scored_token=100.0, attention=())
-    one = Planner(lengths, "padded", 1, 2, None, flops, 3.0, 3.0).plan(np.arange(2))
+    one = Planner(lengths, "padded", Groups(1), 2, None, flops, 3.0, 3.0).plan(np.arange(2))
     assert one.tokens == 16 and one.mean_chosen_tokens == 3.5
     assert one.padding_fraction == pytest.approx(1 - 21 / 28)  # 4 rows of 7; rows of 6, 7, 6 and 2 tokens
     assert one.useful_flops == 3 * (16 + 100 * 11)
@@ -144,7 +145,7 @@ def test_plans_say_what_a_step_holds():
 def test_forward_batches_of_every_layout_hold_every_pair_once_within_the_budget(count, budget, world, layout):
     lengths = wide_lengths(50) // 10 + 1
     pairs = np.random.default_rng(2).permutation(50)[:count]
-    made = forward_batches(pairs, lengths, max_tokens=budget, world_size=world, layout=layout)
+    made = forward_batches(pairs, lengths, max_tokens=budget, groups=Groups(world), layout=layout)
     assert all(len(ranks) == world for ranks in made)
     real = [m.indices for ranks in made for m in ranks if m.weights.any()]
     assert sorted(np.concatenate(real)) == sorted(pairs)

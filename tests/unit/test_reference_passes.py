@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dpo_scale.data.batching import MAX_ADDED_SLOTS, MicroBatch, regroup_for_forward, split_among_ranks
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.flops import ForwardFlops
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import make_batch, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.reference.live import LiveReference
@@ -45,9 +46,11 @@ def test_each_rank_scores_its_own_pairs_in_their_order_within_the_budget(
     lengths = lengths_of(70, seed)
     pairs = np.random.default_rng(seed).permutation(70)[:count]
     if tokens is None:
-        micro_steps = split_among_ranks(pairs, lengths, micro_batch_size=micro, world_size=world)
+        micro_steps = split_among_ranks(pairs, lengths, micro_batch_size=micro, groups=Groups(world))
     else:
-        micro_steps = pack_among_ranks(pairs, lengths, max_tokens=tokens, world_size=world, layout=layout, flops=FLOPS)
+        micro_steps = pack_among_ranks(
+            pairs, lengths, max_tokens=tokens, groups=Groups(world), layout=layout, flops=FLOPS
+        )
     passes = regroup_for_forward(micro_steps, lengths, max_tokens=budget, layout=layout)
     assert all(len(ranks) == world for ranks in passes)
     assert any(all(ranks[rank].weights.any() for ranks in passes) for rank in range(world)), "a pass of fillers alone"
@@ -69,7 +72,7 @@ def test_each_rank_scores_its_own_pairs_in_their_order_within_the_budget(
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
 def test_no_pass_has_room_for_the_pair_after_it(layout):
     lengths = lengths_of(64)
-    micro_steps = split_among_ranks(np.arange(64), lengths, micro_batch_size=2, world_size=2)
+    micro_steps = split_among_ranks(np.arange(64), lengths, micro_batch_size=2, groups=Groups(2))
     passes = regroup_for_forward(micro_steps, lengths, max_tokens=1500, layout=layout)
     assert 2 < len(passes) < len(micro_steps)
     for rank in range(2):
@@ -80,7 +83,7 @@ def test_no_pass_has_room_for_the_pair_after_it(layout):
 
 def test_padded_micro_batches_are_merged_while_that_adds_little_padding():
     lengths = np.array([[10, 90, 90]] * 4 + [[10, 70, 70]] * 4 + [[1, 9, 9]] * 8, dtype=np.int32)
-    micro_steps = split_among_ranks(np.arange(16), lengths, micro_batch_size=2, world_size=1)
+    micro_steps = split_among_ranks(np.arange(16), lengths, micro_batch_size=2, groups=Groups(1))
     passes = regroup_for_forward(micro_steps, lengths, max_tokens=10_000, layout="padded")
     # rows of 80 go with rows of 100, rows of 10 do not
     assert [len(run) for run in of_rank(passes, 0)] == [8, 8]
@@ -92,14 +95,14 @@ def test_padded_micro_batches_are_merged_while_that_adds_little_padding():
 def test_a_single_micro_step_is_scored_as_it_is_trained():
     lengths = lengths_of(6)
     for layout in LAYOUTS:
-        micro_steps = split_among_ranks(np.arange(6), lengths, micro_batch_size=3, world_size=2)
+        micro_steps = split_among_ranks(np.arange(6), lengths, micro_batch_size=3, groups=Groups(2))
         passes = regroup_for_forward(micro_steps, lengths, max_tokens=10_000, layout=layout)
         for rank in range(2):
             assert of_rank(passes, rank) == of_rank(micro_steps, rank)
 
 
 def test_only_a_reference_that_runs_is_planned_for():
-    planner = Planner(lengths_of(12), "packed", 2, 1, None, FLOPS, 4.0, 4.0, reference_tokens=100_000)
+    planner = Planner(lengths_of(12), "packed", Groups(2), 1, None, FLOPS, 4.0, 4.0, reference_tokens=100_000)
     plan = planner.plan(np.arange(12))
     assert len(plan.micro_steps) == 6 and len(plan.reference_passes) == 1
     assert "reference passes a step: 1 of at most 100000 tokens" in planner.describe([plan], dataset=None)

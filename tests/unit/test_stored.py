@@ -8,6 +8,7 @@ import torch
 from tiny import preference_rows, save_tokenizer, write_rows
 
 from dpo_scale.data.dataset import load_pairs
+from dpo_scale.data.groups import Groups
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.errors import StoreError
 from dpo_scale.reference.compute import verify
@@ -27,7 +28,7 @@ def verified(pairs, apart, dtype, token_logp=-2.0):
     """Verify values that lie `apart(n)` above those of a model that gives each token `token_logp`."""
 
     class Model:
-        module = SimpleNamespace(layout="padded")
+        module = SimpleNamespace(layout="padded", groups=Groups(1))
 
         def __call__(self, score_index, **inputs):
             return torch.full((len(score_index),), token_logp)
