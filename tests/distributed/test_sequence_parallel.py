@@ -95,16 +95,20 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     common = [
         *run_overrides(folder), "train.max_steps=4", "train.eval_on_start=true", "train.weight_decay=0.1",
-        "checkpoint.save_steps=2", "checkpoint.save_total_limit=null", f"reference.store={folder / 'store'}",
+        "checkpoint.save_at_end=false", f"reference.store={folder / 'store'}",
     ]  # fmt: skip
     for architecture in ARCHITECTURES:
         save_model(folder / architecture, architecture)
 
-    def placed(described):
-        return {name: [one.format(folder=folder) if "{folder}" in one else one for one in overrides]
-                for name, (_, overrides) in described.items()}  # fmt: skip
-
     step_2 = {name: str(folder / name / "checkpoints" / "step-2") for name in ("llama", "2, stage 3", "auto", "4")}
+
+    def placed(described):
+        return {
+            name: [one.format(folder=folder) if "{folder}" in one else one for one in overrides]
+            + ["checkpoint.save_steps=2"] * (name in step_2)
+            for name, (_, overrides) in described.items()
+        }
+
     resumed_on_2 = {
         "from 1 to 2": {"overrides": shared(2, "deepspeed.stage=0"), "resume": step_2["llama"]},
         "from 2 to auto": {"overrides": shared("auto", *AUTO, STAGE_3), "resume": step_2["2, stage 3"]},
