@@ -132,7 +132,7 @@ def choose_groups(config: Config, model_configs: Sequence[Any]) -> Groups:
         powers = itertools.takewhile(lambda n: world_size % n == 0 and n <= heads, (2**k for k in itertools.count()))
         return Groups(world_size, tuple(powers))
     if world_size % asked:
-        raise ConfigError(f"{said}: expected a number that divides the {world_size} ranks of this run")
+        raise ConfigError(f"{said}: expected a divisor of the number of ranks, which is {world_size} here")
     if asked > heads:
         raise ConfigError(f"{said}: expected at most {heads}, the model's attention heads, of which each rank has some")
     return Groups(world_size, (asked,))

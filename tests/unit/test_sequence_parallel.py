@@ -203,7 +203,7 @@ def rope(kind):
 @pytest.mark.parametrize(
     "model, overrides, message",
     [
-        (tiny_config("llama"), ["train.sequence_parallel_size=3"], "divides the 8 ranks"),
+        (tiny_config("llama"), ["train.sequence_parallel_size=3"], "a divisor of the number of ranks, which is 8"),
         (tiny_config("llama"), ["train.sequence_parallel_size=8"], "at most 4, the model's attention heads"),
         (rope("dynamic"), ["train.sequence_parallel_size=2"], "dynamic positions scales them by the length"),
         (rope("longrope"), ["train.sequence_parallel_size=2"], "longrope positions scales them by the length"),
