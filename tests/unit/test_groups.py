@@ -233,11 +233,13 @@ def test_what_the_log_says_of_shared_rows():
     lengths = np.array([[3500, 50, 50], [1500, 50, 50]] + [[700, 50, 50]] * 2, dtype=np.int32)
     several = Planner(lengths, "shared_prefix", Groups(8, (1, 2, 4, 8)), 1, 1000, FLOPS, 3.0, 3.0)
     said = several.describe([several.plan(np.arange(4))], Dataset())
-    assert "; of 4 micro-batches 1 are shared by 4 ranks, 1 are shared by 2 ranks; by the plans" in said
+    assert "; of 4 micro-batches are shared by several ranks: 1 by 4, 1 by 2; by the plans" in said
     assert "longer" not in said
     alike = np.full((80, 3), 50, dtype=np.int32)
     none = Planner(alike, "shared_prefix", Groups(8, (1, 2)), 1, 1000, FLOPS, 3.0, 3.0)
-    assert "; of 16 micro-batches none is shared; by" in none.describe([none.plan(np.arange(80))], Dataset())
+    assert "; of 16 micro-batches are shared by several ranks: none; by the plans" in none.describe(
+        [none.plan(np.arange(80))], Dataset()
+    )
     fixed = Planner(lengths, "shared_prefix", Groups(8, (2,)), 1, 1000, FLOPS, 3.0, 3.0)
     said = fixed.describe([fixed.plan(np.arange(4))], Dataset())
     assert "8 ranks of at most 1000 tokens; rows are shared by 2 ranks; by the plans" in said
