@@ -15,8 +15,9 @@ pair weighs more than its tokens; the budget is in tokens, because memory grows 
 Where N ranks may share a row (`dpo_scale.data.groups`), the row holds N budgets, and each rank does an N-th of it. A
 micro-step can hold rows of several sizes side by side. A pair gets as many ranks as its tokens need. Attention is
 quadratic, so it may still hold all others up: plans that give costly pairs more ranks than that are tried too
-(`LEVELS`), and the quickest is taken. Pairs of a size have as many ranks as their share of the work, single ranks have
-the rest, and short pairs go wherever there is least to do, into longer pairs' rows as well.
+(`LEVELS`), and the quickest is taken, the exchange between ranks that share rows included. Pairs of a size have as many
+ranks as their share of the work, single ranks have the rest, and short pairs go wherever there is least to do, into
+longer pairs' rows as well.
 
 All of it is a pure function of the pairs, their lengths, the budget and the groups. A plan is made per global batch, in
 O(G log G) and memory for one.
