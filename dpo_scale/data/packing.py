@@ -15,8 +15,9 @@ pair weighs more than its tokens; the budget is in tokens, because memory grows 
 Where N ranks may share a row (`dpo_scale.data.groups`), the row holds N budgets, and each rank does an N-th of it. A
 micro-step can hold rows of several sizes side by side. A pair gets as many ranks as its tokens need. Attention is
 quadratic, so it may still hold all others up: plans that give costly pairs more ranks than that are tried too
-(`LEVELS`), and the quickest is taken. Pairs of a size have as many ranks as their share of the work, single ranks have
-the rest, and short pairs go wherever there is least to do, into longer pairs' rows as well.
+(`LEVELS`), and the quickest is taken, the exchange between ranks that share rows included. Pairs of a size have as many
+ranks as their share of the work, single ranks have the rest, and short pairs go wherever there is least to do, into
+longer pairs' rows as well.
 
 All of it is a pure function of the pairs, their lengths, the budget and the groups. A plan is made per global batch, in
 O(G log G) and memory for one.
@@ -35,10 +36,11 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import Layout, pair_tokens, row_widths
 
-# How long a pair may take in its row, in mean times of a rank's micro-step. A tighter limit shares more rows, and
-# those are exchanged in every layer: it must bring the time below this share of what it was.
+# How long a pair may take in its row, in mean times of a rank's micro-step.
 LEVELS = (math.inf, 2.0, 1.0, 0.5)
-WORTH_SHARING = 0.97
+# What the exchange in every layer adds to the time of shared rows, roughly: about 5% for an 8B model over NVLink by
+# bytes and FLOPs, several times that between nodes. So rows are not shared for less.
+EXCHANGE = 0.1
 
 
 def pack_among_ranks(
@@ -95,12 +97,21 @@ class _Row:
 
 
 def _packed_rows(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups) -> list[list[_Row]]:
-    """Rows of all pairs as `result[micro_step]`, from the first rank to the last: the fewest micro-steps that go."""
+    """Rows of all pairs as `result[micro_step]`, from the first rank to the last.
+
+    The fewest micro-steps that go; a few more where that spares short pairs the exchange.
+    """
     fits = groups.smallest_for(tokens, max_tokens)
     held = int(np.minimum(tokens, groups.largest * max_tokens).sum())
-    count = -(-held // (max_tokens * groups.world_size))
-    while not (steps := _quickest(fits, tokens, costs, max_tokens, groups, count)):
+    alone = int((2 * tokens > groups.largest * max_tokens).sum())  # in their rows, of those pairs
+    count = -(-max(held, alone * groups.largest * max_tokens) // (max_tokens * groups.world_size))
+    few: list[list[_Row]] = []  # all rows in the largest groups, which leaves the least room empty
+    while not (steps := _quickest(LEVELS, fits, tokens, costs, max_tokens, groups, count)):
+        few = few or _quickest((0.0,), fits, tokens, costs, max_tokens, groups, count)
         count += 1
+        if few and count > (1 + EXCHANGE) * len(few):
+            steps = few
+            break
     # those with the same groups follow each other, so that forward passes can be merged
     steps.sort(key=lambda step: sorted(-row.size for row in step))
     # every other one the other way round: otherwise the first rank of a size would have the most to do in all of them
@@ -108,21 +119,28 @@ def _packed_rows(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups:
 
 
 def _quickest(
-    fits: np.ndarray, tokens: np.ndarray, costs: np.ndarray, max_tokens: int, groups: Groups, count: int
+    levels: tuple[float, ...],
+    fits: np.ndarray,
+    tokens: np.ndarray,
+    costs: np.ndarray,
+    max_tokens: int,
+    groups: Groups,
+    count: int,
 ) -> list[list[_Row]]:
     """At most `count` micro-steps with groups of at least the sizes `fits` [G]; none if the pairs need more."""
     mean = costs.sum() / (count * groups.world_size)
     best: list[list[_Row]] = []
     least, tried = math.inf, None
-    for level in LEVELS:
+    for level in levels:
         sizes = np.maximum(fits, groups.smallest_for(costs, level * mean))
         if tried is not None and (sizes == tried).all():
             continue
         tried = sizes
         numbers = _rows_of_sizes(sizes, tokens, costs, max_tokens, groups, count)
         steps = _side_by_side(_filled(sizes, tokens, costs, max_tokens, numbers), groups.world_size)
-        time = sum(max(row.time for row in step) for step in steps)
-        if steps and time < WORTH_SHARING * least:
+        shared = sum(row.cost for step in steps for row in step if row.size > 1) / costs.sum()
+        time = sum(max(row.time for row in step) for step in steps) * (1 + EXCHANGE * shared)
+        if steps and time < least:
             best, least = steps, time
     return best
 
@@ -133,7 +151,7 @@ def _rows_of_sizes(
     """How many rows of each size `count` micro-steps have, the largest first, for pairs in groups of `sizes` [G].
 
     Enough for the tokens of the pairs of that size, and for their work to take no longer than others'. The rest are of
-    the smallest size. None at all if the ranks do not suffice.
+    the smallest size.
     """
     left = count * groups.world_size
     mean = costs.sum() / left
@@ -141,13 +159,14 @@ def _rows_of_sizes(
     for size in groups.sizes[:0:-1]:
         own = sizes == size
         room = size * max_tokens
-        numbers[size] = max(
+        wanted = max(
             -(-int(np.minimum(tokens[own], room).sum()) // room),
             int((2 * tokens[own] > room).sum()),  # no two of them fit together
-            math.ceil(np.minimum(costs[own] / (size * mean), 1.0).sum()),  # a pair is in one row, however costly
+            min(int(own.sum()), math.ceil(costs[own].sum() / (size * mean))),
         )
+        numbers[size] = min(wanted, left // size)
         left -= size * numbers[size]
-    return numbers | {groups.sizes[0]: left // groups.sizes[0]} if left >= 0 else {}
+    return numbers | {groups.sizes[0]: left // groups.sizes[0]}
 
 
 def _filled(
@@ -197,7 +216,10 @@ def _side_by_side(rows: list[_Row], world_size: int) -> list[list[_Row]]:
     steps = []
     while waiting and waiting[0].members:
         step, others, left = [], [], world_size
-        for row in waiting:
+        for k, row in enumerate(waiting):
+            if left == 0:
+                others += waiting[k:]
+                break
             if row.size <= left:
                 step.append(row)
                 left -= row.size

@@ -190,8 +190,8 @@ class Planner:
             for micro_batch in of_groups(of_ranks)
             if micro_batch.weights.any()
         )
-        shared = [f"{sizes[size]} are shared by {size} ranks" for size in sorted(sizes, reverse=True) if size > 1]
-        return f"; of {sizes.total()} micro-batches {', '.join(shared) or 'none is shared'}"
+        shared = [f"{sizes[size]} by {size}" for size in sorted(sizes, reverse=True) if size > 1]
+        return f"; of {sizes.total()} micro-batches are shared by several ranks: {', '.join(shared) or 'none'}"
 
 
 def _span(counts: list[int]) -> str:

@@ -289,7 +289,17 @@ def test_planning_measures_an_epoch():
     report["cases"] = [planning.plan_epoch(pairs, 2, 64, 4096) for pairs in (640, 6400)]
     assert all(0 < case["seconds_per_step"] < 1 and 0 <= case["idle"] < 0.2 for case in report["cases"])
     assert report["cases"][0]["idle"] != report["cases"][1]["idle"]
-    assert "| 6,400 | 2 |" in planning.table(report)
+    report["long_rows"] = planning.plan_long_rows("1% 32 times as long", 8, 64, 4096, steps=20)
+    cases = {case["sequence_parallel_size"]: case for case in report["long_rows"]}
+    longest = cases["1"]["longest_in_budgets"]
+    assert 4 < longest < 8 and list(cases) == ["1", "8", "auto"], "a fixed size must hold the longest row"
+    assert cases["1"]["fullest_rank"] == round(longest * 4096) > 4096 >= cases["auto"]["fullest_rank"]
+    assert [case["tokens_shared"] for case in report["long_rows"][:2]] == [0, 1] and cases["auto"][
+        "tokens_shared"
+    ] < 0.7
+    assert cases["auto"]["idle"] < 0.5 * cases["1"]["idle"]
+    table = planning.table(report)
+    assert "| 6,400 | 2 |" in table and "| 1% 32 times as long | 8 | auto |" in table
 
 
 def test_throughput_ratios_are_to_the_fastest_of_trl():

@@ -25,6 +25,7 @@ from dpo_scale.training.plan import Planner
 LAYOUTS = ["packed", "shared_prefix"]
 # of Llama-3.1-8B
 FLOPS = ForwardFlops(2 * 6.98e9, 2 * 4096 * 128256, ((None, 4.0 * 4096 * 32),))
+LINEAR = ForwardFlops(1.0, 0.0, ())
 SEVERAL = [Groups(1), Groups(4, (1, 2)), Groups(6, (1, 2)), Groups(8, (1, 2, 4, 8)), Groups(12, (1, 2, 4))]
 ONE_SIZE = [Groups(2, (2,)), Groups(6, (3,)), Groups(8, (2,)), Groups(12, (4,)), Groups(8, (8,))]
 
@@ -147,9 +148,11 @@ def test_groups_of_one_size_are_planned_as_so_many_ranks_with_all_their_tokens(g
 
 def test_a_pair_goes_to_the_smallest_group_that_holds_it_and_short_ones_to_single_ranks():
     groups = Groups(8, (1, 2, 4, 8))
-    # prompts alone, so that a pair's work grows with its tokens and no pair needs more ranks for its cost
-    lengths = np.array([[3500, 50, 50], [1500, 50, 50]] + [[700, 50, 50]] * 2, dtype=np.int32)
-    (of_ranks,) = pack(np.arange(4), lengths, 1000, groups)
+    # 960 tokens a rank, and no attention that would make the longest the costliest
+    lengths = np.array([[3740, 50, 50], [1820, 50, 50]] + [[860, 50, 50]] * 2, dtype=np.int32)
+    (of_ranks,) = pack_among_ranks(
+        np.arange(4), lengths, max_tokens=1000, groups=groups, layout="shared_prefix", flops=LINEAR
+    )
     assert [(m.indices.tolist(), m.group_size) for m in of_groups(of_ranks)] == [([0], 4), ([1], 2), ([2], 1), ([3], 1)]
     assert counted_pairs(of_ranks) == (1, 0, 0, 0, 1, 0, 1, 1)
 
@@ -162,9 +165,9 @@ def test_a_short_pair_rides_in_a_longer_ones_row_where_no_rank_is_free():
 
 def test_a_costly_pair_gets_more_ranks_than_its_tokens_need_if_it_would_hold_all_others_up():
     lengths = np.array([[10, 4000, 4000]] + [[10, 200, 200]] * 160, dtype=np.int32)
-    linear, quadratic = ForwardFlops(1.0, 0.0, ()), ForwardFlops(1.0, 0.0, ((None, 1.0),))
+    quadratic = ForwardFlops(1.0, 0.0, ((None, 1.0),))
     # of the work the first pair is a tenth, or most: one rank holds it, and has an eighth of all to do
-    for flops, size in ((linear, 1), (quadratic, 8)):
+    for flops, size in ((LINEAR, 1), (quadratic, 8)):
         plan = pack_among_ranks(
             np.arange(161), lengths, max_tokens=10_000, groups=Groups(8, (1, 2, 4, 8)), layout="packed", flops=flops
         )
@@ -180,7 +183,7 @@ def test_short_pairs_alone_are_planned_as_without_groups_or_better(world):
         today, auto = (planner.plan(np.arange(256)) for planner in planners)
         assert len(auto.micro_steps) <= len(today.micro_steps)
         assert planners[1].idle_fraction(auto) <= planners[0].idle_fraction(today) + 1e-9
-        if planners[0].idle_fraction(today) < 0.03:
+        if planners[0].idle_fraction(today) < 0.03 and len(auto.micro_steps) == len(today.micro_steps):
             assert shown(auto.micro_steps) == shown(today.micro_steps)
 
 
@@ -204,6 +207,14 @@ def test_long_tails_leave_no_ranks_idle_and_share_few_rows(world):
     of_rows = [m for plan in plans for of_ranks in plan.micro_steps for m in of_groups(of_ranks)]
     shared = sum(tokens[m.indices].sum() for m in of_rows if m.group_size > 1)
     assert tokens[tokens > 8192].sum() <= shared < 0.5 * tokens.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 90), budget=st.integers(50, 1500), groups=st.sampled_from(SEVERAL), seed=st.integers(0, 50))
+def test_there_are_at_most_a_tenth_more_micro_steps_than_if_all_groups_were_the_largest(count, budget, groups, seed):
+    lengths, pairs = any_lengths(seed), np.random.default_rng(seed).permutation(90)[:count]
+    largest = Groups(groups.world_size, (groups.largest,))
+    assert len(pack(pairs, lengths, budget, groups)) <= 1.1 * len(pack(pairs, lengths, budget, largest))
 
 
 def test_micro_steps_with_the_same_groups_follow_each_other():
@@ -230,21 +241,23 @@ def test_what_the_log_says_of_shared_rows():
         def describe(self, index):
             return f"pair {index}"
 
-    lengths = np.array([[3500, 50, 50], [1500, 50, 50]] + [[700, 50, 50]] * 2, dtype=np.int32)
-    several = Planner(lengths, "shared_prefix", Groups(8, (1, 2, 4, 8)), 1, 1000, FLOPS, 3.0, 3.0)
+    lengths = np.array([[3740, 50, 50], [1820, 50, 50]] + [[860, 50, 50]] * 2, dtype=np.int32)
+    several = Planner(lengths, "shared_prefix", Groups(8, (1, 2, 4, 8)), 1, 1000, LINEAR, 3.0, 3.0)
     said = several.describe([several.plan(np.arange(4))], Dataset())
-    assert "; of 4 micro-batches 1 are shared by 4 ranks, 1 are shared by 2 ranks; by the plans" in said
+    assert "; of 4 micro-batches are shared by several ranks: 1 by 4, 1 by 2; by the plans" in said
     assert "longer" not in said
     alike = np.full((80, 3), 50, dtype=np.int32)
-    none = Planner(alike, "shared_prefix", Groups(8, (1, 2)), 1, 1000, FLOPS, 3.0, 3.0)
-    assert "; of 16 micro-batches none is shared; by" in none.describe([none.plan(np.arange(80))], Dataset())
-    fixed = Planner(lengths, "shared_prefix", Groups(8, (2,)), 1, 1000, FLOPS, 3.0, 3.0)
+    none = Planner(alike, "shared_prefix", Groups(8, (1, 2)), 1, 1000, LINEAR, 3.0, 3.0)
+    assert "; of 16 micro-batches are shared by several ranks: none; by the plans" in none.describe(
+        [none.plan(np.arange(80))], Dataset()
+    )
+    fixed = Planner(lengths, "shared_prefix", Groups(8, (2,)), 1, 1000, LINEAR, 3.0, 3.0)
     said = fixed.describe([fixed.plan(np.arange(4))], Dataset())
     assert "8 ranks of at most 1000 tokens; rows are shared by 2 ranks; by the plans" in said
     assert (
         "; 1 pairs are longer than 2 ranks hold together and get micro-batches of their own, the longest pair 0" in said
     )
-    plain = Planner(lengths, "shared_prefix", Groups(8), 1, 1000, FLOPS, 3.0, 3.0)
+    plain = Planner(lengths, "shared_prefix", Groups(8), 1, 1000, LINEAR, 3.0, 3.0)
     said = plain.describe([plain.plan(np.arange(4))], Dataset())
     assert "shared" not in said and "; 2 pairs are longer than that and get" in said
 

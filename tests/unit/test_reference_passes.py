@@ -155,6 +155,17 @@ def test_values_scored_in_passes_come_to_the_batches_of_their_pairs(ld_alpha):
     torch.testing.assert_close(attached, expected, atol=1e-5, rtol=1e-6)  # not what the filler left
 
 
+def test_a_filler_between_passes_leaves_no_values_behind():
+    """A rank of a large group may need fewer passes than others before its groups change."""
+    filler = make_batch("packed", [a_pair(1)], np.zeros(1), 0)
+    reference = LiveReference(Model())
+    passes = [batch_of(3, 1), filler, batch_of(4, 5), filler]
+    for index in (3, 1, 4, 5):
+        attached = reference.attach(batch_of(index), passes).reference_logps
+        passes = []
+        torch.testing.assert_close(attached, torch.tensor([sums_of(index)]).float(), atol=1e-5, rtol=1e-6)
+
+
 def test_a_batch_that_was_not_scored_is_scored_when_it_comes():
     model = Model()
     reference = LiveReference(model)
