@@ -25,6 +25,7 @@ from typing import Any
 import short_runs
 import torch
 from common import markdown_table
+from gpu_report import WHOLE_ROWS
 from short_runs import STORED, Case, most
 
 RANKS_ON_A_CPU = 2
@@ -32,7 +33,7 @@ MOST_RANKS = 8
 # bf16 sums over other numbers of ranks have another order; on a CPU all is fp32.
 MAX_LOSSES_APART = {"cpu": 1e-5, "cuda": 2e-2}
 MAX_LOGPS_APART = {"cpu": 1e-5, "cuda": 2e-3}  # of their size
-WHOLE, AUTO = "rows whole", "auto"
+WHOLE, AUTO = WHOLE_ROWS, "auto"
 
 
 def ranks_here(on_cpu: bool) -> int:

@@ -252,6 +252,11 @@ def test_targets_are_read_from_results_and_what_has_none_is_not_measured(tmp_pat
         "shape": runs,
         "throughput": {name: gpu_parts.of_throughput(report) for name, report in reports.items()},
         "ratios": gpu_parts.of_throughput(throughput_report({"packed": 10.0, "shared_prefix": 13.5})),
+        "ranks": {
+            "split": {"rows whole": {"step_seconds": 2.0}, "over 2 ranks": {"times_step": 1.1, "times_memory": 0.62}},
+            "overlap": {"overlap_comm": {"hidden": 0.83}, "no overlap_comm": {"hidden": 0.04}},
+            "deaths": {"killed": {"exit_codes": [71, -9], "seconds_to_end": 3.2}},
+        },
     }
     folder = results / "a-gpu"
     folder.mkdir(parents=True)
@@ -267,7 +272,8 @@ def test_targets_are_read_from_results_and_what_has_none_is_not_measured(tmp_pat
     for said in (
         "### A GPU", "| 83% |", "| 0.50 GB |", "36.0 ms; the fastest other is naive, 70.0 ms", "| 2.30, 2.05 |",
         "| 46.0%, 41.0% |", "| 1.35 |", "| 2.0e-03 at most |", "ZeRO 2: 0.25 s of 1.50 s; ZeRO 3: 0.50 s of 2.00 s",
-        "| kernels | timed out | 270 s | not done within 270 s |", "| heads | passed | 60 s |", "attention.md",
+        "over 2 ranks: 1.10 of the time, 0.62 of the memory |", "overlap_comm: 83%, no overlap_comm: 4% |",
+        "| exit codes 71, -9 within 3 s |", "| kernels | timed out | 270 s | not done within 270 s |", "| heads | passed | 60 s |", "attention.md",
     ):  # fmt: skip
         assert said in text
     assert gpu_report.NOT_MEASURED not in text
