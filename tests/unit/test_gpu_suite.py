@@ -273,7 +273,8 @@ def test_targets_are_read_from_results_and_what_has_none_is_not_measured(tmp_pat
         "### A GPU", "| 83% |", "| 0.50 GB |", "36.0 ms; the fastest other is naive, 70.0 ms", "| 2.30, 2.05 |",
         "| 46.0%, 41.0% |", "| 1.35 |", "| 2.0e-03 at most |", "ZeRO 2: 0.25 s of 1.50 s; ZeRO 3: 0.50 s of 2.00 s",
         "over 2 ranks: 1.10 of the time, 0.62 of the memory |", "overlap_comm: 83%, no overlap_comm: 4% |",
-        "| exit codes 71, -9 within 3 s |", "| kernels | timed out | 270 s | not done within 270 s |", "| heads | passed | 60 s |", "attention.md",
+        "| exit codes 71, -9 within 3 s |", "| kernels | timed out | 270 s | not done within 270 s |",
+        "| heads | passed | 60 s |", "attention.md",
     ):  # fmt: skip
         assert said in text
     assert gpu_report.NOT_MEASURED not in text
