@@ -97,3 +97,20 @@ def test_the_experts_config_needs_more_than_one_node_as_its_comment_says():
     text = (ROOT / "configs" / "qwen3-30b-a3b.yaml").read_text()
     said, total = (float(re.search(p, text).group(1)) for p in (r"on 8 GPUs ([\d.]+)", r"([\d.]+)  1\.05 \*"))
     assert said == pytest.approx(total + 1.05 * 18 * PARAMETERS["30B"] / 16 / 1e9, abs=0.1) and said > 80
+
+
+def test_the_table_of_mixtures_of_experts_is_what_its_formulas_give():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    shapes = {
+        "Qwen3-30B-A3B": {**SHAPES["30B"], "P": PARAMETERS["30B"], "layer": 95},
+        # layer: 128 experts of 3 x 2880 x 2880 with biases, attention with 64 + 2 x 8 heads of 64, router
+        "gpt-oss-120b's shape, in bf16": {"L": 36, "H": 2880, "V": 201088, "E": 3.213e9, "P": 116.8e9, "layer": 101},
+    }
+    rows = re.findall(r"^\| (.*?) \|.*\| (\d+) GB \| (\d+) GB \| (\d+) GB \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows][::2] == list(shapes) and len(rows) == 4
+    for (name, *said), (model, offloaded) in zip(rows, [(m, o) for m in shapes.values() for o in (0, 12)], strict=True):
+        for ranks, number in zip((16, 32, 64), said, strict=True):
+            states = (18 - offloaded) * model["P"] / ranks
+            weights = 2 * (max(model["E"], 1e9) + 2e8) + 2 * model["E"] + 4 * 2e8 + 4 * model["V"] * model["H"]
+            activations = (2 * model["L"] + model["layer"]) * model["H"] * 16384 + 0.6e9
+            assert 1.05 * (states + weights + activations) / 1e9 + 3 == pytest.approx(float(number), abs=0.6), name
