@@ -16,6 +16,7 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 BENCHMARKS = PROJECT / "benchmarks"
+RANK_GROUPS = ("deaths", "split", "overlap")  # of many_ranks.py
 TRAINING = ("transformers", "accelerate", "datasets", "deepspeed")
 
 
@@ -27,6 +28,7 @@ class Part:
         limit: seconds after which it is ended.
         commands: run one after the other, all of them, whatever the others do.
         needs: modules without which it is left out.
+        gpus: without so many it is left out.
         figures: those that matter, from what the commands wrote into the folder of results.
         results: names of the files NAME.json that it reads, from this run and no earlier one.
     """
@@ -38,6 +40,7 @@ class Part:
     needs: tuple[str, ...] = ()
     results: tuple[str, ...] = ()
     figures: Callable[[dict[str, Any]], dict[str, Any]] = lambda reports: {}
+    gpus: int = 0
 
 
 def all_parts(device: str, dry_run: bool, output: Path) -> list[Part]:
@@ -60,6 +63,11 @@ def all_parts(device: str, dry_run: bool, output: Path) -> list[Part]:
             ("transformers", "deepspeed"), ("layouts",), lambda found: of_layouts(found["layouts"]),
         ),
         short_runs("waits", "200 quick steps; what the host waits for", 90),
+        Part(
+            "ranks", "rows split over GPUs, communication in the background, a rank that dies", 420,
+            tuple(script("many_ranks", group, *quick) for group in RANK_GROUPS),
+            TRAINING, tuple(f"many_ranks_{group}" for group in RANK_GROUPS), of_ranks, 2 if device == "cuda" else 0,
+        ),
         short_runs("shape", "Llama-3.1-8B's shape, 8 layers, ZeRO 2 and 3", 360),
         Part(
             "leaves", "ZeRO 3: decoder layers as leaves, compiled and not", 180,
@@ -157,8 +165,19 @@ def ratios(script: Callable[..., tuple[str, ...]], dry_run: bool) -> tuple[str, 
 def of_runs(report: dict[str, Any]) -> dict[str, Any]:
     """Of short runs: what a step took, memory, waits; and what failed or is absent."""
     kept = ("step_seconds", "mfu", "reserved_bytes", "alloc_retries", "first_margin", "waits", "absent", "failed")
+    kept += ("exit_codes", "seconds_to_end", "losses_apart", "logps_apart", "times_step", "times_memory")
     found = {run["run"]: {name: run[name] for name in kept if name in run} for run in report["runs"]}
     return found | {name: report[name] for name in ("losses_apart", "failed") if name in report}
+
+
+def of_ranks(found: dict[str, Any]) -> dict[str, Any]:
+    """Of runs over several ranks, group by group; with the share of NCCL's time that is hidden, where it was traced."""
+    figures = {name.removeprefix("many_ranks_"): of_runs(report) for name, report in found.items()}
+    for name, report in found.items():
+        for run in report["runs"]:
+            if "hidden" in run.get("profile", {}):
+                figures[name.removeprefix("many_ranks_")][run["run"]]["hidden"] = run["profile"]["hidden"]
+    return figures
 
 
 def of_leaves(found: dict[str, Any]) -> dict[str, Any]:

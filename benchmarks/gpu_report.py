@@ -11,6 +11,7 @@ from common import describe_circumstances, markdown_table
 
 MARKERS = ("<!-- gpu-suite: begin -->", "<!-- gpu-suite: end -->")
 NOT_MEASURED = "not measured"
+WHOLE_ROWS = "rows whole"  # the run of `many_ranks.py split` that others are compared with
 RECORD = "gpu_suite.jsonl"
 Figures = dict[str, dict[str, Any]]  # of each part, as its line has them
 
@@ -73,7 +74,7 @@ def targets_table(figures: Figures) -> list[str]:
         except (KeyError, StopIteration, ValueError):  # that part has not run, or not to its end
             value = NOT_MEASURED
         rows.append((text, value))
-    return markdown_table(("target, on one H100", "measured"), rows)
+    return markdown_table(("target, on H100s", "measured"), rows)
 
 
 def llama_head(figures: Figures) -> dict[str, Any]:
@@ -120,6 +121,23 @@ def host_time(figures: Figures) -> str:
     )
 
 
+def split_rows(figures: Figures) -> str:
+    return "; ".join(
+        f"{name}: {run['times_step']:.2f} of the time, {run['times_memory']:.2f} of the memory"
+        for name, run in figures["ranks"]["split"].items()
+        if name != WHOLE_ROWS
+    )
+
+
+def hidden(figures: Figures) -> str:
+    return ", ".join(f"{name}: {run['hidden']:.0%}" for name, run in figures["ranks"]["overlap"].items())
+
+
+def end_of_survivors(figures: Figures) -> str:
+    killed = figures["ranks"]["deaths"]["killed"]
+    return f"exit codes {', '.join(map(str, killed['exit_codes']))} within {killed['seconds_to_end']:.0f} s"
+
+
 TARGETS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     (
         "head of 128,256 x 4,096 at 8,192 tokens, forward and backward: at least 75% of the three-pass floor",
@@ -138,4 +156,7 @@ TARGETS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ),
     ("margins of step 1: 0 within rounding", largest_margin),
     ("host time of a step below its device time at 16 k tokens", host_time),
+    ("several GPUs: rows split, beside whole ones, numbers equal and less memory", split_rows),
+    ("several GPUs: share of NCCL's time that computation hides at ZeRO 3", hidden),
+    ("several GPUs: a rank is killed, the others end with 70 or 71 within 90 s", end_of_survivors),
 )

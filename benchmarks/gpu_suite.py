@@ -149,7 +149,9 @@ def run_parts(parts: Iterable[Part], output: Path, record: Path, deadline: float
         print(f"\n[{time.strftime('%H:%M:%S')}] {part.name}: {part.subject}", flush=True)
         left = deadline - time.monotonic()
         lacking = [name for name in part.needs if find_spec(name) is None]
-        if lacking:
+        if part.gpus > (there := gpus_here() if part.gpus else 0):
+            outcome = {"status": "left out", "reason": f"needs {part.gpus} GPUs, {there} here", "seconds": 0.0}
+        elif lacking:
             outcome = {"status": "left out", "reason": f"{', '.join(lacking)} not installed", "seconds": 0.0}
         elif left < min(LEAST_SECONDS, part.limit):
             outcome = {"status": "left out", "reason": "no time left", "seconds": 0.0}
@@ -160,6 +162,12 @@ def run_parts(parts: Iterable[Part], output: Path, record: Path, deadline: float
         append(record, outcome)
         outcomes.append(outcome)
     return outcomes
+
+
+def gpus_here() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def run_part(part: Part, output: Path, limit: float) -> dict[str, Any]:

@@ -14,10 +14,11 @@
     resume   a run that is killed in its sixth step and resumed from its fourth, beside one that is not
     trace    one profiled step of `shape`: what the device's time goes into
 
-Each run is a process of its own, on one device. Step times, rates and utilisation are the run's own record
-(`metrics.jsonl`), the median of its steps but for the first, in which code is compiled; memory is what the allocator
-says at the end. A run that is only measured ends before it would write its model. A run that fails is listed with the
-end of its output, the others still run, and the exit code is 1. Results go to `results/<device>/short_runs_GROUP.*`.
+Each run is a process of its own, on one device; `many_ranks.py` has runs over several. Step times, rates and
+utilisation are the run's own record (`metrics.jsonl`), the median of its steps but for the first, in which code is
+compiled; memory is what the allocator says at the end. A run that is only measured ends before it would write its
+model. A run that fails is listed with the end of its output, the others still run, and the exit code is 1. Results go
+to `results/<device>/short_runs_GROUP.*`.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from common import accelerator, circumstances, describe_circumstances, markdown_table, processor, write_results
+from common import accelerator, circumstances, cores, describe_circumstances, markdown_table, processor, write_results
 from throughput_arms import generated_rows, random_model
 
 from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
@@ -51,6 +55,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 WORKER_FILE = "job.json"
 # A rank's kernels add some sums in whatever order they finish (an embedding's gradient), so bf16 runs differ a little.
 MAX_APART = {"cpu": 0.0, "cuda": 2e-2}
+SECONDS_TO_FOLLOW = 90.0  # that the ranks of a run have to end when the first of them has
+EXITS_OF_SURVIVORS = (70, 71)  # docs/checkpoints.md: a run that hangs, a rank that was lost
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Case:
     profiled_step: int | None = None
     ends: bool = False  # before its model is written, as soon as its steps are done
     killed_in_step: int | None = None
+    killed_rank: int = 0  # the one that is
+    ranks: int = 1  # a process each, without a launcher, which would end the others itself
     run_dir: str | None = None  # a name, for runs that share a folder
     arguments: tuple[str, ...] = ()  # of launch/train.py
     absent: str | None = None  # why it can't run here
@@ -177,25 +185,43 @@ GROUPS: dict[str, Callable[[bool, bool], list[Case]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=list(GROUPS))
+    arguments = parse(__doc__, GROUPS, argv)
+    cases = GROUPS[arguments.group](arguments.device == "cpu", arguments.quick)
+    return run_group(f"short_runs_{arguments.group}", cases, arguments, finish)
+
+
+def parse(about: str | None, groups: Iterable[str], argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=list(groups))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the tiny model and few steps: a look, not a measurement")
     parser.add_argument("--output", type=Path, help="folder of the results (default: results/<device>)")
     arguments = parser.parse_args(argv)
-    on_cpu = arguments.device == "cpu"
-    if not on_cpu and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    report = circumstances(processor() if on_cpu else accelerator(), "torch", "transformers", "deepspeed", "triton")
-    report |= {"group": arguments.group, "quick": arguments.quick, "runs": []}
+    return arguments
+
+
+def run_group(
+    name: str, cases: Iterable[Case], arguments: argparse.Namespace, finish: Callable[[dict[str, Any], str], None]
+) -> int:
+    """Run cases one after the other; results are written after each. The exit code.
+
+    Args:
+        name: of the results.
+        finish: adds to the report, for a device, what only several runs together tell.
+    """
+    device = processor() if arguments.device == "cpu" else accelerator()
+    report = circumstances(device, "torch", "transformers", "deepspeed", "triton")
+    report |= {"command": f"{Path(sys.argv[0]).name} {arguments.group}", "quick": arguments.quick, "runs": []}
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
-        for case in GROUPS[arguments.group](on_cpu, arguments.quick):
+        for case in cases:
             found = {"absent": case.absent} if case.absent else run_case(case, Path(folder), arguments.device)
             report["runs"].append({"run": case.name, **found})
             finish(report, arguments.device)
-            write_results(f"short_runs_{arguments.group}", report, table(report), arguments.output, final=False)
-    write_results(f"short_runs_{arguments.group}", report, table(report), arguments.output)
+            write_results(name, report, table(report), arguments.output, final=False)
+    write_results(name, report, table(report), arguments.output)
     return int(any("failed" in run for run in report["runs"]) or "failed" in report)
 
 
@@ -215,6 +241,7 @@ def run_case(case: Case, folder: Path, device: str) -> dict[str, Any]:
         "arguments": [*case.arguments, *settings_of(case, device, model, rows, run_dir, folder)],
         "last_step": case.steps if case.ends else None,
         "killed_in_step": case.killed_in_step,
+        "killed_rank": case.killed_rank,
         "watched_step": case.watched_step,
         "result": str(folder / "result.json"),
     }
@@ -222,16 +249,57 @@ def run_case(case: Case, folder: Path, device: str) -> dict[str, Any]:
         job["arguments"] += ["--profile", str(case.profiled_step)]
     Path(job["result"]).unlink(missing_ok=True)
     (folder / WORKER_FILE).write_text(json.dumps(job), encoding="utf-8")
+    codes, printed, seconds = run_ranks(folder / WORKER_FILE, case.ranks)
+    print(printed[0], end="", file=sys.stderr, flush=True)
+    for rank, code in enumerate(codes):
+        expected: tuple[int, ...] = (0,)
+        if case.killed_in_step:
+            expected = (-signal.SIGKILL,) if rank == case.killed_rank else EXITS_OF_SURVIVORS
+        if code not in expected:
+            which = f"rank {rank}, " if case.ranks > 1 else ""
+            return {"failed": f"{which}exit code {code}: {printed[rank][-1500:]}"}
+    found = measured(case, run_dir, Path(job["result"]), printed[0])
+    return found | ({"exit_codes": codes, "seconds_to_end": seconds} if case.killed_in_step and case.ranks > 1 else {})
+
+
+def run_ranks(job: Path, ranks: int) -> tuple[list[int], list[str], float]:
+    """Run a job on so many ranks.
+
+    Returns:
+        exit codes and what was printed, rank by rank, and the seconds between the first end and the last. What has not
+        ended `SECONDS_TO_FOLLOW` after the first is killed.
+    """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, __file__, "--one", str(folder / WORKER_FILE)]
-    done = subprocess.run(
-        command, env=environment, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    print(done.stdout, end="", file=sys.stderr, flush=True)
-    expected = -signal.SIGKILL if case.killed_in_step else 0
-    if done.returncode != expected:
-        return {"failed": f"exit code {done.returncode}: {done.stdout[-1500:]}"}
-    return measured(case, run_dir, Path(job["result"]), done.stdout)
+    if ranks > 1:
+        environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
+    processes, files = [], [job.with_name(f"output-{rank}.txt") for rank in range(ranks)]
+    for rank, file in enumerate(files):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        with file.open("w", encoding="utf-8") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, "--one", str(job)], env={**environment, **own}, cwd=PROJECT,
+                    stdout=output, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+    first_end = None
+    while any(process.poll() is None for process in processes):
+        if first_end is None and any(process.poll() is not None for process in processes):
+            first_end = time.monotonic()
+        if first_end is not None and time.monotonic() > first_end + SECONDS_TO_FOLLOW:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    seconds = 0.0 if first_end is None else time.monotonic() - first_end
+    codes = [process.wait() for process in processes]
+    return codes, [file.read_text(encoding="utf-8", errors="replace") for file in files], seconds
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def settings_of(case: Case, device: str, model: Path, rows: Path, run_dir: Path, folder: Path) -> list[str]:
@@ -256,6 +324,7 @@ def measured(case: Case, run_dir: Path, result: Path, printed: str) -> dict[str,
         "tokens_per_step": (steps[-1]["tokens"] - steps[0]["tokens"]) / max(1, len(steps) - 1),
         "first_margin": steps[0].get("rewards/margins"),
         "losses": [step["loss"] for step in steps],
+        "logps": [step["logps/chosen"] for step in steps],
         "shares": {name: value for name, value in counted[-1].items() if name.startswith("time/")},
         "log": [line for line in printed.splitlines() if "layout" in line or "attention" in line][:4],
     }
@@ -263,25 +332,43 @@ def measured(case: Case, run_dir: Path, result: Path, printed: str) -> dict[str,
         found["mfu"] = statistics.median(step["mfu"] for step in counted)
     if result.exists():
         found |= json.loads(result.read_text(encoding="utf-8"))
-    for file in run_dir.glob("profile/*.json"):
+    for file in run_dir.glob("profile/*-rank-0.json"):
         found["profile"] = profile_summary(json.loads(file.read_text(encoding="utf-8")))
     return found
 
 
 def profile_summary(profile: dict[str, Any]) -> dict[str, Any]:
-    """What a trace's device, or on a CPU its operators, spent time on: milliseconds by name, the ten largest."""
+    """What a trace's device, or on a CPU its operators, spent time on: milliseconds by name, the ten largest.
+
+    Where NCCL ran, "hidden" is the share of its time in which the device also computed.
+    """
     spans = [event for event in profile["traceEvents"] if event.get("ph") == "X"]
     kernels = [event for event in spans if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     events = kernels or [event for event in spans if event.get("cat") == "cpu_op"]
     by_name: Counter[str] = Counter()
     for event in events:
         by_name[event["name"][:80]] += event["dur"] / 1000
-    busy, end = 0.0, float("-inf")
-    for event in sorted(events, key=lambda event: event["ts"]):
-        busy += max(0.0, event["ts"] + event["dur"] - max(end, event["ts"]))
-        end = max(end, event["ts"] + event["dur"])
+    busy = merged(events)
     whole = max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
-    return {"of": "device" if kernels else "operators", "busy": busy / whole, "milliseconds": by_name.most_common(10)}
+    found = {"of": "device" if kernels else "operators", "milliseconds": by_name.most_common(10)}
+    found["busy"] = sum(end - begin for begin, end in busy) / whole
+    sent = merged(event for event in kernels if "nccl" in event["name"].lower())
+    if sent:
+        computed = merged(event for event in kernels if "nccl" not in event["name"].lower())
+        both = sum(max(0.0, min(e, end) - max(b, begin)) for b, e in sent for begin, end in computed)
+        found["hidden"] = both / sum(end - begin for begin, end in sent)
+    return found
+
+
+def merged(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(begin, end) of the times in which at least one of these events was under way, in order."""
+    spans: list[tuple[float, float]] = []
+    for begin, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in events):
+        if spans and begin <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((begin, end))
+    return spans
 
 
 def finish(report: dict[str, Any], device: str) -> None:
@@ -289,10 +376,14 @@ def finish(report: dict[str, Any], device: str) -> None:
     runs = {run["run"]: run for run in report["runs"] if "losses" in run}
     if {"uninterrupted", "resumed"} <= runs.keys():
         whole, resumed = (runs[name]["losses"] for name in ("uninterrupted", "resumed"))
-        apart = max(abs(a - b) for a, b in zip(whole, resumed, strict=True))
-        report["losses_apart"] = apart
+        report["losses_apart"] = apart = most(abs(a - b) for a, b in zip(whole, resumed, strict=True))
         if not apart <= MAX_APART[device]:
             report["failed"] = f"losses of the resumed run are up to {apart:.3g} from the uninterrupted run's"
+
+
+def most(differences: Iterable[float]) -> float:
+    """The largest; not a number if one is not."""
+    return float(np.max(list(differences)))
 
 
 def table(report: dict[str, Any]) -> str:
@@ -311,8 +402,8 @@ def table(report: dict[str, Any]) -> str:
             + (f"{run['tokens_per_step']:,.0f}", f"{run['mfu']:.1%}" if "mfu" in run else "")
             + (*memory, str(run.get("alloc_retries", "")), margin)
         )  # fmt: skip
-    lines = [f"# Short runs: {report['group']}", "", describe_circumstances(report)]
-    lines += [f"Made by `python benchmarks/short_runs.py {report['group']}`, whose text says what is counted.", ""]
+    lines = [f"# Short runs: {report['command'].split()[-1]}", "", describe_circumstances(report)]
+    lines += [f"Made by `python benchmarks/{report['command']}`, whose text says what is counted.", ""]
     lines += markdown_table(head, rows)
     if "losses_apart" in report:
         lines += ["", f"Largest difference of a loss, resumed and uninterrupted: {report['losses_apart']:.3g}."]
@@ -325,11 +416,16 @@ def table(report: dict[str, Any]) -> str:
             lines += [
                 "",
                 f"{run['run']}: {found['of']} busy {found['busy']:.1%} of the time between first and last.",
+                *([f"{found['hidden']:.1%} of NCCL's time is hidden behind computation."] if "hidden" in found else []),
                 "",
             ]
             lines += markdown_table(("name", "ms"), [(f"`{n}`", f"{ms:.1f}") for n, ms in found["milliseconds"]])
+        if "exit_codes" in run:
+            codes = ", ".join(map(str, run["exit_codes"]))
+            lines += ["", f"{run['run']}: exit codes {codes}; all ended within {run['seconds_to_end']:.1f} s."]
         if "failed" in run:
             lines += ["", f"{run['run']} failed: {run['failed'].splitlines()[-1]}"]
+    lines += ["", *report["beside"]] if "beside" in report else []
     if "failed" in report:
         lines += ["", f"Failed: {report['failed']}."]
     return "\n".join(lines) + "\n"
@@ -338,18 +434,21 @@ def table(report: dict[str, Any]) -> str:
 def run_one(file: Path) -> None:
     """In a process of its own: `launch/train.py`, watched from outside its code."""
     job = json.loads(file.read_text(encoding="utf-8"))
+    from dpo_scale.distributed import ranks
     from dpo_scale.training import loop as trainer
 
     train_step, found = trainer.train_step, {}
 
     def watched(run: trainer.Run, *arguments: Any) -> Any:
         number = run.state.step + 1
-        if number == job["killed_in_step"]:
+        if number == job["killed_in_step"] and ranks.rank() == job["killed_rank"]:
             os.kill(os.getpid(), signal.SIGKILL)
         if job["last_step"] is not None and number > job["last_step"]:
             sys.stdout.flush()
             sys.stderr.flush()
-            Path(job["result"]).write_text(json.dumps({**found, **memory()}), encoding="utf-8")
+            if ranks.is_main():
+                Path(job["result"]).write_text(json.dumps({**found, **memory()}), encoding="utf-8")
+            ranks.barrier()  # a rank that is gone earlier would count as lost
             os._exit(0)
         with waits_counted(found) if number == job["watched_step"] else nullcontext():
             return train_step(run, *arguments)

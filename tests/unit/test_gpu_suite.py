@@ -24,6 +24,7 @@ import gpu_report  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_wheels  # noqa: E402
 import layouts  # noqa: E402
+import many_ranks  # noqa: E402
 import short_runs  # noqa: E402
 from gpu_parts import Part  # noqa: E402
 
@@ -75,6 +76,17 @@ def test_a_part_that_fails_and_one_that_runs_over_its_limit_are_reported_and_the
     assert not is_running(int(pid_file.read_text()))
     assert lacking["reason"] == "no_such_module not installed"
     assert last["seconds"] < 15
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(0, "left out"), (1, "left out"), (2, "passed")])
+def test_a_part_for_several_gpus_is_left_out_where_there_are_fewer(gpus, status, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    parts = [part("several", python("pass"), gpus=2), part("one", python("pass"))]
+    several, one = gpu_suite.run_parts(parts, tmp_path, tmp_path / "record", time.monotonic() + 100)
+    assert (several["status"], one["status"]) == (status, "passed")
+    assert several.get("reason") == (f"needs 2 GPUs, {gpus} here" if gpus < 2 else None)
+    (of_suite,) = (p for p in gpu_parts.all_parts("cuda", False, tmp_path) if p.gpus)
+    assert of_suite.name == "ranks" and not any(p.gpus for p in gpu_parts.all_parts("cpu", True, tmp_path))
 
 
 def test_what_does_not_begin_in_time_is_left_out_and_the_last_part_gets_what_is_left(tmp_path, monkeypatch):
@@ -147,16 +159,17 @@ def test_every_part_has_a_dry_form_and_together_they_fit_into_the_time(tmp_path)
     dry = gpu_parts.all_parts("cpu", True, tmp_path)
     full = gpu_parts.all_parts("cuda", False, tmp_path)
     assert [p.name for p in dry] == [p.name for p in full]
-    assert len({p.name for p in dry}) == len(dry) == 13
+    assert len({p.name for p in dry}) == len(dry) == 14
     for p in (*dry, *full):
         for command in p.commands:
             assert str(tmp_path) in command or "pytest" in command  # never among the stored results by mistake
 
 
-@pytest.mark.parametrize("group", short_runs.GROUPS)
-def test_the_runs_for_a_gpu_are_valid_configs(group, tmp_path):
+@pytest.mark.parametrize("group", [*short_runs.GROUPS.values(), *many_ranks.GROUPS.values()])
+def test_the_runs_for_a_gpu_are_valid_configs(group, tmp_path, monkeypatch):
     """Which no CPU will train: at least no setting is misspelt or contradicts another."""
-    for case in short_runs.GROUPS[group](False, False):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for case in group(False, False):
         load_config(None, short_runs.settings_of(case, "cuda", tmp_path, tmp_path, tmp_path, tmp_path))
 
 
@@ -164,7 +177,7 @@ def test_the_runs_for_a_gpu_are_valid_configs(group, tmp_path):
 def test_the_commands_for_a_gpu_are_understood_by_their_scripts(tmp_path, monkeypatch, capsys):
     """Each reads its arguments and then says that there is no GPU, and nothing else."""
     commands = [command for p in gpu_parts.all_parts("cuda", False, tmp_path) for command in p.commands]
-    say_so_first = {"short_runs", "layouts", "attention", "logprobs", "throughput"}
+    say_so_first = {"short_runs", "many_ranks", "layouts", "attention", "logprobs", "throughput"}
     seen = set()
     for _, script, *arguments in commands:
         if Path(script).stem not in say_so_first:
@@ -239,6 +252,11 @@ def test_targets_are_read_from_results_and_what_has_none_is_not_measured(tmp_pat
         "shape": runs,
         "throughput": {name: gpu_parts.of_throughput(report) for name, report in reports.items()},
         "ratios": gpu_parts.of_throughput(throughput_report({"packed": 10.0, "shared_prefix": 13.5})),
+        "ranks": {
+            "split": {"rows whole": {"step_seconds": 2.0}, "over 2 ranks": {"times_step": 1.1, "times_memory": 0.62}},
+            "overlap": {"overlap_comm": {"hidden": 0.83}, "no overlap_comm": {"hidden": 0.04}},
+            "deaths": {"killed": {"exit_codes": [71, -9], "seconds_to_end": 3.2}},
+        },
     }
     folder = results / "a-gpu"
     folder.mkdir(parents=True)
@@ -254,7 +272,9 @@ def test_targets_are_read_from_results_and_what_has_none_is_not_measured(tmp_pat
     for said in (
         "### A GPU", "| 83% |", "| 0.50 GB |", "36.0 ms; the fastest other is naive, 70.0 ms", "| 2.30, 2.05 |",
         "| 46.0%, 41.0% |", "| 1.35 |", "| 2.0e-03 at most |", "ZeRO 2: 0.25 s of 1.50 s; ZeRO 3: 0.50 s of 2.00 s",
-        "| kernels | timed out | 270 s | not done within 270 s |", "| heads | passed | 60 s |", "attention.md",
+        "over 2 ranks: 1.10 of the time, 0.62 of the memory |", "overlap_comm: 83%, no overlap_comm: 4% |",
+        "| exit codes 71, -9 within 3 s |", "| kernels | timed out | 270 s | not done within 270 s |",
+        "| heads | passed | 60 s |", "attention.md",
     ):  # fmt: skip
         assert said in text
     assert gpu_report.NOT_MEASURED not in text
@@ -309,7 +329,60 @@ def test_a_trace_is_summed_up_by_kernel_and_overlaps_count_once():
     events = [span("a", 0, 3000), span("b", 1000, 3000), span("a", 8000, 2000), span("host", 0, 9999, "cpu_op")]
     found = short_runs.profile_summary({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]})
     assert found["milliseconds"] == [("a", 5.0), ("b", 3.0)]
-    assert found["busy"] == pytest.approx(0.6) and found["of"] == "device"
+    assert found["busy"] == pytest.approx(0.6) and found["of"] == "device" and "hidden" not in found
+
+
+def test_communication_is_hidden_while_anything_else_runs_on_the_device():
+    def kernel(name, start, micros):
+        return {"ph": "X", "name": name, "ts": start, "dur": micros, "cat": "kernel"}
+
+    # 8 of NCCL's time; something computes in 2 to 5 and 6 to 9, two kernels at once in part of that
+    gathers = [kernel("ncclDevKernel_AllGather", 0, 4), kernel("ncclDevKernel_ReduceScatter", 4, 4)]
+    computes = [kernel("gemm", 2, 2), kernel("gemm", 3, 2), kernel("norm", 6, 3)]
+    found = short_runs.profile_summary({"traceEvents": [*computes, *gathers]})
+    assert found["hidden"] == pytest.approx(5 / 8) and found["busy"] == pytest.approx(1.0)
+    run = {"run": "a", "profile": found}
+    assert gpu_parts.of_ranks({"many_ranks_overlap": {"runs": [run]}}) == {"overlap": {"a": {"hidden": 5 / 8}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"losses": [0.7, 0.65]}, "over 2 ranks: losses are up to 0.05 and log-probs 0 of their size"),
+        ({"logps": [-100.0, -121.0]}, "losses are up to 0 and log-probs 0.00833 of their size"),
+        ({"losses": [0.7, float("nan")]}, "losses are up to nan"),
+        ({"allocated_bytes": 100}, "over 2 ranks: most allocated is 1.00 times that of whole rows, not less"),
+    ],
+)
+def test_split_rows_that_change_the_numbers_or_save_no_memory_fail(change, said):
+    whole = {"losses": [0.7, 0.6], "logps": [-100.0, -120.0], "step_seconds": 2.0, "allocated_bytes": 100}
+    over_2 = {**whole, "step_seconds": 1.5, "allocated_bytes": 60, **change}
+    report = {"runs": [{"run": many_ranks.WHOLE, **whole}, {"run": "over 2 ranks", **over_2}]}
+    many_ranks.compare(report, "cuda")
+    assert report["runs"][1]["times_step"] == 0.75
+    assert "over 2 ranks | 0.75 |" in "\n".join(report["beside"])
+    assert (report.get("failed") is None) if said is None else (said in report["failed"])
+
+
+def test_a_death_is_passed_only_if_the_other_ranks_end_by_themselves_with_their_exit_code(tmp_path, monkeypatch):
+    """The ranks here are small programs in the place of training."""
+    dies = "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(0.2)\n"
+    monkeypatch.setattr(short_runs, "measured", lambda *_: {})
+    monkeypatch.setattr(short_runs, "random_model", lambda *_, **__: None)
+    monkeypatch.setattr(short_runs, "SECONDS_TO_FOLLOW", 2.0)
+    worker = tmp_path / "worker.py"
+    monkeypatch.setattr(short_runs, "__file__", str(worker))
+    case = short_runs.Case("killed", ranks=2, killed_in_step=1, killed_rank=1)
+    outcomes = []
+    for survivor in ("os._exit(71)", "os._exit(70)", "os._exit(1)", "time.sleep(60)"):
+        worker.write_text(dies + survivor)
+        outcomes.append(short_runs.run_case(case, tmp_path, "cpu"))
+    lost, hung, failed, waiting = outcomes
+    assert lost["exit_codes"] == [71, -9] and 0.1 < lost["seconds_to_end"] < 2
+    assert hung["exit_codes"] == [70, -9]
+    assert "rank 0, exit code 1" in failed["failed"]
+    assert "rank 0, exit code -9" in waiting["failed"]  # it was waited for, and then killed
 
 
 def test_a_resumed_run_with_other_losses_fails():
