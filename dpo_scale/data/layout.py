@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,18 @@ PROMPT, CHOSEN, REJECTED = 0, 1, 2  # branches
 Segment = tuple[int, int]
 
 
+class Runs(NamedTuple):
+    """Rows as runs of consecutive tokens, on the host, for sums over sequences: each is a sum of sums over runs.
+
+    lengths: tokens of each run, row by row from left to right, padding too; B * T together.
+    sequences: [2P] the runs of each sequence, chosen and rejected of a pair in turn. A shared prompt's run belongs to
+        both, padding to none.
+    """
+
+    lengths: tuple[int, ...]
+    sequences: tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """P pairs as B rows of T tokens, of which S are scored. All index tensors are int64.
@@ -47,6 +59,7 @@ class PairBatch:
         row_ids: [P] indices into the dataset.
         weights: [P] fp32 weight of each pair in the global batch's sum; 0 for a filler.
         scored_tokens: [P] tokens of each pair's two completions, on the host, where `lengths` may not be.
+        runs: what the rows are made of, on the host.
         reference_logps: [P, 2] fp32 summed reference log-probs, where they are known beforehand.
         position_ids: [1, T] positions in the sequences; None for padded rows, as the next three.
         document_ids: [1, T] 0, 1, 2, ... along the row.
@@ -62,6 +75,7 @@ class PairBatch:
     row_ids: torch.Tensor
     weights: torch.Tensor
     scored_tokens: tuple[int, ...]
+    runs: Runs
     reference_logps: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
@@ -115,7 +129,20 @@ def make_batch(layout: Layout, pairs: Sequence[Pair], weights: np.ndarray, pad_t
         row_ids=torch.tensor([pair.index for pair in pairs]),
         weights=torch.from_numpy(np.asarray(weights, dtype=np.float32)),
         scored_tokens=tuple(lengths.reshape(-1, 2).sum(axis=1).tolist()),
+        runs=_runs_of(layout, pairs),
     )
+
+
+def _runs_of(layout: Layout, pairs: Sequence[Pair]) -> Runs:
+    sizes = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    if layout == "shared_prefix":
+        sequences = [(3 * i, 3 * i + branch) for i in range(len(pairs)) for branch in (CHOSEN, REJECTED)]
+        return Runs(tuple(n for size in sizes for n in size), tuple(sequences))
+    tokens = [size[PROMPT] + size[branch] for size in sizes for branch in (CHOSEN, REJECTED)]
+    if layout == "packed":
+        return Runs(tuple(tokens), tuple((i,) for i in range(len(tokens))))
+    width = max(tokens)
+    return Runs(tuple(n for real in tokens for n in (real, width - real)), tuple((2 * i,) for i in range(len(tokens))))
 
 
 def _padded_rows(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from torch import nn
 from dpo_scale.data.batching import MicroBatch
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.groups import Groups
-from dpo_scale.data.layout import Layout, PairBatch, Segment, make_batch
+from dpo_scale.data.layout import Layout, PairBatch, Runs, Segment, make_batch
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 from dpo_scale.models.attention import AttentionPlan
+from dpo_scale.models.router import router_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,9 @@ class PairScorer(nn.Module):
         implementation: how log-probs are computed (`dpo_scale.logprobs`).
         layout, groups: of the batches that it is meant to be given, for whoever makes them.
 
+    Attributes:
+        router: of a mixture of experts, otherwise None.
+
     Raises:
         ModelError: if the model has no separable backbone and linear head.
     """
@@ -100,6 +104,7 @@ class PairScorer(nn.Module):
         _, head = backbone_and_head(model)
         self.model, self.layout = model, layout
         self.groups = groups or Groups(ranks.world_size())
+        self.router = router_of(causal_lm(model))
         transform = head_transform(causal_lm(model).config)
 
         def score(linear, hidden, targets, by_products, pair_loss):  # typed by `forward`
@@ -123,8 +128,13 @@ class PairScorer(nn.Module):
         document_ids: torch.Tensor | None = None,
         branch_ids: torch.Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]:
+        router_runs: Runs | None = None,
+        router_gradient: bool = False,
+    ) -> Any:
         """Log-probs of `score_targets`, fp32 [S]; with `pair_loss` the loss and [P, 2] sums (`fused_pair_loss`).
+
+        With `by_products` these come beside the log-probs, by name. With `router_runs` all this is the first of two;
+        the second is the `Balance` of the experts.
 
         Args:
             input_ids: [B, T] int64. Without `segments` padded on the right: under a causal mask no real token sees
@@ -135,6 +145,8 @@ class PairScorer(nn.Module):
             pair_loss: how the log-probs of each pair become its loss, to be done here with its gradient.
             position_ids, document_ids, branch_ids, segments: a row of many sequences, as in `PairBatch`; the model's
                 attention must be one of `dpo_scale.models.attention`.
+            router_runs: the rows' runs, where the balance of the experts is asked for.
+            router_gradient: whether that balance is to be differentiated.
         """
         backbone, head = backbone_and_head(self.model)
         row: dict[str, Any] = {}
@@ -142,10 +154,16 @@ class PairScorer(nn.Module):
             assert position_ids is not None and document_ids is not None and branch_ids is not None
             plan = AttentionPlan(position_ids, document_ids, branch_ids, segments)
             row = {"position_ids": position_ids, "attention_plan": plan}
+        if self.router is not None:  # said either way, because the model's config may ask for it in every pass
+            row["output_router_logits"] = router_runs is not None
         with _one_sequence_a_row() if segments is None else nullcontext():
-            hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
-        scored = hidden.flatten(0, 1).index_select(0, score_index)
-        return head(scored, score_targets, by_products, pair_loss)
+            output = backbone(input_ids=input_ids, use_cache=False, **row)
+        scored = output.last_hidden_state.flatten(0, 1).index_select(0, score_index)
+        if router_runs is None:
+            return head(scored, score_targets, by_products, pair_loss)
+        assert self.router is not None
+        balance = self.router.balance(output.router_logits, router_runs, differentiable=router_gradient)
+        return head(scored, score_targets, by_products, pair_loss), balance
 
 
 class Scorer(Protocol):
