@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SHARES = "router/shares"  # [P, L, E] on the way to `share_metrics`
+_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # of transformers' function; some have others
 
 
 class RunSums(NamedTuple):
@@ -88,24 +89,31 @@ class Router:
 
 
 def has_router(model_config: PreTrainedConfig) -> bool:
-    """Whether transformers takes the balancing loss above of a causal LM with this config."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    function = getattr(sys.modules.get(getattr(model_class, "__module__", "")), "load_balancing_loss_func", None)
-    expected = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # one architecture has a loss of its own
-    return function is not None and list(inspect.signature(function).parameters) == expected
+    """Whether a causal LM of this config has a router that transformers takes the balancing loss above of."""
+    return bool(_router_classes(model_config))
 
 
 def router_of(model: Any) -> Router | None:
     """The router of a transformers causal LM, without peft's wrapper; None if it has none."""
-    if not has_router(model.config):
-        return None
-    recorded = model.base_model._can_record_outputs["router_logits"]
-    kinds = tuple(each.target_class for each in (recorded if isinstance(recorded, list) else [recorded]))
+    classes = _router_classes(model.config)
     layers = enumerate(decoder_layers(model))
-    routed = tuple(i for i, layer in layers if any(isinstance(module, kinds) for module in layer.modules()))
+    routed = tuple(i for i, layer in layers if any(isinstance(module, classes) for module in layer.modules()))
     return Router(routed, model.config.get_text_config().num_experts_per_tok) if routed else None
+
+
+def _router_classes(model_config: PreTrainedConfig) -> tuple[type, ...]:
+    """The modules that give the logits; none if there is no router, or one with another balancing loss."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = model_config.get_text_config()
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if model_class is None or not (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)):
+        return ()
+    function = getattr(sys.modules[model_class.__module__], "load_balancing_loss_func", None)
+    if function is None or list(inspect.signature(function).parameters) != _PARAMETERS:
+        return ()
+    recorded = (model_class._can_record_outputs or {}).get("router_logits", [])
+    return tuple(each.target_class for each in (recorded if isinstance(recorded, list) else [recorded]))
 
 
 def resolve_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
