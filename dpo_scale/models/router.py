@@ -106,7 +106,7 @@ def _router_classes(model_config: PreTrainedConfig) -> tuple[type, ...]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = model_config.get_text_config()
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     if model_class is None or not (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)):
         return ()
     function = getattr(sys.modules[model_class.__module__], "load_balancing_loss_func", None)
