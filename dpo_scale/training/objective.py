@@ -179,6 +179,7 @@ def _with_balance(
     if settings.router_aux_loss_coef:
         added = settings.router_aux_loss_coef * balance.loss
         total, losses = total + (added * batch.weights).sum(), losses + added.detach()
+        metrics = {**metrics, "loss": losses}
     return total, losses, {**metrics, ROUTER_AUX_LOSS: balance.loss, SHARES: balance.shares}
 
 

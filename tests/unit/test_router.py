@@ -128,7 +128,8 @@ def check(separate, scorer, layout, objective):
     total, found, metrics = objective(scorer, batch_of(layout), WEIGHTED, MEAN_CHOSEN, (len(SIZES),))
     torch.testing.assert_close(metrics["router/aux_loss"], router_losses, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(metrics[SHARES], shares, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(found, losses, atol=1e-5, rtol=1e-5)
+    for reported in (found, metrics["loss"]):
+        torch.testing.assert_close(reported, losses, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(total, losses.sum(), atol=5e-5, rtol=1e-5)
     total.backward()
     ours = gradients(scorer.module.model)
@@ -161,6 +162,7 @@ def test_losses_that_sort_the_pairs_of_all_ranks_have_it_too():
     (plain, losses, router, _), (total, with_router, _, grads) = results[0.0], results[0.3]
     torch.testing.assert_close(total - plain, 0.3 * router.sum().detach())
     torch.testing.assert_close(with_router - losses, 0.3 * router.detach())
+    assert torch.equal(metrics["loss"], with_router)
     weight = "model.layers.1.mlp.gate.weight"
     assert not torch.allclose(grads[weight], results[0.0][3][weight], atol=1e-4)
 
