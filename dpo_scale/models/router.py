@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dpo_scale.data.layout import Runs
+from dpo_scale.distributed import ranks
 from dpo_scale.errors import ConfigError
 from dpo_scale.models.zero3 import decoder_layers
 from dpo_scale.settings.metric_names import ROUTER_AUX_LOSS
@@ -124,9 +125,10 @@ def resolve_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
     """
     given, text = config.loss.router_aux_loss_coef, model_config.get_text_config()
     if has_router(model_config):
-        if given is None:
-            given = text.router_aux_loss_coef if getattr(text, "output_router_logits", False) else 0.0
-        config.loss.router_aux_loss_coef = float(given)
+        if given is None and getattr(text, "output_router_logits", False):
+            given = text.router_aux_loss_coef
+            ranks.log(f"balancing loss of the router: loss.router_aux_loss_coef = {given:g}, the model's own")
+        config.loss.router_aux_loss_coef = float(given or 0.0)
         return
     lacks = f"a {model_config.model_type} model ({config.model.path}) has no router with a balancing loss"
     if given:
@@ -158,7 +160,7 @@ def sum_over_runs(logits: Sequence[Tensor], lengths: Sequence[int], experts_per_
     for of_layer in logits:
         chances = torch.softmax(of_layer, dim=-1, dtype=torch.float32)
         given_to = chances.detach().topk(experts_per_token, dim=-1).indices
-        counts.append(members @ torch.zeros_like(members[0, 0].expand_as(chances)).scatter_(1, given_to, 1.0))
+        counts.append(members @ torch.zeros_like(chances).scatter_(1, given_to, 1.0))
         probabilities = probabilities + members @ chances
     return RunSums(torch.stack(counts), probabilities)
 

@@ -163,6 +163,7 @@ class PairScorer(nn.Module):
             return head(scored, score_targets, by_products, pair_loss)
         assert self.router is not None
         balance = self.router.balance(output.router_logits, router_runs, differentiable=router_gradient)
+        del output  # the logits of all layers, before the head needs room
         return head(scored, score_targets, by_products, pair_loss), balance
 
 
