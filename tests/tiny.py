@@ -79,6 +79,15 @@ def tiny_config(architecture: str, *, tied: bool = False):
         return transformers.GptOssConfig(
             **shared, head_dim=8, sliding_window=16, num_local_experts=4, num_experts_per_tok=2
         )
+    if architecture == "mixtral":
+        return transformers.MixtralConfig(**shared, num_local_experts=4, num_experts_per_tok=2)
+    if architecture in ("qwen3_moe", "qwen3_moe_with_a_dense_layer"):
+        dense = [0] if architecture != "qwen3_moe" else []
+        return transformers.Qwen3MoeConfig(
+            **shared, head_dim=8, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, mlp_only_layers=dense
+        )
+    if architecture == "olmoe":
+        return transformers.OlmoeConfig(**shared, num_experts=8, num_experts_per_tok=2)
     if architecture == "gpt2":
         return transformers.GPT2Config(
             vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=256, tie_word_embeddings=tied,

@@ -101,9 +101,10 @@ def forward_flops(model_config: PreTrainedConfig, *, trust_remote_code: bool = F
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     routed = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
     weights = sum(
+        # of experts, the biases have two dimensions as well
         parameter.numel() * (routed if ".experts." in name else 1.0)
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and id(parameter) not in outside
+        if parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in outside
     )
     return ForwardFlops(2.0 * weights, 2.0 * text.hidden_size * text.vocab_size, _attention_of(text))
 

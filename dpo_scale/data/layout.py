@@ -16,9 +16,10 @@ Costs are plain arithmetic on lengths [N, 3] (prompt, chosen, rejected), for who
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,23 @@ PROMPT, CHOSEN, REJECTED = 0, 1, 2  # branches
 # (tokens, shared): consecutive tokens of a row that continue a sequence. With shared 0 they begin a document, with
 # shared n they follow the first n tokens of that document's beginning.
 Segment = tuple[int, int]
+
+
+class Runs(NamedTuple):
+    """Rows as runs of consecutive tokens, on the host, for sums over sequences: each is a sum of sums over runs.
+
+    lengths: tokens of each run, row by row from left to right, padding too; B * T together.
+    sequences: [2P] the runs of each sequence, chosen and rejected of a pair in turn. A shared prompt's run belongs to
+        both, padding to none.
+    """
+
+    lengths: tuple[int, ...]
+    sequences: tuple[tuple[int, ...], ...]
+
+    def lengths_in(self, start: int, stop: int) -> tuple[int, ...]:
+        """What of each run is among the tokens from start to stop of the rows; 0 of those elsewhere."""
+        ends = list(itertools.accumulate(self.lengths, initial=0))
+        return tuple(max(0, min(b, stop) - max(a, start)) for a, b in itertools.pairwise(ends))
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,7 @@ class PairBatch:
         row_ids: [P] indices into the dataset.
         weights: [P] fp32 weight of each pair in the global batch's sum; 0 for a filler.
         scored_tokens: [P] tokens of each pair's two completions, on the host, where `lengths` may not be.
+        runs: what the rows are made of, on the host.
         reference_logps: [P, 2] fp32 summed reference log-probs, where they are known beforehand.
         position_ids: [1, T] positions in the sequences; None for padded rows, as the next three.
         document_ids: [1, T] 0, 1, 2, ... along the row.
@@ -113,6 +132,7 @@ class PairBatch:
     row_ids: torch.Tensor
     weights: torch.Tensor
     scored_tokens: tuple[int, ...]
+    runs: Runs
     reference_logps: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
@@ -202,7 +222,30 @@ def make_batch(
         row_ids=torch.tensor([pair.index for pair in pairs]),
         weights=torch.from_numpy(np.asarray(weights, dtype=np.float32)),
         scored_tokens=tuple(lengths.reshape(-1, 2).sum(axis=1).tolist()),
+        runs=_runs_of(layout, pairs, row["input_ids"].numel()),
     )
+
+
+def _runs_of(layout: Layout, pairs: Sequence[Pair], tokens: int) -> Runs:
+    """Args: tokens, of all rows."""
+    sizes = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    if layout == "shared_prefix":
+        lengths = [n for size in sizes for n in size]
+        branches = [(3 * i, 3 * i + branch) for i in range(len(pairs)) for branch in (CHOSEN, REJECTED)]
+        return Runs(_filled_up(lengths, tokens), tuple(branches))
+    lengths = [size[PROMPT] + size[branch] for size in sizes for branch in (CHOSEN, REJECTED)]
+    if layout == "packed":
+        return Runs(_filled_up(lengths, tokens), tuple((i,) for i in range(len(lengths))))
+    width = tokens // len(lengths)
+    return Runs(
+        tuple(n for real in lengths for n in (real, width - real)), tuple((2 * i,) for i in range(len(lengths)))
+    )
+
+
+def _filled_up(lengths: list[int], tokens: int) -> tuple[int, ...]:
+    """With a last run of what fills a row up, if anything does."""
+    missing = tokens - sum(lengths)
+    return (*lengths, missing) if missing else tuple(lengths)
 
 
 def _padded_rows(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ for granted (the head is frozen) hold for nothing else. Adapters have the model'
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def add_adapter(model: nn.Module, settings: LoraSettings, seed: int) -> PeftMode
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
+        target_modules=_target_modules(model, settings),
         **options,
     )
     # drawn on the host, apart from the run's random state, of which loading uses more or less, as the stage may be
@@ -181,12 +181,37 @@ def save_adapter(model: Any, weights: dict[str, torch.Tensor], base: str, folder
 
 
 def describe(model: Any) -> str:
-    """How much of a peft model is trained, for the log."""
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
-    total = sum(counts.values())
-    return f"LoRA: {counts[True]:,} weights are trained, {100 * counts[True] / total:.3g} % of {total:,}"
+    """How much of a peft model is trained, for the log, and how much of it are experts that no adapter reaches."""
+    trained = _count(p for p in model.parameters() if p.requires_grad)
+    experts, total = _count(_stacks_of_experts(model)), _count(model.parameters())
+    said = f"LoRA: {trained:,} weights are trained, {100 * trained / total:.3g} % of {total:,}"
+    if experts:
+        said += f"; the adapter does not reach the experts, {experts:,} weights or {100 * experts / total:.3g} %"
+    return said
+
+
+def _count(parameters: Iterable[Any]) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def _stacks_of_experts(model: nn.Module) -> list[Any]:
+    """The weights of experts, which transformers holds as one [experts, n, m] and not as linear layers."""
+    named = [(name, getattr(p, "ds_shape", p.shape), p) for name, p in model.named_parameters()]
+    return [parameter for name, shape, parameter in named if ".experts." in name and len(shape) == 3]
+
+
+def _target_modules(model: Any, settings: LoraSettings) -> str | list[str]:
+    """The layers of a new adapter, by peft's names.
+
+    By all-linear peft means more than linear layers on a mixture of experts: it would also wrap the router and the
+    experts. There the linear layers are named one by one. Those called like a part of an expert, as in dense layers
+    and shared experts, are left out: peft takes such a name for the experts.
+    """
+    if settings.target_modules != "all-linear" or not _stacks_of_experts(model):
+        return settings.target_modules
+    head, linear = model.get_output_embeddings(), [m for m in model.named_modules() if isinstance(m[1], nn.Linear)]
+    names = {name.rpartition(".")[2] for name, module in linear if module is not head}
+    return sorted(names - {"gate_proj", "up_proj", "down_proj"})
 
 
 def _wrapped(model: nn.Module, config: LoraConfig, named: str) -> PeftModel:

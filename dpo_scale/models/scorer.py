@@ -27,13 +27,14 @@ from torch import nn
 from dpo_scale.data.batching import MicroBatch
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.groups import Groups
-from dpo_scale.data.layout import Layout, PairBatch, Segment, Share, make_batch
+from dpo_scale.data.layout import Layout, PairBatch, Runs, Segment, Share, make_batch
 from dpo_scale.distributed import ranks, sequence_parallel
-from dpo_scale.distributed.sequence_parallel import exchange, gather_dealt, sum_over
+from dpo_scale.distributed.sequence_parallel import SequenceGroup, exchange, gather_dealt, sum_over
 from dpo_scale.errors import ModelError
 from dpo_scale.logprobs import token_logps
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
 from dpo_scale.models.attention import AttentionPlan
+from dpo_scale.models.router import router_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,6 +91,9 @@ class PairScorer(nn.Module):
         implementation: how log-probs are computed (`dpo_scale.logprobs`).
         layout, groups: of the batches that it is meant to be given, for whoever makes them.
 
+    Attributes:
+        router: of a mixture of experts, otherwise None.
+
     Raises:
         ModelError: if the model has no separable backbone and linear head.
     """
@@ -105,6 +109,7 @@ class PairScorer(nn.Module):
         _, head = backbone_and_head(model)
         self.model, self.layout = model, layout
         self.groups = groups or Groups(ranks.world_size())
+        self.router = router_of(causal_lm(model))
         transform = head_transform(causal_lm(model).config)
 
         def score(linear, hidden, targets, by_products, pair_loss):  # typed by `forward`
@@ -129,8 +134,13 @@ class PairScorer(nn.Module):
         branch_ids: torch.Tensor | None = None,
         segments: tuple[Segment, ...] | None = None,
         share: Share | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]:
+        router_runs: Runs | None = None,
+        router_gradient: bool = False,
+    ) -> Any:
         """Log-probs of `score_targets`, fp32 [S]; with `pair_loss` the loss and [P, 2] sums (`fused_pair_loss`).
+
+        With `by_products` these come beside the log-probs, by name. With `router_runs` all this is the first of two;
+        the second is the `Balance` of the experts.
 
         Args:
             input_ids: [B, T] int64. Without `segments` padded on the right: under a causal mask no real token sees
@@ -142,6 +152,8 @@ class PairScorer(nn.Module):
             position_ids, document_ids, branch_ids, segments: a row of many sequences, as in `PairBatch`; the model's
                 attention must be one of `dpo_scale.models.attention`.
             share: of a row that a group of ranks computes together. The result is that of the whole row on each.
+            router_runs: the rows' runs, where the balance of the experts is asked for.
+            router_gradient: whether that balance is to be differentiated.
         """
         backbone, head = backbone_and_head(self.model)
         group = None if share is None else sequence_parallel.group_of(share.size)
@@ -152,20 +164,46 @@ class PairScorer(nn.Module):
             row = {"position_ids": position_ids, "attention_plan": plan}
         if share is not None:
             input_ids, row["position_ids"] = share.part_of(input_ids), share.part_of(row["position_ids"])
+        if self.router is not None:  # said either way, because the model's config may ask for it in every pass
+            row["output_router_logits"] = router_runs is not None
         with _one_sequence_a_row() if segments is None else nullcontext():
-            hidden = backbone(input_ids=input_ids, use_cache=False, **row).last_hidden_state
+            output = backbone(input_ids=input_ids, use_cache=False, **row)
+        hidden, balance = output.last_hidden_state.flatten(0, 1), None
+        if router_runs is not None:
+            assert self.router is not None
+            balance = self.router.balance(output.router_logits, router_runs, group, differentiable=router_gradient)
+        del output  # the router's logits of all layers, before the head needs room
         if share is None or group is None:
-            scored = hidden.flatten(0, 1).index_select(0, score_index)
-            return head(scored, score_targets, by_products, pair_loss)
-        scored = exchange(hidden[0].index_select(0, share.sent_index), group, share.sent, share.received)
-        scored, targets = scored.index_select(0, share.order), share.dealt(score_targets)
-        if pair_loss is not None:
-            return head(scored, targets, (), pair_loss.dealt(share.size, share.rank, partial(sum_over, group)))
-        found = head(scored, targets, by_products, None)
-        logps, extra = found if by_products else (found, {})
-        logps = gather_dealt(logps, len(score_targets), group)
-        extra = {name: gather_dealt(values, len(score_targets), group) for name, values in extra.items()}
-        return (logps, extra) if by_products else logps
+            found = head(hidden.index_select(0, score_index), score_targets, by_products, pair_loss)
+        else:
+            found = _score_dealt(head, hidden, score_targets, by_products, pair_loss, share, group)
+        return found if router_runs is None else (found, balance)
+
+
+def _score_dealt(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    score_targets: torch.Tensor,
+    by_products: tuple[str, ...],
+    pair_loss: PairLoss | None,
+    share: Share,
+    group: SequenceGroup,
+) -> Any:
+    """What the head makes of a row's scored tokens, dealt evenly over the ranks that share it; the whole on each.
+
+    Args:
+        hidden: [t, H] of this rank's part of the row.
+        score_targets: [S] of the whole row, as the tensors of `pair_loss`.
+    """
+    arrived = exchange(hidden.index_select(0, share.sent_index), group, share.sent, share.received)
+    scored, targets = arrived.index_select(0, share.order), share.dealt(score_targets)
+    if pair_loss is not None:
+        return head(scored, targets, (), pair_loss.dealt(share.size, share.rank, partial(sum_over, group)))
+    found = head(scored, targets, by_products, None)
+    logps, extra = found if by_products else (found, {})
+    logps = gather_dealt(logps, len(score_targets), group)
+    extra = {name: gather_dealt(values, len(score_targets), group) for name, values in extra.items()}
+    return (logps, extra) if by_products else logps
 
 
 class Scorer(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,21 @@ from dpo_scale.distributed import ranks
 class MetricSums:
     """Weighted sums of per-pair metrics, kept on the device until `reduce`.
 
-    Every rank must add the same names in each micro-step. The means are over all ranks' pairs of non-zero weight, so
-    they do not depend on how pairs were spread.
+    Every rank must add the same names, of the same shapes, in each micro-step. The means are over all ranks' pairs of
+    non-zero weight, so they do not depend on how pairs were spread.
     """
 
     def __init__(self) -> None:
-        self._names: list[str] = []
+        self._shapes: dict[str, torch.Size] = {}
         self._sums: torch.Tensor | None = None
 
     def add(self, metrics: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
-        """Add per-pair values, each [P], weighted by `weights` [P]."""
-        names = sorted(metrics)
-        assert not self._names or names == self._names
-        self._names = names
-        weights = weights.double()
-        # where, not a product alone: a filler's value may be anything, even NaN, and must not count
-        columns = [torch.where(weights > 0, metrics[name].detach().double() * weights, 0.0).sum() for name in names]
-        sums = torch.stack([*columns, weights.sum()])
+        """Add per-pair values, each [P] or [P, ...], weighted by `weights` [P]."""
+        shapes = {name: metrics[name].shape[1:] for name in sorted(metrics)}
+        assert not self._shapes or shapes == self._shapes
+        self._shapes = shapes
+        columns = [_weighted_sum(metrics[name].detach().double(), weights.double()) for name in shapes]
+        sums = torch.cat([*(column.flatten() for column in columns), weights.double().sum().reshape(1)])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def reduce(self, *per_rank: float) -> Reduction:
@@ -43,32 +42,43 @@ class MetricSums:
         for column, value in enumerate(per_rank):  # filled in on the device: a copy from the host might be waited for
             slots[ranks.rank(), column] = value
         packed = torch.cat([self._sums, slots.flatten()])
-        return Reduction(self._names, ranks.sum_over_ranks(packed), len(per_rank))
+        return Reduction(self._shapes, ranks.sum_over_ranks(packed), len(per_rank))
+
+
+def _weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    weights = weights.view(-1, *[1] * (values.ndim - 1))
+    # where, not a product alone: a filler's value may be anything, even NaN, and must not count
+    return torch.where(weights > 0, values * weights, 0.0).sum(dim=0)
 
 
 @dataclass(frozen=True)
 class Reduction:
     """Sums over all ranks that the device may still be working on."""
 
-    names: list[str]
+    shapes: dict[str, torch.Size]
     values: torch.Tensor
     num_per_rank: int
 
-    def read(self, *more: torch.Tensor) -> tuple[dict[str, float], np.ndarray, list[float]]:
+    def read(self, *more: torch.Tensor) -> tuple[dict[str, Any], np.ndarray, list[float]]:
         """Wait for the device and read everything at once.
 
         Args:
             more: further scalars; those that are on the device come in the same transfer.
 
         Returns:
-            Means over the pairs of all ranks, the ranks' own values [n, ranks], and the values of `more`.
+            Means over the pairs of all ranks, each a float or, where pairs have arrays, an array; the ranks' own values
+            [n, ranks]; and the values of `more`.
         """
         device = self.values.device
         # one on the host, as an offloaded optimizer's norm is, would have to be copied to the device first
         scalars = [value.detach().double().reshape(1) for value in more if value.device == device]
         values = torch.cat([self.values, *scalars]).tolist()
-        split, end = len(self.names) + 1, len(self.values)
-        means = {name: value / values[split - 1] for name, value in zip(self.names, values, strict=False)}
+        split, end = sum(shape.numel() for shape in self.shapes.values()) + 1, len(self.values)
+        unread = iter([value / values[split - 1] for value in values[: split - 1]])
+        means = {
+            name: np.array([next(unread) for _ in range(shape.numel())]).reshape(shape) if shape else next(unread)
+            for name, shape in self.shapes.items()
+        }
         per_rank = np.array(values[split:end]).reshape(ranks.world_size(), self.num_per_rank)
         transferred = iter(values[end:])
         others = [next(transferred) if value.device == device else value.item() for value in more]

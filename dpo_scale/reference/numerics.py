@@ -6,6 +6,7 @@ tolerance that stored values are verified with.
 
 from __future__ import annotations
 
+import copy
 from importlib.metadata import version
 
 from dpo_scale.settings.tree import Config
@@ -33,8 +34,31 @@ def numerics_of(config: Config) -> dict[str, str]:
         **({"layers": "compiled"} if config.model.compile else {}),
         # Liger rounds in other places. There is no entry without it, for the same reason.
         **({"elementwise": f"liger {_minor_version(version('liger-kernel'))}"} if uses_liger(config)[0] else {}),
+        # Their products are summed in another order. There is no entry without experts, for the same reason again.
+        **({"experts": experts} if (experts := _experts_implementation(config)) else {}),
         **{library: _minor_version(version(library)) for library in LIBRARIES},
     }
+
+
+def _experts_implementation(config: Config) -> str | None:
+    """How the reference's experts are computed; None if it has none.
+
+    transformers decides it when it builds a model, by the model's config and its class. So one is built, without any
+    memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dpo_scale.models.load import load_model_config, reference_source
+
+    source, code = reference_source(config), config.model.trust_remote_code
+    found = load_model_config(source.path, revision=source.revision, trust_remote_code=code)
+    text = found.get_text_config()
+    if not any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(found), trust_remote_code=code)
+    return model.config.get_text_config()._experts_implementation
 
 
 def _minor_version(full: str) -> str:

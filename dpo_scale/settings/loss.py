@@ -94,6 +94,12 @@ class LossSettings:
     simpo_gamma: float = setting(0.5, "SimPO's margin between the mean log-probs of chosen and rejected, times beta")
     orpo_lambda: float = setting(0.1, "ORPO's weight of the odds ratio beside the likelihood", at_least=0)
     cpo_alpha: float = setting(1.0, "CPO's weight of the likelihood of the chosen completion", at_least=0)
+    router_aux_loss_coef: float | None = setting(
+        None,
+        "weight of the router's balancing loss, for a mixture of experts; null: the model's own if its config says "
+        "output_router_logits, else 0",
+        at_least=0,
+    )
 
     @property
     def loss_types(self) -> list[str]:

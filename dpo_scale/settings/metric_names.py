@@ -5,6 +5,7 @@ A config may name these, so they are known before anything that measures them is
 
 # parts of a step whose share of its time is measured, in their order (`dpo_scale.observe.timing`)
 PHASES = ("data", "reference", "forward", "backward", "optimizer", "communication")
+ROUTER_AUX_LOSS = "router/aux_loss"  # of a model with a router (`dpo_scale.models.router`)
 STEP_METRICS = (
     "grad_norm",
     "learning_rate",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dpo_scale.errors import ConfigError
 from dpo_scale.settings.deepspeed import OPTIMIZERS, policy_deepspeed_config
-from dpo_scale.settings.metric_names import STEP_METRICS
+from dpo_scale.settings.metric_names import ROUTER_AUX_LOSS, STEP_METRICS
 from dpo_scale.settings.resume import RATE_SETTINGS, may_be_allowed
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _evaluation(config: Config) -> Broken:
 
 
 def _checkpoint_and_logging(config: Config) -> Broken:
-    checkpoint, metrics = config.checkpoint, config.loss.metric_names
+    checkpoint, metrics = config.checkpoint, [*config.loss.metric_names, ROUTER_AUX_LOSS]
     for i, name in enumerate(checkpoint.allow_changes):
         if not may_be_allowed(name):
             yield f"checkpoint.allow_changes[{i}]", f"{', '.join(RATE_SETTINGS)} or a setting of loss"

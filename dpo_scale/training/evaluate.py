@@ -15,6 +15,7 @@ from dpo_scale.data.layout import Layout
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import ranks
 from dpo_scale.models.load import load_reference, load_scoring_model, policy_source
+from dpo_scale.models.router import share_metrics
 from dpo_scale.models.scorer import Scorer
 from dpo_scale.observe.metrics import MetricSums
 from dpo_scale.progress import heartbeat
@@ -71,7 +72,7 @@ def evaluate(
     if broken_off:
         return None
     means, _, _ = sums.reduce().read()
-    return {**means, "pairs": float(len(dataset))}
+    return {**share_metrics(means, policy.module.router), "pairs": float(len(dataset))}
 
 
 def evaluation_plan(

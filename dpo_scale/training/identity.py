@@ -37,11 +37,14 @@ def identity_of(
         "reference.adapter": config.reference.adapter,
         **{f"reference.{name}": value for name, value in moving.items() if config.reference.sync_steps},
         **{f"lora.{name}": value for name, value in adapters.items() if config.lora.enabled},
-        **{f"loss.{name}": value for name, value in tree["loss"].items()},
+        **{f"loss.{name}": value for name, value in tree["loss"].items() if name != "router_aux_loss_coef"},
         **{f"train.{name}": tree["train"][name] for name in (*order, *optimizer, *rate)},
     }
-    if config.deepspeed.bf16_optimizer_states:  # said only where it is so: older checkpoints know nothing of it
+    # said only where it is so: older checkpoints know nothing of these
+    if config.deepspeed.bf16_optimizer_states:
         settings["deepspeed.bf16_optimizer_states"] = True
+    if config.loss.router_aux_loss_coef:
+        settings["loss.router_aux_loss_coef"] = config.loss.router_aux_loss_coef
     # weights that a checkpoint does not hold, and that must still be the same ones behind their path
     if config.lora.enabled:
         settings["the weights of model.path and lora.adapter"] = source_fingerprint(config, policy_source(config))

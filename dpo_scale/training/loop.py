@@ -21,6 +21,7 @@ from dpo_scale.distributed import engine, ranks
 from dpo_scale.distributed.random_state import seed_everything
 from dpo_scale.errors import CheckpointError, UserError
 from dpo_scale.models.export import export_model
+from dpo_scale.models.router import share_metrics
 from dpo_scale.observe.metrics import MetricSums
 from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.observe.profiler import StepProfiler
@@ -137,7 +138,7 @@ def train_step(run: Run, batches: Iterator[MicroStep], timer: StepTimer) -> tupl
     seconds = times["step_seconds"]
     used = {} if run.peak_flops is None else {"mfu": plan.useful_flops / seconds / run.peak_flops / len(busy)}
     return {
-        **means,
+        **share_metrics(means, run.policy.module.router),
         "grad_norm": grad_norm,
         "learning_rate": rate,
         "epoch": state.step / run.course.pair_order.steps_per_epoch,

@@ -8,7 +8,8 @@
 
 In `fused_by_pair` the head calls the loss, not the other way round: only then is a pair's soft-max still in memory when
 its loss is known (`dpo_scale.logprobs.pair_loss`). The numbers are the same; it saves one of four passes over the head.
-`choose_objective` picks one for training. All three return
+`choose_objective` picks one for training. To the pair losses of a mixture of experts all three add its router's
+balancing loss (`dpo_scale.models.router`), times `loss.router_aux_loss_coef`. All three return
 
     total      a scalar to differentiate: the weighted sum of this rank's pair losses
     losses     [P] as reported
@@ -20,7 +21,7 @@ Shapes: P pairs of a micro-batch, column 0 chosen, 1 rejected.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ from dpo_scale.data.layout import PairBatch
 from dpo_scale.distributed import ranks
 from dpo_scale.logprobs.pair_loss import PairLoss
 from dpo_scale.losses import ld_token_weights, preference_loss, sum_token_logps, wpo_weights
+from dpo_scale.models.router import SHARES, Balance
 from dpo_scale.models.scorer import Policy, Scorer, backbone_and_head
 from dpo_scale.settings.loss import LossSettings
+from dpo_scale.settings.metric_names import ROUTER_AUX_LOSS
 from dpo_scale.settings.tree import Config
 
 PairLosses = tuple[Tensor, Tensor, dict[str, Tensor]]  # total, losses, metrics
@@ -91,9 +94,9 @@ def from_logps(
     pairs_of_ranks: Sequence[int],
 ) -> PairLosses:
     """Log-probs first, then the loss of each pair."""
-    sums, weights = _policy_sums(policy, batch, settings)
+    sums, weights, balance = _policy_sums(policy, batch, settings)
     losses, metrics = _losses_of(sums, batch, settings, mean_chosen_tokens, weights)
-    return (losses * batch.weights).sum(), losses, metrics
+    return _with_balance(((losses * batch.weights).sum(), losses, metrics), balance, batch, settings)
 
 
 def fused_by_pair(
@@ -112,8 +115,9 @@ def fused_by_pair(
     if settings.ld_alpha is not None:
         token_weights = ld_token_weights(batch.score_segments, batch.num_pairs, batch.lengths, settings.ld_alpha)
     pair_loss = PairLoss(batch.score_segments, batch.scored_tokens, loss_of_sums, token_weights)
-    total, sums = policy(**batch.scorer_inputs, pair_loss=pair_loss)
-    return total, *_losses_of(sums, batch, settings, mean_chosen_tokens)
+    (total, sums), balance = _scored(policy, batch, settings, pair_loss=pair_loss)
+    losses, metrics = _losses_of(sums, batch, settings, mean_chosen_tokens)
+    return _with_balance((total, losses, metrics), balance, batch, settings)
 
 
 def across_ranks(
@@ -128,7 +132,7 @@ def across_ranks(
     Every rank takes the loss over all real pairs of the micro-step and differentiates the whole sum with respect to
     its own; what it reports is its share of the positions, so that sums over ranks count each once.
     """
-    sums, weights = _policy_sums(policy, batch, settings)
+    sums, weights, balance = _policy_sums(policy, batch, settings)
     # a group of ranks has the same pairs, which are counted on its first: their place is there for all of the group
     place = ranks.rank() - (0 if batch.share is None else batch.share.rank)
     rows = max(1, *pairs_of_ranks)  # of each rank's block; one with a filler alone still has that row
@@ -153,18 +157,48 @@ def across_ranks(
     total = losses.sum() + 0.0 * sums.sum()
     if own.start == own.stop:
         zero = torch.zeros_like(batch.weights)
-        return total, zero, {name: zero for name in metrics}
-    return total, losses[own], {name: values[own] for name, values in metrics.items()}
+        own_losses, metrics = zero, {name: zero for name in metrics}
+    else:
+        own_losses, metrics = losses[own], {name: values[own] for name, values in metrics.items()}
+    return _with_balance((total, own_losses, metrics), balance, batch, settings)
 
 
-def _policy_sums(policy: Scorer, batch: PairBatch, settings: LossSettings) -> tuple[Tensor, Tensor | None]:
-    """The policy's summed completion log-probs [P, 2], fp32, and the pairs' WPO weights [P] if the loss uses them."""
+def _scored(policy: Scorer, batch: PairBatch, settings: LossSettings, **how: Any) -> tuple[Any, Balance | None]:
+    """What the policy says of a batch, and how evenly it used its experts, if it has any."""
+    if policy.module.router is None:
+        return policy(**batch.scorer_inputs, **how), None
+    differentiable = bool(settings.router_aux_loss_coef)
+    return policy(**batch.scorer_inputs, **how, router_runs=batch.runs, router_gradient=differentiable)
+
+
+def _with_balance(
+    of_pairs: PairLosses, balance: Balance | None, batch: PairBatch, settings: LossSettings
+) -> PairLosses:
+    """The pairs' losses with the router's balancing loss added to them."""
+    if balance is None:
+        return of_pairs
+    total, losses, metrics = of_pairs
+    if settings.router_aux_loss_coef:
+        added = settings.router_aux_loss_coef * balance.loss
+        total, losses = total + (added * batch.weights).sum(), losses + added.detach()
+        metrics = {**metrics, "loss": losses}
+    return total, losses, {**metrics, ROUTER_AUX_LOSS: balance.loss, SHARES: balance.shares}
+
+
+def _policy_sums(
+    policy: Scorer, batch: PairBatch, settings: LossSettings
+) -> tuple[Tensor, Tensor | None, Balance | None]:
+    """The policy's summed completion log-probs [P, 2], fp32, and what comes with them.
+
+    Beside them the pairs' WPO weights [P] if the loss uses them, and the balance of the experts if there are any.
+    """
     by_products = ("log_sum_p2",) if settings.use_weighting else ()
-    scored = policy(**batch.scorer_inputs, by_products=by_products)
+    scored, balance = _scored(policy, batch, settings, by_products=by_products)
     token_logps, extra = scored if by_products else (scored, {})
     segments, count = batch.score_segments, batch.num_pairs
     sums = sum_token_logps(token_logps, segments, count, batch.lengths, ld_alpha=settings.ld_alpha)
-    return sums, wpo_weights(token_logps, extra["log_sum_p2"], segments, count) if by_products else None
+    weights = wpo_weights(token_logps, extra["log_sum_p2"], segments, count) if by_products else None
+    return sums, weights, balance
 
 
 def _losses_of(

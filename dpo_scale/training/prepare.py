@@ -13,6 +13,7 @@ from dpo_scale.distributed.folders import sees_folder_of_main
 from dpo_scale.distributed.join import join
 from dpo_scale.models.layout_choice import LayoutChoice
 from dpo_scale.models.load import check_liger, check_logprobs, check_vocabulary, load_tokenizers, resolve_layout
+from dpo_scale.models.router import resolve_router_loss
 from dpo_scale.settings.data import DataSettings
 from dpo_scale.settings.tree import Config
 
@@ -57,7 +58,9 @@ class Prepared:
 
 
 def prepare(config: Config, data: DataSettings | None = None, report_dir: Path | None = None) -> Prepared:
-    """Load tokenizer and pairs, and resolve `data.layout` in the config. Every rank calls it, after `start`.
+    """Load tokenizer and pairs, resolve `data.layout` and `loss.router_aux_loss_coef` in the config.
+
+    Every rank calls it, after `start`.
 
     Args:
         data: which pairs; those of the config if not given.
@@ -68,6 +71,7 @@ def prepare(config: Config, data: DataSettings | None = None, report_dir: Path |
     """
     tokenizer, model_config = load_tokenizers(config)
     check_vocabulary(tokenizer, model_config)
+    resolve_router_loss(config, model_config)
     layout = resolve_layout(config)
     settings, seed = config.data if data is None else data, config.train.seed
     reported = report_dir if ranks.is_main() else None

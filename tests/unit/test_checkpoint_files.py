@@ -31,6 +31,7 @@ from dpo_scale.checkpoint.save import Saver, write
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError, ConfigError
 from dpo_scale.models.load import load_model_config
+from dpo_scale.models.router import resolve_router_loss
 from dpo_scale.reference.protocol import NoReference
 from dpo_scale.settings.tree import load_config
 from dpo_scale.training.identity import identity_of
@@ -467,3 +468,22 @@ def test_a_run_is_not_resumed_with_other_weights_behind_the_references_path(
         message = rf"step-1: saved with other settings: the reference's weights \({refused_for}\) was '\w+', is '\w+'$"
         with pytest.raises(CheckpointError, match=message):
             choose_checkpoint(candidates, identity(), [])
+
+
+def test_a_checkpoint_from_before_the_balancing_loss_is_resumed_from_unless_it_now_has_a_weight(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_SCALE_CACHE", str(tmp_path / "cache"))
+    model_config = load_model_config(str(save_model(tmp_path / "start", "mixtral")))
+
+    def identity(*overrides):
+        config = load_config(None, [f"model.path={tmp_path / 'start'}", "data.train=x.jsonl", *overrides])
+        resolve_router_loss(config, model_config)
+        return identity_of(config, model_config, SimpleNamespace(fingerprint="data"))
+
+    plain = identity()
+    assert not any("router" in name for name in plain.settings)
+    assert identity("loss.router_aux_loss_coef=0") == plain
+    save(tmp_path, 1, identity=plain)
+    candidates, weighted = find_checkpoints("latest", tmp_path), identity("loss.router_aux_loss_coef=0.02")
+    with pytest.raises(CheckpointError, match=r"loss.router_aux_loss_coef was None, is 0.02; to change it on purpose"):
+        choose_checkpoint(candidates, weighted, [])
+    assert choose_checkpoint(candidates, weighted, ["loss.router_aux_loss_coef"]).state.step == 1

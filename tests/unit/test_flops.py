@@ -62,6 +62,21 @@ def test_windows_and_experts_are_read_off_the_config():
     assert two.per_token - one.per_token == 2 * 3 * 16 * 32  # one expert more, of three matrices
 
 
+@pytest.mark.parametrize(
+    ("architecture", "experts"),
+    # of a layer: two experts of three matrices each, and the router
+    [
+        ("mixtral", 2 * 3 * 32 * 64 + 4 * 32),
+        ("qwen3_moe", 2 * 3 * 32 * 16 + 8 * 32),
+        ("olmoe", 2 * 3 * 32 * 64 + 8 * 32),
+        ("gpt_oss", 2 * 3 * 32 * 64 + 4 * 32),
+    ],
+)
+def test_of_experts_the_ones_a_token_meets_are_counted(architecture, experts):
+    attention = 2 * 32 * 32 + 2 * 32 * 16  # queries and output of four heads, keys and values of two
+    assert forward_flops(tiny_config(architecture)).per_token == 2 * 2 * (attention + experts)
+
+
 def test_passes_over_a_pair():
     common = ["model.path=m", "data.train=t.jsonl"]
     for overrides, expected in (

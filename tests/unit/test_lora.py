@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny import save_model
+from tiny import save_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from dpo_scale.errors import ConfigError, ModelError
 from dpo_scale.models import lora
@@ -278,3 +279,21 @@ def test_a_checkpoint_belongs_to_the_weights_under_its_adapter(folders, tmp_path
     first, again = identity(), identity()
     save_model(tmp_path / "m", "llama", seed=1)  # other weights in the same place
     assert first == again != identity()
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "qwen3_moe_with_a_dense_layer", "olmoe", "gpt_oss"])
+def test_on_a_mixture_of_experts_all_linear_is_its_attention_and_the_log_says_what_is_not_reached(architecture):
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture))
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and "bias" not in name)
+    said = lora.describe(lora.add_adapter(model, LoraSettings(r=2), seed=0))
+    adapted = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert f"does not reach the experts, {experts:,} weights" in said
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert said.startswith(f"LoRA: {trained:,} weights") and f"of {whole + trained:,};" in said
+
+
+def test_nothing_is_said_of_experts_where_there_are_none():
+    model = lora.add_adapter(AutoModelForCausalLM.from_config(tiny_config("llama")), LoraSettings(r=2), seed=0)
+    assert "experts" not in lora.describe(model)

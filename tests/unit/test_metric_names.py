@@ -43,6 +43,7 @@ def test_what_the_loss_does_not_give_is_refused(override):
         "checkpoint.metric_for_best_model=kl",
         "logging.console_metrics=[loss/sigmoid, kl, grad_norm, tokens_per_second]",
         "logging.console_metrics=[]",
+        "logging.console_metrics=[loss, router/aux_loss]",  # by the model's config it is known whether there is one
     ],
 )
 def test_what_it_gives_is_taken(override):

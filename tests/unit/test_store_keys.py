@@ -234,3 +234,13 @@ def test_what_does_not_change_the_numbers_hits(run, change):
 def test_of_a_file_that_grew_only_the_new_rows_miss(run):
     grown = run.rows("grown.jsonl", [*NEW[:4], *KNOWN, *NEW[4:]])
     assert look_up([*base(run.filled), *run.train_on(grown)]) == (10, 37)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss"])
+def test_stored_values_say_how_experts_were_computed_and_nothing_where_there_are_none(architecture, tmp_path):
+    save_model(tmp_path / "model", architecture)
+    config = load_config(None, [f"model.path={tmp_path / 'model'}", "data.train=none"])
+    assert numerics.numerics_of(config).get("experts") == (None if architecture == "llama" else "grouped_mm")
+    described = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**described, "experts_implementation": "eager"}))
+    assert numerics.numerics_of(config).get("experts") == (None if architecture == "llama" else "eager")
