@@ -29,7 +29,7 @@ from dpo_scale.data.batching import PairOrder, of_groups
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import pair_tokens
-from dpo_scale.training.plan import Planner
+from dpo_scale.data.planning import Planner
 
 # of SmolLM2-135M: they decide which pairs go together, not how long planning takes
 FLOPS = ForwardFlops(2 * 1.06e8, 2 * 576 * 49152, ((None, 4 * 576 * 30),))

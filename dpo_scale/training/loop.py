@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from dpo_scale.checkpoint.load import TrainState, checkpoint_path, load_weights, open_checkpoint, require_whole
+from dpo_scale.data.planning import StepPlan
 from dpo_scale.data.prefetch import BATCHES_AHEAD, Prefetcher
 from dpo_scale.distributed import engine, ranks
 from dpo_scale.distributed.random_state import seed_everything
@@ -37,7 +38,7 @@ from dpo_scale.run.watchdog import Watchdog
 from dpo_scale.settings.tree import Config
 from dpo_scale.training.evaluate import evaluate
 from dpo_scale.training.learning_rate import learning_rate
-from dpo_scale.training.plan import MicroStep, StepPlan, micro_steps_of_run
+from dpo_scale.training.plan import MicroStep, micro_steps_of_run
 from dpo_scale.training.prepare import start
 from dpo_scale.training.setup import Best, Run, set_up
 

@@ -19,6 +19,7 @@ from dpo_scale.checkpoint.save import Saver, remove_leftovers
 from dpo_scale.data.batching import PairOrder
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import forward_flops
+from dpo_scale.data.planning import Planner, make_planner
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
 from dpo_scale.models.load import load_policy
@@ -36,7 +37,6 @@ from dpo_scale.settings.resume import CONFIG_FILE
 from dpo_scale.settings.tree import Config
 from dpo_scale.training.identity import identity_of
 from dpo_scale.training.objective import Objective, choose_objective
-from dpo_scale.training.plan import Planner, make_planner
 from dpo_scale.training.prepare import Prepared, prepare
 
 

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from dpo_scale.data.flops import ForwardFlops, forward_flops
+from dpo_scale.data.planning import passes_of
 from dpo_scale.observe.devices import peak_flops
 from dpo_scale.settings.tree import load_config
-from dpo_scale.training.plan import passes_of
 
 
 @pytest.mark.parametrize("tied", [False, True])

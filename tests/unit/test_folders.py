@@ -4,6 +4,7 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+from tiny import tiny_config
 
 from dpo_scale.distributed import folders, ranks
 from dpo_scale.distributed.folders import require_shared, sees_folder_of_main
@@ -73,7 +74,7 @@ def test_one_rank_tokenizes_into_a_cache_that_all_share_else_one_a_machine(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_0_alone_lists_bad_rows(tmp_path, monkeypatch, rank):
     lists = []
-    tokenizer, model_config = object(), object()
+    tokenizer, model_config = object(), tiny_config("llama")
     monkeypatch.setattr(ranks, "rank", lambda: rank)
     monkeypatch.setattr(prepare, "load_tokenizers", lambda config: (tokenizer, model_config))
     monkeypatch.setattr(prepare, "check_vocabulary", lambda *arguments: None)

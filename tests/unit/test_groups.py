@@ -20,7 +20,7 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import pair_tokens
 from dpo_scale.data.packing import pack_among_ranks
-from dpo_scale.training.plan import Planner
+from dpo_scale.data.planning import Planner
 
 LAYOUTS = ["packed", "shared_prefix"]
 # of Llama-3.1-8B

@@ -12,7 +12,7 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import pair_tokens, slots
 from dpo_scale.data.packing import pack_among_ranks
-from dpo_scale.training.plan import Planner
+from dpo_scale.data.planning import Planner
 
 LAYOUTS = ["padded", "packed", "shared_prefix"]
 # a token costs as much as 3,000 attended keys, as in a model of 135 million weights; in larger ones it costs more

@@ -14,9 +14,9 @@ from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import make_batch, slots
 from dpo_scale.data.packing import pack_among_ranks
+from dpo_scale.data.planning import Planner
 from dpo_scale.reference.live import LiveReference
 from dpo_scale.reference.protocol import NoReference
-from dpo_scale.training.plan import Planner
 
 LAYOUTS = ["padded", "packed", "shared_prefix"]
 FLOPS = ForwardFlops(per_token=3000.0, per_scored_token=800.0, attention=((None, 1.0),))

@@ -1,0 +1,1 @@
+"""What a run will need, before any weights are loaded: memory, time and price, from its config, data and cluster."""
