@@ -22,6 +22,12 @@ ruff format --check --quiet .
 lint-imports --no-cache
 mypy
 
-stage "tests"
 trap - ERR # pytest's closing line is the verdict, and the last line
-python -m pytest "$@" </dev/null
+if (($#)); then
+    stage "tests"
+    exec python -m pytest "$@" </dev/null
+fi
+stage "quick tests, on all cores"
+python -m pytest -m "not slow" -n auto --dist loadfile </dev/null
+stage "slow tests, one after another: they start ranks of their own"
+python -m pytest -m slow </dev/null

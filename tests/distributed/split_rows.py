@@ -8,6 +8,7 @@ the largest entry of each parameter's gradient, of gradients summed over the gro
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,9 @@ def batch_of(layout, sizes, group_size):
 def measure(scorer, batch, settings, objective):
     """Log-probs summed by completion, and gradients by name."""
     scorer.zero_grad()
-    total, _, _ = objective(scorer, batch, settings, 9.0, (len(batch.lengths),))
+    engine = partial(scorer)
+    engine.module = scorer
+    total, _, _ = objective(engine, batch, settings, 9.0, (len(batch.lengths),))
     total.backward()
     gradients = {name: p.grad.clone() for name, p in scorer.named_parameters() if p.grad is not None}
     with torch.no_grad():

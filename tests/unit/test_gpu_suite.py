@@ -300,8 +300,8 @@ def test_a_back_end_that_lets_branches_see_each_other_disagrees(tmp_path, monkey
     assert layouts.main(arguments) == 0
     right = AttentionPlan.__init__
 
-    def wrong(plan, position_ids, document_ids, branch_ids, segments):
-        right(plan, position_ids, document_ids, branch_ids, ((sum(tokens for tokens, _ in segments), 0),))
+    def wrong(plan, position_ids, document_ids, branch_ids, segments, group=None):
+        right(plan, position_ids, document_ids, branch_ids, ((sum(tokens for tokens, _ in segments), 0),), group)
 
     monkeypatch.setattr(AttentionPlan, "__init__", wrong)
     assert layouts.main(arguments) == 1
