@@ -110,7 +110,7 @@ def initialize_policy(
 def say_if_one_thread_is_left() -> None:
     """Tell whoever offloads the optimizer to the host that `torchrun` leaves its step one thread a rank."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = cores // (ranks.local_world_size() or 1)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if by_torchrun and share > 1 and ranks.device().type != "cpu":
         ranks.log(

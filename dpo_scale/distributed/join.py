@@ -60,8 +60,7 @@ def join(timeout_minutes: float, start_timeout_minutes: float = 10.0) -> None:
 
 def name_network(backend: str) -> None:
     """Tell gloo which network the other machines are on, where this host's own name leads to no other machine."""
-    of_this_machine = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # torchrun, deepspeed
-    on_one_machine = of_this_machine == str(ranks.world_size()) or os.environ["MASTER_ADDR"] in (
+    on_one_machine = ranks.local_world_size() == ranks.world_size() or os.environ["MASTER_ADDR"] in (
         "127.0.0.1",
         "localhost",
     )

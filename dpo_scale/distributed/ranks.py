@@ -46,6 +46,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int | None:
+    """Ranks of this machine; None if the launcher does not tell."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's and DeepSpeed's
+    return int(told) if told else None
+
+
 def is_main() -> bool:
     return rank() == 0
 

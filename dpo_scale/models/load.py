@@ -330,6 +330,12 @@ def resolve_layout(config: Config) -> LayoutChoice:
     choice = choose_layout(config, _model_configs(config))
     make_groups(choice.groups.sizes, config.deepspeed.timeout_minutes)
     ranks.log(choice.option.describe())
+    of_machine = ranks.local_world_size()
+    if of_machine is not None and choice.groups.largest > of_machine:
+        ranks.log(
+            f"train.sequence_parallel_size: a row may be shared by {choice.groups.largest} ranks, and a machine has "
+            f"{of_machine}; the exchange around attention then goes over the network between machines"
+        )
     return choice
 
 

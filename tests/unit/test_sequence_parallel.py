@@ -12,9 +12,11 @@ from tiny import tiny_config
 from dpo_scale.data.dataset import Pair
 from dpo_scale.data.groups import Groups
 from dpo_scale.data.layout import make_batch
+from dpo_scale.distributed import ranks
 from dpo_scale.distributed.sequence_parallel import SequenceGroup, over_heads
 from dpo_scale.errors import ConfigError
 from dpo_scale.logprobs.pair_loss import PairLoss, fused_pair_loss
+from dpo_scale.models import load
 from dpo_scale.models.layout_choice import choose_groups, choose_layout
 from dpo_scale.settings.tree import load_config
 
@@ -192,6 +194,22 @@ def test_the_groups_of_a_run(monkeypatch, world, asked, sizes):
     asked_for = config(f"train.sequence_parallel_size={asked}", "train.max_tokens_per_micro_batch=100")
     # the tiny model has 4 heads
     assert choose_groups(asked_for, [tiny_config("llama")]) == Groups(world, sizes)
+
+
+@pytest.mark.parametrize("of_machine, told", [("2", True), ("8", False), (None, False)])
+def test_a_group_that_reaches_over_machines_is_told_of(monkeypatch, tmp_path, of_machine, told):
+    said = []
+    monkeypatch.setattr(ranks, "log", said.append)
+    monkeypatch.setattr(ranks, "from_main", lambda value: value)
+    monkeypatch.setattr(load, "make_groups", lambda sizes, minutes: None)  # there are no other ranks here
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if of_machine is not None:
+        monkeypatch.setenv("LOCAL_SIZE", of_machine)  # as DeepSpeed's launcher sets it
+    tiny_config("llama").save_pretrained(tmp_path)
+    load.resolve_layout(config(f"model.path={tmp_path}", "train.sequence_parallel_size=4"))
+    assert any("shared by 4 ranks, and a machine has 2" in line for line in said) == told
 
 
 def rope(kind):
