@@ -6,7 +6,6 @@ Its sizes are those of the very modules that a run would load, so nothing about 
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
