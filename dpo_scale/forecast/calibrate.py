@@ -1,0 +1,1 @@
+"""What the device at hand reaches, measured in at most a minute."""
