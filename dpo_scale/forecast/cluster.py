@@ -96,7 +96,9 @@ def parse_gpus(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(?:(\d{1,6})\s*[xX*])?\s*(\d{1,6})", str(text).strip())
     nodes, per_node = (int(found[1] or 1), int(found[2])) if found else (0, 0)
     if nodes < 1 or per_node < 1:
-        raise ConfigError(f"--gpus {text!r}: expected a number of GPUs of one machine, as 8, or machines x GPUs, as 4x8")
+        raise ConfigError(
+            f"--gpus {text!r}: expected a number of GPUs of one machine, as 8, or machines x GPUs, as 4x8"
+        )
     return nodes, per_node
 
 
