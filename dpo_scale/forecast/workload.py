@@ -1,4 +1,4 @@
-"""What a run would compute, step by step, on so many ranks: planned by the run's own planner, without any of the ranks."""
+"""What a run would compute, step by step, on so many ranks: planned by the run's own planner, without the ranks."""
 
 from __future__ import annotations
 
