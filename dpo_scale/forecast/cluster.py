@@ -37,7 +37,7 @@ _RING_BASE, _STEP_BY_PEER_LINK, _STEP_BY_PCIE, _STEP_BETWEEN = 8.4e-6, 3.4e-6, 5
 
 _BETWEEN = {"ib": "InfiniBand", "roce": "RoCE", "efa": "EFA", "eth": "Ethernet"}
 _INTERCONNECTS = (
-    "nvlink or pcie, and between machines + ib400, roce400 or efa400 (Gbit/s of each GPU's own adapter) or eth100 "
+    "say nvlink or pcie, and between machines + ib400, roce400 or efa400 (Gbit/s of each GPU's own adapter) or eth100 "
     "(Gbit/s of the machine, shared by its GPUs), e.g. nvlink+ib400"
 )
 
@@ -58,10 +58,12 @@ def cluster_of(gpus: str, device: str, interconnect: str | None, dtype: str) -> 
     found = find_device(device, dtype)
     if interconnect is None:
         interconnect = "nvlink+ib400" if _peer_link(found.name) else "pcie+eth100"
+    if nodes > 1 and "+" not in interconnect:
+        raise ConfigError(f"--interconnect {interconnect!r}: {nodes} machines need a network too; {_INTERCONNECTS}")
     within, between = parse_interconnect(interconnect, found, per_node)
     by_peer_link = not interconnect.lower().startswith("pcie")
     latency = ring_latency(nodes, per_node, by_peer_link=by_peer_link)
-    return Cluster(found, per_node, nodes, within, between if nodes > 1 else within, latency)
+    return Cluster(found, per_node, nodes, within, between, latency)
 
 
 def find_device(name: str, dtype: str) -> Device:
@@ -119,12 +121,12 @@ def parse_interconnect(text: str, device: Device, per_node: int) -> tuple[float,
     elif within_name == "pcie":
         within = device.host_link
     else:
-        raise ConfigError(f"--interconnect {text!r}: unknown link {within_name!r}; expected {_INTERCONNECTS}")
-    if not between_name:
+        raise ConfigError(f"--interconnect {text!r}: unknown link {within_name!r}; {_INTERCONNECTS}")
+    if not between_name:  # of one machine
         return within, within
     found = re.fullmatch(rf"({'|'.join(_BETWEEN)})(\d{{1,5}})", between_name)
     if not found or int(found[2]) == 0:
-        raise ConfigError(f"--interconnect {text!r}: unknown network {between_name!r}; expected {_INTERCONNECTS}")
+        raise ConfigError(f"--interconnect {text!r}: unknown network {between_name!r}; {_INTERCONNECTS}")
     between = int(found[2]) / 8 * 1e9 * LINK_EFFICIENCY
     return within, between / per_node if found[1] == "eth" else between
 
