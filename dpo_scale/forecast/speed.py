@@ -18,7 +18,7 @@ import numpy as np
 from dpo_scale.data.batching import MicroBatch, of_groups
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import pair_tokens
-from dpo_scale.data.planning import Planner, runs_reference
+from dpo_scale.data.planning import runs_reference
 from dpo_scale.forecast.parts import Cluster, Device, StepTime, Workload
 from dpo_scale.settings.deepspeed import MAX_BUCKET_ELEMENTS
 from dpo_scale.settings.tree import Config

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dpo_scale.data.batching import PairOrder
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import Layout, pair_tokens
