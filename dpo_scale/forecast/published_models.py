@@ -1,4 +1,4 @@
-"""The configs of a few models by their hub ids, so that a plan for them needs no hub. Sizes as their makers state them."""
+"""The configs of a few models by hub id, so that a plan for them needs no hub. Sizes as their makers state them."""
 
 from __future__ import annotations
 
