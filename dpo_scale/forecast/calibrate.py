@@ -52,7 +52,7 @@ _REPEATS = (2, 12)
 _LARGEST_PRODUCT = {"cpu": 1536, "cuda": 8192}
 _COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes
 _SENT = {"cpu": 1 << 24, "cuda": 1 << 28}  # bytes of a collective's whole
-_UPDATED = {"cpu": 1 << 22, "cuda": 1 << 27}  # parameters
+_UPDATED = {"cpu": 1 << 24, "cuda": 1 << 27}  # parameters
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def calibrated(
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         rates = stored["rates"]
-        lines = {name: Line(**value) if isinstance(value, dict) else value for name, value in rates.items()}
+        lines: dict[str, Any] = {n: Line(**value) if isinstance(value, dict) else value for n, value in rates.items()}
         return Calibration(**{**stored, "rates": Rates(**lines)})
     except FileNotFoundError:
         return None
@@ -355,7 +355,7 @@ def _updates(timer: _Timer) -> float:
 
 
 def _collectives(timer: _Timer) -> tuple[float, float, float, float]:
-    """Bytes a second that a rank sends in an all-gather, a reduce-scatter and an all-to-all, and seconds of a small one."""
+    """Bytes a second that a rank sends in an all-gather, a reduce-scatter, an all-to-all; seconds of a small one."""
     import torch
     import torch.distributed as dist
 
@@ -470,9 +470,13 @@ def _batch(sample: _Sample, model_config: Any) -> PairBatch:
     import torch
 
     draw, vocabulary = np.random.default_rng(0), model_config.get_text_config().vocab_size
+
+    def ids(count: int) -> np.ndarray:
+        return draw.integers(0, vocabulary, count, dtype=np.int32)
+
     pairs = [
-        Pair(*(draw.integers(0, vocabulary, n, dtype=np.int32) for n in of_pair), b"", i)
-        for i, of_pair in enumerate(sample.lengths.tolist())
+        Pair(ids(prompt), ids(chosen), ids(rejected), b"", i)
+        for i, (prompt, chosen, rejected) in enumerate(sample.lengths.tolist())
     ]
     batch = make_batch(sample.layout, pairs, np.ones(len(pairs)), 0)
     return batch.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -313,7 +313,7 @@ class _Estimate:
         return max(1, -(-self.sizes.trained // max(1, size)))
 
     def visible(self, computing: np.ndarray, traffic: float) -> float:
-        """Seconds of a step's traffic beside computing: max(computing, traffic) - computing in each micro-step, or all."""
+        """Seconds of a step's traffic that computing does not hide: what is longer than each micro-step, or all."""
         if not self.overlaps:
             return traffic * len(computing)
         return float(np.maximum(0.0, traffic - computing).sum())
