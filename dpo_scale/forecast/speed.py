@@ -29,8 +29,8 @@ _SHORT = {"fp32": 4, "bf16": 2, "bfp16": 2, "fp16": 2}  # `communication_data_ty
 # Measured on two ranks (design notes on scale): a checkpointed or plain micro-step gathers the weights 1.87 to 1.94
 # times, because what the forward pass gathered last the backward pass finds.
 GATHERS = 1.9
-# Bytes of memory that an optimizer step reads and writes for a parameter: gradient, weight and two moments in fp32 read,
-# the last three written (28), the norm (4), clipping (8), weights cast and copied (8).
+# Bytes of memory that an optimizer step reads and writes for a parameter: gradient, weight and two moments in fp32
+# read, the last three written (28), the norm (4), clipping (8), weights cast and copied (8).
 OPTIMIZER_BYTES = 48
 # Assumed of a machine's processors: bytes a second of their memory that Adam's step reaches, of 200 to 600 stated.
 HOST_BANDWIDTH = 100e9
@@ -81,7 +81,7 @@ class Rates:
         layers_forward: its forward pass without gradients.
         head_train, head_forward: of the head with its loss, once a micro-step.
         optimizer: seconds for each parameter that a rank updates.
-        reduce: bytes a second that a rank sends in a reduction; None: as in a gather.
+        reduce, exchange: bytes a second that a rank sends in a reduction and in an all-to-all; None: as in a gather.
         issue_forward, issue_train: seconds that the host needs for a layer while the device computes.
     """
 
@@ -91,6 +91,7 @@ class Rates:
     head_forward: Line
     optimizer: float
     reduce: float | None = None
+    exchange: float | None = None
     issue_forward: float = 0.0
     issue_train: float = 0.0
 
@@ -100,7 +101,7 @@ class Rates:
         line = Line(0.0, device.flops * device.efficiency)
         on_cpu = device.name == "cpu"
         issue = (0.0, 0.0) if on_cpu else (_ISSUE_FORWARD, _ISSUE_TRAIN)
-        return cls(line, line, line, line, OPTIMIZER_BYTES / device.bandwidth, None, *issue)
+        return cls(line, line, line, line, OPTIMIZER_BYTES / device.bandwidth, None, None, *issue)
 
 
 def time_of(
@@ -187,6 +188,7 @@ class _Estimate:
         self.overlaps = not self.on_cpu and bool(self.zero.get("overlap_comm", self.stage == 3))
         # reductions of several processes of one machine go through its processor, so a rate of their own
         self.reducing = cluster if rates.reduce is None else replace(cluster, within=rates.reduce)
+        self.exchanging = cluster if rates.exchange is None else replace(cluster, within=rates.exchange)
 
     def time(self) -> StepTime:
         parts: dict[str, float] = {}
@@ -311,7 +313,7 @@ class _Estimate:
         return max(1, -(-self.sizes.trained // max(1, size)))
 
     def visible(self, computing: np.ndarray, traffic: float) -> float:
-        """Seconds of a step's traffic that computing does not hide: max(computing, traffic) - computing each, or all."""
+        """Seconds of a step's traffic that computing does not hide: what is longer than each micro-step, or all."""
         if not self.overlaps:
             return traffic * len(computing)
         return float(np.maximum(0.0, traffic - computing).sum())
@@ -359,7 +361,7 @@ class _Estimate:
         for row in of_groups(of_ranks):
             if row.group_size > 1:
                 tokens = self.planner.flops_of([row])[0, 0] / self.planner.flops.per_token / row.group_size
-                seconds = exchange_seconds(self.cluster, self.weight_bytes * width * tokens, row.group_size)
+                seconds = exchange_seconds(self.exchanging, self.weight_bytes * width * tokens, row.group_size)
                 seconds += 2 * _neighbours(self.cluster, row.group_size).latency
                 longest = max(longest, passes * seconds)
         return longest
