@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpo_scale.data.flops import forward_flops
+from dpo_scale.data.flops import ForwardFlops, forward_flops
 from dpo_scale.data.planning import StepPlan, runs_reference
 from dpo_scale.forecast.activations import ActivationModel, Rows, fullest_rows
 from dpo_scale.forecast.lengths import Lengths
@@ -38,6 +38,8 @@ TIME_ERROR = 0.25
 # Assumed of a GPU's allocator: memory that it holds and cannot give to tensors, as a share of the tensors.
 FRAGMENTATION = 0.05
 
+CONTEXT, GAPS = "context and libraries", "allocator's gaps"  # of what is no tensor
+
 Value = TypeVar("Value")
 
 
@@ -55,6 +57,12 @@ class Forecast:
     def fits(self) -> bool:
         """Whether the fullest rank has room on its device."""
         return self.memory.total <= self.cluster.device.memory
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """What the metric of this name will be: on a GPU tensors alone, on a CPU the whole process."""
+        beside = (CONTEXT, GAPS) if self.cluster.device.name != "cpu" else ()
+        return self.memory.total - sum(self.memory.device.get(name, 0) for name in beside)
 
     @property
     def seconds(self) -> float:
@@ -79,6 +87,7 @@ class Forecaster:
     Args:
         model_configs: of the policy and, where it is another model, of the reference.
         lengths: of the pairs.
+        flops: of the policy; counted if not given.
         rates: as measured on the device; None: assumed by its figures.
         liger: whether the models take Liger's kernels.
     """
@@ -88,12 +97,13 @@ class Forecaster:
         model_configs: Sequence[PreTrainedConfig],
         lengths: Lengths,
         *,
+        flops: ForwardFlops | None = None,
         rates: Rates | None = None,
         liger: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.model_configs, self.lengths, self.rates, self.liger = list(model_configs), lengths, rates, liger
-        self.flops = forward_flops(self.model_configs[0], trust_remote_code=trust_remote_code)
+        self.flops = flops or forward_flops(self.model_configs[0], trust_remote_code=trust_remote_code)
         self._known: dict[Hashable, Any] = {}
 
     def forecast(self, config: Config, cluster: Cluster, steps_planned: int | None = None) -> Forecast:
@@ -154,8 +164,8 @@ class Forecaster:
         tensors = max(moments, key=lambda parts: sum(parts.values()))
         device = {name: size for name, size in tensors.items() if size}
         if not on_cpu:
-            device["allocator's gaps"] = round(FRAGMENTATION * sum(device.values()))
-        device["context and libraries"] = cluster.device.context
+            device[GAPS] = round(FRAGMENTATION * sum(device.values()))
+        device[CONTEXT] = cluster.device.context
         host: dict[str, int] = {}
         if not on_cpu:
             of_rank = (

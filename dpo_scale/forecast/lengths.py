@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_scale.data.dataset import load_pairs
+from dpo_scale.data.dataset import LoadedData, load_pairs
 from dpo_scale.data.tokenize import load_tokenizer
 from dpo_scale.errors import ConfigError, UserError
 from dpo_scale.models.builtin import resolve_model_path
@@ -89,9 +89,14 @@ def read_lengths(config: Config, model_config: PreTrainedConfig, log: Callable[[
         data = load_pairs(config.data, tokenizer, seed=config.train.seed, log=log)
     except UserError as error:
         raise type(error)(f"{error}; to plan without reading data, give --lengths") from None
-    held_out = data.eval.lengths if data.eval is not None else np.zeros((0, 3), dtype=np.int32)
     names = ", ".join(source.path for source in config.data.train)
-    return Lengths(data.train.lengths, held_out, f"the lengths of {names}, {len(data.train):,} pairs")
+    return lengths_of(data, f"the lengths of {names}, {len(data.train):,} pairs")
+
+
+def lengths_of(data: LoadedData, origin: str) -> Lengths:
+    """The lengths of data that is read."""
+    held_out = data.eval.lengths if data.eval is not None else np.zeros((0, 3), dtype=np.int32)
+    return Lengths(data.train.lengths, held_out, origin)
 
 
 def assumed_lengths(config: Config, text: str, pairs: int | None = None) -> Lengths:

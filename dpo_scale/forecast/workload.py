@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dpo_scale.data.batching import PairOrder
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import Layout, pair_tokens
-from dpo_scale.data.planning import StepPlan, make_planner
+from dpo_scale.data.planning import Planner, StepPlan, make_planner
 from dpo_scale.errors import ConfigError, DataError
 from dpo_scale.forecast.lengths import Lengths
 from dpo_scale.forecast.parts import Workload
@@ -69,8 +69,16 @@ def workload_of(
     order = PairOrder(len(pairs), train.global_batch_size, train.seed, train.shuffle, train.drop_last)
     steps = order.total_steps(train.num_train_epochs, train.max_steps)
     plans = planner.first_plans(order, steps if steps_planned is None else min(steps, steps_planned))
-    held_out_tokens = -(-int(pair_tokens(lengths.held_out, layout).sum()) // world_size)
-    return Workload(planner, order, steps, plans, len(lengths.held_out), held_out_tokens, lengths.origin)
+    return workload_by(planner, order, steps, plans, lengths)
+
+
+def workload_by(
+    planner: Planner, pair_order: PairOrder, steps: int, plans: Sequence[StepPlan], lengths: Lengths
+) -> Workload:
+    """The workload of a run whose steps are planned."""
+    tokens = int(pair_tokens(lengths.held_out, planner.layout).sum())
+    of_rank = -(-tokens // planner.groups.world_size)
+    return Workload(planner, pair_order, steps, plans, len(lengths.held_out), of_rank, lengths.origin)
 
 
 def fullest_step(workload: Workload) -> StepPlan:
