@@ -21,7 +21,7 @@ import torch
 from dpo_scale.data.layout import Layout, Segment, pair_tokens, row_widths
 from dpo_scale.data.planning import Planner, StepPlan
 from dpo_scale.errors import ModelError, first_line
-from dpo_scale.forecast.fake_model import build_model, layer_kinds, layers_needed, stand_in_attention
+from dpo_scale.forecast.fake_model import build_model, layer_kinds, layers_needed, make_fake, stand_in_attention
 from dpo_scale.forecast.fake_run import LayerBytes, PassBytes, measure_pass
 from dpo_scale.forecast.head import HeadBytes, HeadCall, head_bytes
 from dpo_scale.models.attention import AttentionPlan
@@ -247,10 +247,15 @@ class ActivationModel:
         if key not in self._measured:
             from torch._subclasses.fake_tensor import FakeTensorMode
 
-            mode = FakeTensorMode()
+            kinds = self._kinds[policy]
+            model = build_model(
+                self.config, self._configs[policy], layers_needed(kinds), policy=policy,
+                adapter=reference_source(self.config).adapter, liger=self._liger,
+            )  # fmt: skip
             try:
-                with mode:
-                    self._measured[key] = self._run_fake(*key)
+                with FakeTensorMode():
+                    make_fake(model)
+                    self._measured[key] = self._run_fake(model, *key)
             except (RuntimeError, NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException) as e:
                 kind = self._configs[policy].model_type
                 raise ModelError(f"activations of a {kind} model cannot be forecast: {first_line(e)}") from e
@@ -258,6 +263,7 @@ class ActivationModel:
 
     def _run_fake(
         self,
+        model: Any,
         policy: bool,
         tokens: int,
         count: int,
@@ -265,11 +271,7 @@ class ActivationModel:
         copied_keys: int,
         group_size: int,
     ) -> PassBytes:
-        kinds, model_config = self._kinds[policy], self._configs[policy]
-        adapter = reference_source(self.config).adapter
-        model = build_model(
-            self.config, model_config, layers_needed(kinds), policy=policy, adapter=adapter, liger=self._liger
-        )
+        model_config = self._configs[policy]
         whole, (backbone, _) = causal_lm(model), backbone_and_head(model)
         inputs: dict[str, Any] = {"input_ids": torch.zeros((count, tokens // count), dtype=torch.long)}
         in_blocks = self.device_type == "cpu"

@@ -32,7 +32,7 @@ STAND_IN = "dpo_scale_forecast"  # the name of the attention that stands in for 
 def layer_kinds(model_config: PreTrainedConfig) -> list[tuple[Any, ...]]:
     """What tells the decoder's layers apart, layer by layer: their kind of attention and their weights' shapes."""
     with torch.device("meta"):
-        layers = decoder_layers(_build(model_config, "float32"))
+        layers = decoder_layers(_build(model_config, "bfloat16"))
     stated = getattr(model_config.get_text_config(), "layer_types", None) or [None] * len(layers)
     shapes = (tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers)
     return list(zip(stated, shapes, strict=True))
@@ -48,7 +48,7 @@ def layers_needed(kinds: list[tuple[Any, ...]]) -> int:
 def build_model(
     config: Config, model_config: PreTrainedConfig, layers: int, *, policy: bool, adapter: str | None, liger: bool
 ) -> Any:
-    """The first layers of a run's policy or reference; to be called within a `FakeTensorMode`.
+    """The first layers of a run's policy or reference, on the meta device.
 
     Args:
         adapter: that the reference wears.
@@ -56,23 +56,42 @@ def build_model(
     Raises:
         ModelError, ConfigError: as loading it would.
     """
-    model = _build(_cut(model_config, layers), config.model.dtype, config)
-    if config.model.disable_dropout:
-        switch_off_dropout(model.config)
-    if liger:
-        _keep_as_liger(model)
-    settings = config.lora if policy and config.lora.enabled else LoraSettings(adapter=adapter) if adapter else None
-    if settings is not None and settings.adapter is not None:
-        from peft import get_peft_model
+    with torch.device("meta"):
+        model = _build(_cut(model_config, layers), config.model.dtype, config)
+        if config.model.disable_dropout:
+            switch_off_dropout(model.config)
+        if liger:
+            _keep_as_liger(model)
+        settings = config.lora if policy and config.lora.enabled else LoraSettings(adapter=adapter) if adapter else None
+        if settings is not None and settings.adapter is not None:
+            from peft import get_peft_model
 
-        model = get_peft_model(model, lora.read_adapter_config(settings.adapter), autocast_adapter_dtype=False)
-    elif settings is not None:
-        model = lora.add_adapter(model, settings, seed=0)
+            model = get_peft_model(model, lora.read_adapter_config(settings.adapter), autocast_adapter_dtype=False)
+        elif settings is not None:
+            model = lora.add_adapter(model, settings, seed=0)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # peft leaves it in fp32 where the base has no data
+                parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
     if not policy:
         return model.eval().requires_grad_(False)
     if config.model.gradient_checkpointing:
         enable_checkpointing(causal_lm(model), offload=False)  # what an offload moves is known without running it
     return model.train()
+
+
+def make_fake(model: nn.Module) -> None:
+    """Put fake tensors in the place of a model's own, within a `FakeTensorMode`. Tied weights stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in made:
+                new = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[id(parameter)] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+            if parameter is not None:
+                module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _build(model_config: PreTrainedConfig, dtype: str, config: Config | None = None) -> Any:

@@ -1,0 +1,80 @@
+"""Formulas for weights, gradients and optimizer states beside the live tensors of real engines: `live_states.py`."""
+
+import json
+
+import pytest
+from tiny import launch, save_tokenizer
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def make_jobs(folder):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+    shared = dict(
+        vocab_size=512, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    configs = {
+        "dense": LlamaConfig(**shared, intermediate_size=768, tie_word_embeddings=False),
+        "tied": LlamaConfig(**shared, intermediate_size=768, tie_word_embeddings=True),
+        "experts": MixtralConfig(**shared, intermediate_size=256, num_local_experts=4),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        save_tokenizer(folder / name)
+
+    def job(model, dtype, stage, *more):
+        common = ["data.layout=padded", "logprobs.implementation=naive", "reference.mode=store"]
+        return [f"model.path={folder / model}", f"model.dtype={dtype}", f"deepspeed.stage={stage}", *common, *more]
+
+    fp32, bf16 = "float32", "bfloat16"
+    large = "deepspeed.config={zero_optimization: {stage3_param_persistence_threshold: 1000}}"
+    return {
+        "0 fp32": job("dense", fp32, 0),
+        "1 fp32": job("dense", fp32, 1),
+        "1 bf16 offloaded": job("dense", bf16, 1, "deepspeed.offload_optimizer=cpu"),
+        "1 bf16": job("dense", bf16, 1),
+        "2 fp32": job("tied", fp32, 2),
+        "2 fp32 offloaded": job("dense", fp32, 2, "deepspeed.offload_optimizer=cpu"),
+        "2 bf16 small buckets": job(
+            "dense", bf16, 2, "deepspeed.config={zero_optimization: {reduce_bucket_size: 400000}}"
+        ),
+        "2 bf16": job("dense", bf16, 2),
+        "2 bf16 tied": job("tied", bf16, 2),
+        "2 bf16 in bf16": job("dense", bf16, 2, "deepspeed.config={data_types: {grad_accum_dtype: bf16}}"),
+        "2 bf16 states": job("dense", bf16, 2, "deepspeed.bf16_optimizer_states=true"),
+        "2 bf16 reduced in fp32": job("dense", bf16, 2, "train.reduce_dtype=float32"),
+        "2 bf16 offloaded": job("dense", bf16, 2, "deepspeed.offload_optimizer=cpu"),
+        "2 bf16 lora": job("dense", bf16, 2, "lora.r=64"),
+        "2 bf16 experts": job("experts", bf16, 2),
+        "2 bf16 sgd": job("dense", bf16, 2, "train.optim=SGD", "train.optim_args={momentum: 0.9}"),
+        "3 fp32": job("dense", fp32, 3, large),
+        "3 bf16": job("dense", bf16, 3, large),
+        "3 bf16 small buckets": job(
+            "dense",
+            bf16,
+            3,
+            "deepspeed.config={zero_optimization: {stage3_param_persistence_threshold: 1000, "
+            "reduce_bucket_size: 400000, stage3_prefetch_bucket_size: 100000, stage3_max_reuse_distance: 1000000}}",
+        ),
+        "3 bf16 persistent": job("dense", bf16, 3),
+        "3 bf16 tied": job("tied", bf16, 3, large),
+        "3 bf16 states": job("dense", bf16, 3, large, "deepspeed.bf16_optimizer_states=true"),
+        "3 bf16 offloaded": job("dense", bf16, 3, large, "deepspeed.offload_optimizer=cpu"),
+        "3 bf16 all offloaded": job(
+            "dense", bf16, 3, large, "deepspeed.offload_optimizer=cpu", "deepspeed.offload_param=cpu"
+        ),
+        "3 bf16 lora": job("dense", bf16, 3, large, "lora.r=64"),
+        "3 bf16 experts": job("experts", bf16, 3, large),
+        "3 reference whole": job("dense", bf16, 3, large, "reference.mode=live"),
+        "3 reference sharded": job("dense", bf16, 3, large, "reference.mode=live", "reference.stage=3"),
+        "3 reference offloaded": job(
+            "dense", bf16, 3, large, "reference.mode=live", "reference.stage=3", "reference.offload_param=cpu"
+        ),
+        "3 reference moving": job(
+            "dense", bf16, 3, large, "reference.mode=live", "reference.sync_steps=1", "reference.sync_mixup=0.5"
+        ),
+    }
