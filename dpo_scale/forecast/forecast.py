@@ -1,7 +1,7 @@
 """The forecast of a run: memory of its fullest rank, time, price, and whether it fits.
 
-Memory is that of the fullest of four moments: a store being filled, a pass of the reference, the end of a backward
-pass, the optimizer's step. What the forecasts of one search share is computed once (`Forecaster`).
+Memory is that of the fullest moment: while a store is filled, in a pass of the reference, in a step's passes, or in the
+optimizer's update. What the forecasts of one search share is computed once (`Forecaster`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dpo_scale.forecast.shape import ModelShape, shape_of, shape_of_reference
 from dpo_scale.forecast.speed import Rates, time_of
 from dpo_scale.forecast.states import (
     Moment,
-    disk_bytes,
     policy_host_states,
     policy_states,
     reference_host_states,
@@ -142,23 +141,23 @@ class Forecaster:
         rows, reference_rows = self._once(
             ("rows", id(workload)), lambda: (workload, fullest_rows(workload.planner, plans))
         )[1]
-        micro_steps = max(len(plan.micro_steps) for plan in plans)
         activations = self.activations(config, device_type)
 
         def states(moment: Moment) -> dict[str, int]:
-            key = (repr((config.deepspeed, config.train.optim, config.train.reduce_dtype)), micro_steps, world)
+            decides = repr((config.deepspeed, config.train.optim, config.train.optim_args, config.train.reduce_dtype))
             return self._once(
-                ("states", moment, device_type, self._models_of(config), *key),
-                lambda: policy_states(config, shape, world, moment, micro_steps=micro_steps, device_type=device_type),
+                ("states", moment, device_type, self._models_of(config), decides, world),
+                lambda: policy_states(config, shape, world, moment, device_type=device_type),
             )
 
         beside = reference_states(config, reference, world)
-        moments = [
-            states("backward") | beside | self._activations(config, device_type, rows),
-            states("step") | beside,
-        ]
+        moments = [states(moment) | beside for moment in ("gather", "reduce", "step")]
+        moments.append(states("backward") | beside | self._micro_step(activations, rows))
         if reference_rows is not None:
-            moments.append(states("rest") | beside | activations.reference_pass(reference_rows))
+            scoring = reference_states(config, reference, world, "pass") | self._reference_pass(
+                activations, reference_rows
+            )
+            moments.append(states("rest") | scoring)
         if config.loss.needs_reference and config.reference.mode == "store":
             moments.append(self._while_filling(config, workload, fullest, reference, world, activations))
         tensors = max(moments, key=lambda parts: sum(parts.values()))
@@ -169,13 +168,13 @@ class Forecaster:
         host: dict[str, int] = {}
         if not on_cpu:
             of_rank = (
-                policy_host_states(config, shape, world, micro_steps=micro_steps)
+                policy_host_states(config, shape, world)
                 | reference_host_states(config, reference, world)
                 | activations.host(rows)
             )
             host = {name: size * cluster.per_node for name, size in of_rank.items() if size}
         left_out = (*states_left_out(config), *activations.left_out)
-        return Memory(device, host, self._disk(config, shape, world), left_out)
+        return Memory(device, host, {}, left_out)
 
     def shapes(self, config: Config) -> tuple[ModelShape, ModelShape]:
         """Of the policy, and of the reference as a model of its own."""
@@ -198,9 +197,11 @@ class Forecaster:
             ),
         )
 
-    def _activations(self, config: Config, device_type: str, rows: Rows) -> dict[str, int]:
-        model = self.activations(config, device_type)
-        return self._once(("micro-step", id(model), rows), lambda: model.micro_step(rows))
+    def _micro_step(self, activations: ActivationModel, rows: Rows) -> dict[str, int]:
+        return self._once(("micro-step", id(activations), rows), lambda: activations.micro_step(rows))
+
+    def _reference_pass(self, activations: ActivationModel, rows: Rows) -> dict[str, int]:
+        return self._once(("reference's pass", id(activations), rows), lambda: activations.reference_pass(rows))
 
     def _while_filling(
         self,
@@ -217,19 +218,7 @@ class Forecaster:
         key = ("filling", id(workload), budget)
         rows = self._once(key, lambda: fullest_rows(planner, [planner.plan(fullest.pairs)]))[1]
         live = replace(config, reference=replace(config.reference, mode="live"))
-        return reference_states(live, reference, world) | activations.reference_pass(rows)
-
-    def _disk(self, config: Config, shape: ModelShape, world: int) -> dict[str, int]:
-        train, held_out = self.lengths.train, self.lengths.held_out
-        found = disk_bytes(
-            config,
-            shape,
-            world,
-            pairs=len(train) + len(held_out),
-            tokens=int(train.sum()) + int(held_out.sum()),
-            completion_tokens=int(train[:, 1:].sum()) + int(held_out[:, 1:].sum()),
-        )
-        return {name: size for name, size in found.items() if size}
+        return reference_states(live, reference, world, "pass") | self._reference_pass(activations, rows)
 
     def _models_of(self, config: Config) -> str:
         adapter = config.reference.mode == "adapter"
