@@ -254,22 +254,23 @@ def _sliced_optimizer(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
             host[ACCUMULATORS] = (s.weight if s.master == 4 else 0) * sliced
     if moment == "rest":
         return device, host
-    before, last = _reductions(s)
     staged = s.accumulate if whole else s.weight
-    if whole and moment != "step":
+    buffers = staged * s.bucket * (2 if s.zero.get("overlap_comm") else 1)
+    if whole and (moment != "step" or (in_fp32 and s.offloads)):
         device[GRADIENTS] = s.accumulate * n
-    # the slice's sum so far; without an fp32 one it stands beside the pass's own until the pass is over
-    if not (s.offloads and not in_fp32) and not (whole and moment == "backward"):
+    # at stage 1 a rank's slice is first made in the reduction; on the host sums of the gradients' own dtype are enough
+    if (in_fp32 or not s.offloads) and (moment == "step" or not whole or (in_fp32 and moment == "reduce")):
         device[ACCUMULATORS] = s.accumulate * sliced
-    if moment in ("backward", "reduce"):
-        buffers = (2 if s.zero.get("overlap_comm") else 1) * s.bucket
+    if moment in ("backward", "reduce") or (whole and moment == "gather"):
+        device[BUCKETS] = device.get(BUCKETS, 0) + buffers
+    before, last = _reductions(s)
+    reduced = {"backward": 0 if whole else before, "reduce": max(before, last) if whole else last}.get(moment, 0)
+    if reduced:
         cast = s.reduce if s.reduce != staged else 0
-        reduced = last if moment == "reduce" else before
-        added = 4 * largest_slice if in_fp32 and s.reduce != 4 and reduced else 0
-        alone = s.weight * reduced if reduced > s.bucket else 0  # a gradient that no bucket holds
-        # at stage 1 a gradient moves into the bucket, so that the two of them hold it once
-        moved = s.accumulate * min(n, s.bucket) if whole and moment == "reduce" else 0
-        device[BUCKETS] = device.get(BUCKETS, 0) + staged * buffers + (staged + cast) * reduced + added + alone - moved
+        flat = 0 if whole else staged  # at stage 1 it takes the place of gradients that are in the bucket by then
+        added = 4 * largest_slice if in_fp32 and s.reduce != 4 else 0
+        alone = s.weight * reduced if reduced > s.bucket and not whole else 0  # a gradient that no bucket holds
+        device[BUCKETS] += (flat + cast) * reduced + added + alone
     if moment == "step" and not s.offloads:
         flat = 0 if in_fp32 else s.accumulate * max(s.slices)
         cast = s.master * max(s.slices) if s.master != s.accumulate else 0
@@ -279,7 +280,7 @@ def _sliced_optimizer(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
 
 def _sharded(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
     """Stage 3: all is cut, parameter by parameter; weights come together layer by layer."""
-    n, sliced = s.shape.trained, s.sliced
+    sliced = s.sliced
     device: Parts = {BUCKETS: s.reduce * s.bucket}
     host: Parts = {}
     weights = s.weight * _cut(s.shape.parameters, s.world_size)

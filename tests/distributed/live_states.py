@@ -44,9 +44,13 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def at_rest(self):
-        """Bytes now, with tensors that no operation made, as those read from a file."""
-        self._sweep()
+        """Bytes now, without what only waits for the garbage collector."""
+        gc.collect()
         return self.now
+
+    def sweep(self):
+        """Count tensors that no operation made, as those read from a file."""
+        self._sweep()
 
     def peak_of(self, action):
         self.peak = self.now
@@ -93,6 +97,7 @@ def measure(config) -> dict[str, tuple[int, dict]]:
 
     with LiveMemory() as live:
         policy = load_policy(config, micro_steps=2)
+        live.sweep()
         for _ in range(3):  # the first two show DeepSpeed the order of modules
             engine.backward(policy, score(policy), last_micro_step=False)
             live.at_rest()
@@ -103,11 +108,14 @@ def measure(config) -> dict[str, tuple[int, dict]]:
             live.at_rest()
             step, _ = live.peak_of(lambda: engine.optimizer_step(policy, 1e-3, 1.0))
             rest = live.at_rest()
-        found |= {"rest": (rest, formula("rest")), "gather": (forward, formula("gather"))}
+        found["rest"] = rest, formula("rest")
+        if config.deepspeed.stage == 3:
+            found["gather"] = forward, formula("gather")
         found["pass"] = backward, max(formula("backward"), formula("reduce"), key=lambda parts: sum(parts.values()))
         found["step"] = step, formula("step")
         if config.reference.mode == "live":
             reference = load_reference(config, beside=[policy])
+            live.sweep()
             if config.reference.sync_steps:
                 moving = MovingReference(reference, policy, mixup=config.reference.sync_mixup, sync_steps=1)
                 moving.move()
@@ -130,6 +138,7 @@ def main() -> None:
     join(5)
     ranks.quiet_libraries()
     found = {}
+    gc.freeze()  # what is there already is nothing to look through again
     for name, overrides in json.loads((folder / "jobs.json").read_text()).items():
         found[name] = measure(load_config(None, overrides, for_training=False))
         gc.collect()
