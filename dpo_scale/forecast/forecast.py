@@ -65,9 +65,9 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, from its first step on."""
+        """Of the whole run: its steps, and what comes once or now and then."""
         assert self.time is not None
-        return self.workload.steps * self.time.step + sum(self.time.once.values())
+        return seconds_of(self.workload, self.time)
 
     @property
     def gpu_hours(self) -> float:
@@ -78,6 +78,10 @@ class Forecast:
         """What of the config is not modelled, by name."""
         of_time = self.time.left_out if self.time is not None else ()
         return tuple(dict.fromkeys((*self.memory.left_out, *of_time)))
+
+
+def seconds_of(workload: Workload, time: StepTime) -> float:
+    return workload.steps * time.step + sum(time.once.values())
 
 
 class Forecaster:
@@ -131,11 +135,22 @@ class Forecaster:
         shape, reference = self.shapes(config)
         return time_of(config, cluster, workload, shape, reference=reference, rates=self.rates)
 
+    def seconds(self, config: Config, cluster: Cluster, workload: Workload) -> float:
+        """Of the whole run."""
+        return seconds_of(workload, self.time(config, cluster, workload))
+
+    def may_fit(self, config: Config, cluster: Cluster) -> bool:
+        """Whether there is room for the models' states alone: what is known without measuring activations."""
+        shape, reference = self.shapes(config)
+        world = cluster.world_size
+        states = self._states(config, cluster, shape, "backward") | reference_states(config, reference, world)
+        return sum(states.values()) + cluster.device.context <= cluster.device.memory
+
     def memory(self, config: Config, cluster: Cluster, workload: Workload) -> Memory:
         """Memory of the fullest rank, host memory of a machine, and the disk."""
         shape, reference = self.shapes(config)
-        world, on_cpu = cluster.world_size, cluster.device.name == "cpu"
-        device_type = "cpu" if on_cpu else "cuda"
+        world, device_type = cluster.world_size, _type_of(cluster)
+        on_cpu = device_type == "cpu"
         fullest = self._once(("fullest", id(workload)), lambda: (workload, fullest_step(workload)))[1]
         plans = [*workload.plans, fullest]
         rows, reference_rows = self._once(
@@ -144,11 +159,7 @@ class Forecaster:
         activations = self.activations(config, device_type)
 
         def states(moment: Moment) -> dict[str, int]:
-            decides = repr((config.deepspeed, config.train.optim, config.train.optim_args, config.train.reduce_dtype))
-            return self._once(
-                ("states", moment, device_type, self._models_of(config), decides, world),
-                lambda: policy_states(config, shape, world, moment, device_type=device_type),
-            )
+            return self._states(config, cluster, shape, moment)
 
         beside = reference_states(config, reference, world)
         moments = [states(moment) | beside for moment in ("gather", "reduce", "step")]
@@ -197,6 +208,14 @@ class Forecaster:
             ),
         )
 
+    def _states(self, config: Config, cluster: Cluster, shape: ModelShape, moment: Moment) -> dict[str, int]:
+        device_type, world = _type_of(cluster), cluster.world_size
+        decides = repr((config.deepspeed, config.train.optim, config.train.optim_args, config.train.reduce_dtype))
+        return self._once(
+            ("states", moment, device_type, self._models_of(config), decides, world),
+            lambda: policy_states(config, shape, world, moment, device_type=device_type),
+        )
+
     def _micro_step(self, activations: ActivationModel, rows: Rows) -> dict[str, int]:
         return self._once(("micro-step", id(activations), rows), lambda: activations.micro_step(rows))
 
@@ -228,3 +247,7 @@ class Forecaster:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+
+def _type_of(cluster: Cluster) -> str:
+    return "cpu" if cluster.device.name == "cpu" else "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -54,6 +55,7 @@ def plan(config: Config, request: Request, log: Callable[[str], None]) -> list[s
         UserError: for an unknown device, model or interconnect, data that cannot be read, or a config that cannot run.
     """
     _check(request)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     cluster = shared_by_ranks(_named_cluster(config, request))
     model_configs = model_configs_of(config)
     if request.lengths is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +22,7 @@ from dpo_scale.settings.reader import apply_override, build, to_mapping
 from dpo_scale.settings.rules import check_rules
 from dpo_scale.settings.tree import Config
 
-STEPS_TRIED = 6  # of which a trial plans the micro-steps
-SECONDS = 50.0  # after which a search takes the best so far
+STEPS_TRIED = 4  # of which a trial plans the micro-steps
 # A change that gains less is not worth a line in a config: each costs this share of the time of a run.
 CHANGE_COSTS = 0.002
 # What "faster" and "less" mean for a single change.
@@ -48,20 +46,30 @@ class Proposal:
     @property
     def cost(self) -> float:
         """Predicted seconds of the run, and a little for each change."""
-        return self.forecast.seconds * (1 + CHANGE_COSTS * len(self.changes))
+        return _cost(self.forecast.seconds, self.changes)
 
 
 def solve(config: Config, cluster: Cluster, forecaster: Forecaster) -> Proposal | None:
-    """The fastest settings that fit; None if none do."""
-    until = time.monotonic() + SECONDS
-    best: Proposal | None = None
+    """The fastest settings that fit; None if none do.
+
+    Time is arithmetic and memory takes measuring, so all are timed, and the first that fits in the order of time wins.
+    """
+    timed: list[tuple[float, Change, Config]] = []
     for changes in _all_changes(config, cluster, forecaster):
-        found = _try(config, changes, cluster, forecaster, fitting=True)
-        if found is not None and (best is None or found.cost < best.cost):
-            best = found
-        if time.monotonic() > until and best is not None:
-            break
-    return None if best is None else _in_full(best, cluster, forecaster)
+        changed = _changed(config, changes)
+        try:
+            workload = forecaster.workload(changed, cluster.world_size, STEPS_TRIED)
+        except UserError:
+            continue
+        timed.append((_cost(forecaster.seconds(changed, cluster, workload), changes), changes, changed))
+    for _, changes, changed in sorted(timed, key=lambda candidate: candidate[0]):
+        if forecaster.may_fit(changed, cluster):
+            found = _try(config, changes, cluster, forecaster, steps_planned=STEPS_TRIED)
+            if found is not None and found.forecast.fits:
+                found = _try(config, changes, cluster, forecaster, steps_planned=None)
+                if found is not None and found.forecast.fits:
+                    return found
+    return None
 
 
 def solve_cheapest(config: Config, clusters: Sequence[Cluster], forecaster: Forecaster) -> Proposal | None:
@@ -99,26 +107,33 @@ def single_changes(forecast: Forecast, forecaster: Forecaster, count: int = 3) -
     return sorted(found, key=lambda p: (not p.forecast.fits, p.cost))[:count]
 
 
-def _in_full(proposal: Proposal, cluster: Cluster, forecaster: Forecaster) -> Proposal:
-    """The same with as many steps planned as any forecast has."""
-    return replace(proposal, forecast=forecaster.forecast(proposal.forecast.config, cluster))
-
-
 def _try(
-    config: Config, changes: Change, cluster: Cluster, forecaster: Forecaster, *, fitting: bool = False
+    config: Config,
+    changes: Change,
+    cluster: Cluster,
+    forecaster: Forecaster,
+    *,
+    steps_planned: int | None = STEPS_TRIED,
 ) -> Proposal | None:
-    """The proposal of these changes; None if such a run is refused, or does not fit though it has to."""
+    """The proposal of these changes; None if such a run is refused."""
     try:
-        changed = with_changes(config, changes)
-        workload = forecaster.workload(changed, cluster.world_size, STEPS_TRIED)
-        memory = forecaster.memory(changed, cluster, workload)
-        if fitting and memory.total > cluster.device.memory:
-            return None
-        return Proposal(
-            changes, Forecast(changed, cluster, workload, memory, forecaster.time(changed, cluster, workload))
-        )
+        return Proposal(changes, forecaster.forecast(with_changes(config, changes), cluster, steps_planned))
     except UserError:
         return None
+
+
+def _cost(seconds: float, changes: Change) -> float:
+    return seconds * (1 + CHANGE_COSTS * len(changes))
+
+
+def _changed(config: Config, changes: Change) -> Config:
+    """A config with other values, unchecked."""
+    by_section: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        by_section.setdefault(section, {})[name] = value
+    sections = {name: replace(getattr(config, name), **values) for name, values in by_section.items()}
+    return replace(config, **sections)
 
 
 def with_changes(config: Config, changes: Change) -> Config:
@@ -139,7 +154,7 @@ def with_changes(config: Config, changes: Change) -> Config:
 
 
 def _all_changes(config: Config, cluster: Cluster, forecaster: Forecaster) -> Iterator[Change]:
-    """Every combination, with fewest changes first among those of the kinds in turn."""
+    """Every combination, each once."""
     seen = set()
     combined: Iterable[dict[str, Any]] = (
         {key: value for option in options for key, value in option.items()}
