@@ -31,6 +31,7 @@ from dpo_scale.settings.tree import Config
 
 Moment = Literal["rest", "gather", "backward", "reduce", "step"]
 Parts = dict[str, int]
+BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 
 WEIGHTS, GATHERED, SECONDARY = "weights", "gathered layers", "weights of the node (hpZ)"
 GRADIENTS, ACCUMULATORS, BUCKETS = "gradients", "gradient accumulators", "communication buckets"
@@ -100,7 +101,6 @@ _UNKNOWN_KEYS = (
     *("zenflow", "super_offload", "leaf_module", "stage3_module_granularity_threshold", "round_robin_gradients"),
 )
 _EXPECTED_TRUE = ("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce")
-_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 _ALLREDUCE_ELEMENTS = 500_000_000  # that DeepSpeed sums at once at stage 0
 _NORM_BYTES = 8  # norms are computed in fp64, one parameter at a time
 
@@ -159,7 +159,7 @@ def _present(parts: Parts) -> Parts:
 
 def _setup(config: Config, shape: ModelShape, world_size: int, device_type: str) -> _Setup:
     stated = with_fitting_buckets(policy_deepspeed_config(config, 2, device_type), shape.trained)
-    weight, zero = _BYTES[config.model.dtype], stated["zero_optimization"]
+    weight, zero = BYTES[config.model.dtype], stated["zero_optimization"]
     trained = [p for p in shape.parameters if p.trained]
     by_group = [[p.numel for p in trained if p.matrix is matrix] for matrix in (True, False)]
     by_group = [numels for numels in by_group if numels]
@@ -174,10 +174,10 @@ def _setup(config: Config, shape: ModelShape, world_size: int, device_type: str)
         on_cpu=device_type == "cpu",
         stage=zero["stage"],
         weight=weight,
-        accumulate=_BYTES[stated.get("data_types", {}).get("grad_accum_dtype") or config.model.dtype],
-        reduce=_BYTES[stated.get("communication_data_type") or config.model.dtype],
+        accumulate=BYTES[stated.get("data_types", {}).get("grad_accum_dtype") or config.model.dtype],
+        reduce=BYTES[stated.get("communication_data_type") or config.model.dtype],
         master=2 if config.deepspeed.bf16_optimizer_states else 4,
-        states=_states_per_weight(config),
+        states=states_per_weight(config),
         bucket=int(zero["reduce_bucket_size"]),
         zero=zero,
         groups=tuple(map(sum, by_group)),
@@ -191,7 +191,8 @@ def _optimizer(config: Config) -> str:
     return OPTIMIZERS[config.train.optim.lower()]
 
 
-def _states_per_weight(config: Config) -> int:
+def states_per_weight(config: Config) -> int:
+    """Values that the optimizer keeps for each weight."""
     arguments = config.train.optim_args
     extra = (bool(arguments.get(name)) for name in ("momentum", "amsgrad", "centered"))
     base = _STATES_OF.get(_optimizer(config), 2)
@@ -390,7 +391,7 @@ def _reference(config: Config, shape: ModelShape, world_size: int, moment: str) 
     settings = config.reference
     if settings.mode != "live" or not config.loss.needs_reference:
         return {}, {}
-    weight = _BYTES[config.model.dtype]
+    weight = BYTES[config.model.dtype]
     device: Parts = {}
     host: Parts = {}
     if settings.stage == 0:
