@@ -259,8 +259,10 @@ def _sliced_optimizer(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
     buffers = staged * s.bucket * (2 if s.zero.get("overlap_comm") else 1)
     if whole and (moment != "step" or (in_fp32 and s.offloads)):
         device[GRADIENTS] = s.accumulate * n
-    # at stage 1 a rank's slice is first made in the reduction; on the host sums of the gradients' own dtype are enough
-    if (in_fp32 or not s.offloads) and (moment == "step" or not whole or (in_fp32 and moment == "reduce")):
+    # at stage 1 a rank's slice is first made in the reduction, on a CPU while gloo still holds what it reduced; on the
+    # host sums of the gradients' own dtype are enough
+    made = moment == "step" or not whole or (moment == "reduce" and (in_fp32 or s.on_cpu))
+    if made and (in_fp32 or not s.offloads):
         device[ACCUMULATORS] = s.accumulate * sliced
     if moment in ("backward", "reduce") or (whole and moment == "gather"):
         device[BUCKETS] = device.get(BUCKETS, 0) + buffers
@@ -315,7 +317,7 @@ def _sharded(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
             device[BUCKETS] += s.reduce * reduced
         copy = s.reduce * reduced if s.on_cpu else 0
         summed = s.accumulate * reduced // s.world_size if s.accumulate != s.reduce else 0
-        device[BUCKETS] += s.reduce * reduced + max(copy, summed)
+        device[BUCKETS] += s.reduce * reduced + copy + summed
     return device, host
 
 
@@ -364,7 +366,7 @@ class _Gathers:
         threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
         prefetched = int(zero.get("stage3_prefetch_bucket_size", 5e7))
         reuse, live = int(zero.get("stage3_max_reuse_distance", 1e9)), int(zero.get(MAX_LIVE, 1e9))
-        modules = _modules(shape, threshold)
+        modules = _modules(shape, threshold, live)
         total, largest = sum(modules), max(modules)
         kept = behind = 0
         for size in reversed(modules):
@@ -372,18 +374,30 @@ class _Gathers:
                 break
             kept, behind = kept + size, behind + size
         ahead = min(prefetched, live)
-        at_first = min(2 * total, 2 * largest + ahead) if ahead < total else 2 * total
-        before_backward = total if kept == total else min(total, max(kept, 2 * largest) + ahead)
+        # the flat copy of the layer before may still be in use
+        at_first = min(2 * total, 3 * largest + ahead)
+        before_backward = total if kept == total else min(2 * total, max(kept, 3 * largest) + ahead)
         return _Gathers(at_first, before_backward, at_last=modules[0])
 
 
-def _modules(shape: ModelShape, threshold: int) -> list[int]:
-    """Elements that are gathered for each module, in the order of a forward pass: embeddings, layers, the rest."""
-    sizes: dict[int, int] = {}
+def _modules(shape: ModelShape, threshold: int, live: int) -> list[int]:
+    """Elements that are gathered for each module, in the order of a forward pass: embeddings, layers, the rest.
+
+    Layers of more than `live` elements are gathered in parts; a layer's experts are one of them.
+    """
+    by_layer: dict[int, int] = {}
     for p in shape.parameters:
-        if p.numel > threshold:
-            at = p.layer if p.layer is not None else (-1 if p.numel == shape.embeddings and -1 not in sizes else 10**6)
-            sizes[at] = sizes.get(at, 0) + p.numel
+        if p.layer is not None:
+            by_layer[p.layer] = by_layer.get(p.layer, 0) + p.numel
+    sizes: dict[tuple[int, int], int] = {}
+    for k, p in enumerate(shape.parameters):
+        if p.numel <= threshold:
+            continue
+        if p.layer is None:
+            at = (-1 if not sizes else shape.layers, 0)
+        else:
+            at = (p.layer, -1 if p.expert or by_layer[p.layer] <= live else k)
+        sizes[at] = sizes.get(at, 0) + p.numel
     return [sizes[at] for at in sorted(sizes)] or [0]
 
 
@@ -400,8 +414,9 @@ def _reference(config: Config, shape: ModelShape, world_size: int, moment: str) 
         zero = reference_deepspeed_config(config, "cuda")["zero_optimization"]
         shards = weight * _cut(shape.parameters, world_size)
         (host if settings.offload_param == "cpu" else device)[REFERENCE] = shards
-        gathered = _Gathers.of(shape, zero).at_first if moment == "pass" else 0
-        device[GATHERED] = weight * (gathered + _persistent(shape, zero))
+        # without a backward pass nothing stays whole after a pass, however small
+        gathers = _Gathers.of(shape, zero | {"stage3_param_persistence_threshold": 0})
+        device[GATHERED] = weight * gathers.at_first if moment == "pass" else 0
     if settings.sync_steps is not None and settings.sync_mixup < 1 and weight != 4:
         device[REFERENCE_SLICES] = 4 * _cut(shape.parameters, world_size)
     return _present(device), _present(host)

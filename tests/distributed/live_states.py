@@ -126,6 +126,8 @@ def measure(config) -> dict[str, tuple[int, dict]]:
             shape = shape_of_reference(config, model_config)
             host = states.reference_host_states(config, shape, world)
             for moment, measured in (("rest", after), ("pass", peak)):
+                if moment == "pass" and config.reference.stage == 0:
+                    continue  # only the head's own memory is added
                 parts = states.reference_states(config, shape, world, moment)
                 found[f"reference, {moment}"] = measured - rest, parts | {f"{k} (host)": v for k, v in host.items()}
             engine.release(reference)

@@ -78,3 +78,34 @@ def make_jobs(folder):
             "dense", bf16, 3, large, "reference.mode=live", "reference.sync_steps=1", "reference.sync_mixup=0.5"
         ),
     }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("states")
+    jobs = make_jobs(folder)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = launch("tests/distributed/live_states.py", folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((folder / "found.json").read_text())
+    assert list(found) == list(jobs)
+    return found
+
+
+def test_formulas_are_what_live_tensors_hold(found):
+    off = []
+    for job, moments in found.items():
+        assert {"rest", "pass", "step"} <= set(moments)
+        for moment, (measured, parts) in moments.items():
+            formula = sum(parts.values())
+            # gloo's thread may have let go of what it reduced before the sums are made, or not
+            held = parts.get("gradient accumulators", 0) if moment == "pass" else 0
+            if not 0.98 * (formula - held) <= measured <= 1.02 * formula:
+                off.append(f"{job}, {moment}: measured {measured:,}, by formula {formula:,}: {parts}")
+    assert not off, "\n".join(off)
+
+
+def test_the_reference_is_counted_beside_the_policy(found):
+    rest = {job: moments["reference, rest"][0] for job, moments in found.items() if "reference, rest" in moments}
+    assert rest["3 reference moving"] == pytest.approx(2 * rest["3 reference whole"], rel=0.01)  # 2 + 4/2 bytes
+    assert rest["3 reference sharded"] == pytest.approx(rest["3 reference whole"] / 2, rel=0.01)
