@@ -2,7 +2,7 @@
 
 import pytest
 from tiny import save_adapter, save_model, tiny_config
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from dpo_scale.errors import ModelError
 from dpo_scale.forecast.disk import checkpoint_bytes, disk_bytes, held_by_a_save
@@ -70,7 +70,7 @@ def test_saved_adapters_of_policy_and_reference_are_counted(tmp_path):
 
 
 def test_a_config_that_makes_no_model_is_an_error_that_names_it():
-    config = LlamaConfig(hidden_size=30, num_attention_heads=4)
+    config = tiny_config("llama")
     config.hidden_act = "no such thing"
     with pytest.raises(ModelError, match="somewhere: no model can be built from its config"):
         shape_of(config_of(), config)
