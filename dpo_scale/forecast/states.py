@@ -259,9 +259,8 @@ def _sliced_optimizer(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
     buffers = staged * s.bucket * (2 if s.zero.get("overlap_comm") else 1)
     if whole and (moment != "step" or (in_fp32 and s.offloads)):
         device[GRADIENTS] = s.accumulate * n
-    # at stage 1 a rank's slice is first made in the reduction, on a CPU while gloo still holds what it reduced; on the
-    # host sums of the gradients' own dtype are enough
-    made = moment == "step" or not whole or (moment == "reduce" and (in_fp32 or s.on_cpu))
+    # at stage 1 a rank's slice is first made in the reduction; on the host sums of the gradients' own dtype are enough
+    made = moment == "step" or not whole or (moment == "reduce" and in_fp32)
     if made and (in_fp32 or not s.offloads):
         device[ACCUMULATORS] = s.accumulate * sliced
     if moment in ("backward", "reduce") or (whole and moment == "gather"):
@@ -317,7 +316,7 @@ def _sharded(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
             device[BUCKETS] += s.reduce * reduced
         copy = s.reduce * reduced if s.on_cpu else 0
         summed = s.accumulate * reduced // s.world_size if s.accumulate != s.reduce else 0
-        device[BUCKETS] += s.reduce * reduced + copy + summed
+        device[BUCKETS] += s.reduce * reduced + max(copy, summed)
     return device, host
 
 

@@ -82,9 +82,9 @@ def test_formulas_are_what_live_tensors_hold(found):
         assert {"rest", "pass", "step"} <= set(moments)
         for moment, (measured, parts) in moments.items():
             formula = sum(parts.values())
-            # gloo's thread may have let go of what it reduced before the sums are made, or not
+            # now and then gloo's thread still holds what it reduced when the sums are made
             races = moment == "pass" and (job.startswith("3") or job == "1 fp32")
             held = parts.get("gradient accumulators", 0) if races else 0
-            if not 0.98 * (formula - held) <= measured <= 1.02 * formula:
+            if not 0.98 * formula <= measured <= 1.02 * (formula + held):
                 off.append(f"{job}, {moment}: measured {measured:,}, by formula {formula:,}: {parts}")
     assert not off, "\n".join(off)
