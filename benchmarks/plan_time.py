@@ -1,4 +1,4 @@
-"""Step times for `plan_accuracy.py`: predicted from a calibration taken right before the run, and measured by the run."""
+"""Step times for `plan_accuracy.py`: predicted by a calibration right before the run, and measured by the run."""
 
 from __future__ import annotations
 
