@@ -70,6 +70,13 @@ def test_a_processor_says_that_it_is_assumed():
     assert "--calibrate" in find_device("cpu", "float32").source
 
 
+def test_ranks_share_a_processor():
+    alone, shared = (cluster_of(gpus, "cpu", "pcie", "float32").device for gpus in ("1", "2"))
+    assert shared.memory == alone.memory // 2
+    assert shared.flops == pytest.approx(alone.flops / 2)
+    assert shared.bandwidth == pytest.approx(alone.bandwidth / 2)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("8", (1, 8)), ("4x8", (4, 8)), ("4X8", (4, 8)), (" 1 ", (1, 1))])
 def test_gpus_are_a_number_or_machines_by_gpus(text, expected):
     assert parse_gpus(text) == expected
