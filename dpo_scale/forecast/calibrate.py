@@ -2,8 +2,8 @@
 
 On a CPU the elementwise parts of a layer take as long as its products, so a peak times an efficiency says little. What
 is timed is the run's own: one layer and the head of its model with random weights, on micro-batches as long as its own.
-A model of two layers less one of one layer is a layer; what the second has beside its layer is the head. Two sizes of
-micro-batch, the run's largest and smallest, give what a layer costs at all, and a FLOP. Beside these: products of
+A model of three layers takes two layers longer than a model of one; the rest of that is the head. Two sizes of
+micro-batch, up to the run's largest, give what a layer costs at all, and a FLOP. Beside these: products of
 large matrices, copies, the optimizer's update; over several ranks, which measure at the same time, their collectives.
 """
 
@@ -18,6 +18,7 @@ import re
 import socket
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SECONDS_A_CASE = 2.5  # of repeats, of each of the timed passes
-_REPEATS = (2, 12)
+_REPEATS = (2, 20)
+_LAYERS = 3  # of the larger of the two models that are timed
 _HALVINGS = 9  # of the longest micro-batch, to one that takes no longer
 _LEAST_EFFICIENCY = 0.4  # of a layer, as a share of large products, to choose by
 _LARGEST_PRODUCT = {"cpu": 1536, "cuda": 8192}
@@ -191,10 +193,10 @@ def _samples(workload: Workload) -> list[_Sample]:
 
 
 def _two_of(samples: list[_Sample], layers: int, flops: float) -> list[_Sample]:
-    """The largest sample of which two layers and the head take no longer than a case may, and a quarter of it."""
+    """The largest sample of which the timed layers and the head take no longer than a case may, and a quarter of it."""
 
     def seconds(sample: _Sample) -> float:
-        of_layers = (sample.flops[0] + sample.flops[1]) * 2 / layers
+        of_layers = (sample.flops[0] + sample.flops[1]) * _LAYERS / layers
         return 3 * (of_layers + sample.flops[2]) / (_LEAST_EFFICIENCY * flops)
 
     first = next((k for k, s in enumerate(samples) if seconds(s) * _REPEATS[0] <= SECONDS_A_CASE), len(samples) - 3)
@@ -252,6 +254,8 @@ def _one_of(job: tuple[Any, ...], rank: int, ranks: int, port: int, pipe: Any) -
     from dpo_scale.distributed.join import join
 
     join(timeout_minutes=5)
+    # newer torch has other names for two collectives, which older ones do not know
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*_tensor. is deprecated")
     found = _measure(*job, rank=rank, ranks=ranks)
     if rank == 0:
         pipe.send(found)
@@ -297,15 +301,16 @@ class _Timer:
     def __init__(self, kind: str, ranks: int) -> None:
         self.kind, self.ranks = kind, ranks
 
-    def seconds(self, work: Callable[[], Any], repeats: int | None = None) -> float:
+    def seconds(self, work: Callable[[], Any]) -> float:
         """The median of some repeats, after one that does not count; the slowest rank's where there are several."""
-        first = self._once(work)
-        if repeats is None:
-            low, high = _REPEATS
-            repeats = int(np.clip(SECONDS_A_CASE / max(first, 1e-6), low, high))
-            repeats = int(self._most(repeats))
-        median = statistics.median(self._once(work) for _ in range(repeats))
-        return self._most(median)
+        return self.seconds_of_each(work)[0]
+
+    def seconds_of_each(self, *works: Callable[[], Any]) -> list[float]:
+        """The same of several that take turns, so that what else the machine does falls on all of them."""
+        first = self._most(sum(self._once(work) for work in works) / len(works))
+        repeats = int(np.clip(SECONDS_A_CASE / max(first, 1e-6), *_REPEATS))
+        turns = [[self._once(work) for work in works] for _ in range(repeats)]
+        return [self._most(statistics.median(of_work)) for of_work in zip(*turns, strict=True)]
 
     def _once(self, work: Callable[[], Any]) -> float:
         import torch
@@ -379,7 +384,7 @@ def _collectives(timer: _Timer) -> tuple[float, float, float, float]:
     own = _SENT[timer.kind] // 4 // timer.ranks
     part, whole, other = (torch.ones(n, device=timer.kind) for n in (own, own * timer.ranks, own * timer.ranks))
     sent = 4 * own * (timer.ranks - 1)
-    small = timer.seconds(lambda: dist.all_gather_into_tensor(whole[: timer.ranks], part[:1]), repeats=20)
+    small = timer.seconds(lambda: dist.all_gather_into_tensor(whole[: timer.ranks], part[:1]))
     works: tuple[Callable[[], Any], ...] = (
         lambda: dist.all_gather_into_tensor(whole, part),
         lambda: dist.reduce_scatter_tensor(part, whole),
@@ -403,13 +408,13 @@ def _rates(
     layers = model_config.get_text_config().num_hidden_layers
     of_layer: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     of_head: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    models = [_Model(config, model_config, number) for number in (1, 2)]
+    models = [_Model(config, model_config, number) for number in (1, _LAYERS)]
     for sample in _two_of(samples, layers, products):
         weights, attention, head = sample.flops
         batch = _batch(sample, model_config)
         for train in (True, False):
-            one, two = (timer.seconds(partial(model.run, batch, train=train)) for model in models)
-            layer = max(two - one, 0.05 * two)
+            one, more = timer.seconds_of_each(*(partial(model.run, batch, train=train) for model in models))
+            layer = max(more - one, 0.05 * more) / (_LAYERS - 1)
             w, a = (_weight_passes(config), 3.0) if train else (1.0, 1.0)
             of_layer[train].append(((w * weights + a * attention) / layers, layer))
             of_head[train].append((w * head, max(one - layer, 0.01 * one)))
