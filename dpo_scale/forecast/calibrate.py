@@ -2,8 +2,8 @@
 
 On a CPU the elementwise parts of a layer take as long as its products, so a peak times an efficiency says little. What
 is timed is the run's own: one layer and the head of its model with random weights, on micro-batches as long as its own.
-A model of two layers less one of one layer is a layer; what the second has beside its layer is the head. Two sizes of
-micro-batch, the run's largest and smallest, give what a layer costs at all, and a FLOP. Beside these: products of
+A model of three layers takes two layers longer than a model of one; the rest of that is the head. Two sizes of
+micro-batch, up to the run's largest, give what a layer costs at all, and a FLOP. Beside these: products of
 large matrices, copies, the optimizer's update; over several ranks, which measure at the same time, their collectives.
 """
 
@@ -18,6 +18,7 @@ import re
 import socket
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from dpo_scale.data.layout import PairBatch, make_batch
 from dpo_scale.disk.atomic import write_atomically
 from dpo_scale.disk.cache import cache_folder
 from dpo_scale.errors import ConfigError
-from dpo_scale.forecast.cluster import find_device
+from dpo_scale.forecast.cluster import CONTEXT, CPU_CONTEXT, host_memory
 from dpo_scale.forecast.parts import Cluster, Device, Workload
 from dpo_scale.forecast.speed import Line, Rates
 from dpo_scale.logprobs.pair_loss import PairLoss
@@ -48,7 +49,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SECONDS_A_CASE = 2.5  # of repeats, of each of the timed passes
-_REPEATS = (2, 12)
+_REPEATS = (2, 20)
+_LAYERS = 3  # of the larger of the two models that are timed
+_HALVINGS = 9  # of the longest micro-batch, to one that takes no longer
+_LEAST_EFFICIENCY = 0.4  # of a layer, as a share of large products, to choose by
 _LARGEST_PRODUCT = {"cpu": 1536, "cuda": 8192}
 _COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes
 _SENT = {"cpu": 1 << 24, "cuda": 1 << 28}  # bytes of a collective's whole
@@ -62,6 +66,7 @@ class Calibration:
     Attributes:
         device: its driver's name, or "cpu".
         threads: of a rank, on a CPU.
+        memory: of the device, bytes; on a CPU the rank's share of the machine's.
         products: of large matrices.
         bandwidth: read and written by a copy in the device's memory.
         host_link: of a copy from host memory.
@@ -74,6 +79,7 @@ class Calibration:
     threads: int
     dtype: str
     ranks: int
+    memory: int
     products: float
     bandwidth: float
     host_link: float
@@ -87,15 +93,17 @@ class Calibration:
         return min(1.0, self.rates.layers_train.flops / self.products)
 
     def as_device(self) -> Device:
-        """The device with what it reaches; memory and what is held beside tensors are those of its name."""
-        base = find_device(self.device, self.dtype)
-        where = f"{self.threads} threads a rank, {self.ranks} ranks" if self.device == "cpu" else f"{self.ranks} ranks"
-        return replace(
-            base,
+        """The device with what it reaches; what is held beside tensors stays assumed."""
+        on_cpu = self.device == "cpu"
+        where = f"{self.threads} threads a rank, {self.ranks} ranks" if on_cpu else f"{self.ranks} ranks"
+        return Device(
+            name=self.device,
+            memory=self.memory,
             flops=self.products,
             efficiency=self.efficiency,
             bandwidth=self.bandwidth,
             host_link=self.host_link,
+            context=CPU_CONTEXT if on_cpu else CONTEXT,
             source=f"measured here: {where}, {self.dtype}",
         )
 
@@ -170,21 +178,29 @@ class _Sample:
 
 
 def _samples(workload: Workload) -> list[_Sample]:
-    """The largest and the smallest micro-batch of the plans; of equal ones also the first pair alone, or half of it."""
+    """The largest micro-batch of the plans, then a half of it, a quarter and so on; of its last pair the tokens."""
     planner = workload.planner
     rows = [row for plan in workload.plans for step in plan.micro_steps for row in of_groups(step)]
-    sizes = np.array([row.group_size for row in rows])
-    costs = planner.flops_of(rows).sum(axis=1) / sizes
-    large = planner.lengths[rows[int(costs.argmax())].indices]
-    small = planner.lengths[rows[int(costs.argmin())].indices]
-    if costs.min() > 0.6 * costs.max():
-        small = large[: len(large) // 2] if len(large) > 1 else np.maximum(1, large // 2)
+    costs = planner.flops_of(rows).sum(axis=1) / np.array([row.group_size for row in rows])
+    lengths = planner.lengths[rows[int(costs.argmax())].indices]
     found = []
-    for lengths in (small, large):
+    for _ in range(_HALVINGS):
         of_sample = replace(planner, lengths=lengths)
         flops = of_sample.flops_of([MicroBatch.of(np.arange(len(lengths)))])[0]
         found.append(_Sample(lengths, tuple(flops.tolist()), planner.layout))
+        lengths = lengths[::2] if len(lengths) > 1 else np.maximum(1, lengths // 2)
     return found
+
+
+def _two_of(samples: list[_Sample], layers: int, flops: float) -> list[_Sample]:
+    """The largest sample of which the timed layers and the head take no longer than a case may, and a quarter of it."""
+
+    def seconds(sample: _Sample) -> float:
+        of_layers = (sample.flops[0] + sample.flops[1]) * _LAYERS / layers
+        return 3 * (of_layers + sample.flops[2]) / (_LEAST_EFFICIENCY * flops)
+
+    first = next((k for k, s in enumerate(samples) if seconds(s) * _REPEATS[0] <= SECONDS_A_CASE), len(samples) - 3)
+    return [samples[first], samples[first + 2]] if first + 2 < len(samples) else [samples[-3], samples[-1]]
 
 
 def _settled(config: Config) -> Config:
@@ -215,9 +231,9 @@ def _file(device: str, threads: int, dtype: str, ranks: int, key: str) -> Path:
 def _key(config: Config, model_config: PreTrainedConfig, workload: Workload) -> str:
     """What decides how long a layer takes: its shape, how it runs, and about how long rows are."""
     shape = {k: v for k, v in model_config.to_dict().items() if k not in _NOT_OF_A_LAYER}
-    sizes = [int(np.log2(max(1.0, sample.lengths.sum())) * 2) for sample in _samples(workload)]
+    longest = int(np.log2(_samples(workload)[0].lengths.sum()))
     how = [config.model.compile, config.model.liger, config.model.attn_implementation, config.lora.enabled]
-    text = json.dumps([shape, sizes, how, workload.planner.layout, config.logprobs.pair_loss], default=str)
+    text = json.dumps([shape, longest, how, workload.planner.layout, config.logprobs.pair_loss], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -238,6 +254,8 @@ def _one_of(job: tuple[Any, ...], rank: int, ranks: int, port: int, pipe: Any) -
     from dpo_scale.distributed.join import join
 
     join(timeout_minutes=5)
+    # newer torch has other names for two collectives, which older ones do not know
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*_tensor. is deprecated")
     found = _measure(*job, rank=rank, ranks=ranks)
     if rank == 0:
         pipe.send(found)
@@ -265,12 +283,13 @@ def _measure(
             threads=threads,
             dtype=config.model.dtype,
             ranks=ranks,
+            memory=torch.cuda.mem_get_info()[1] if kind == "cuda" else host_memory() // ranks,
             products=products,
             bandwidth=2 * _copied(timer, kind),
             host_link=_copied(timer, "cpu"),
             gather=gather,
             latency=latency,
-            rates=_rates(timer, config, model_config, samples, updates, reduce, exchange),
+            rates=_rates(timer, config, model_config, samples, products, updates, reduce, exchange),
         )
     finally:
         torch.set_num_threads(before)
@@ -282,15 +301,16 @@ class _Timer:
     def __init__(self, kind: str, ranks: int) -> None:
         self.kind, self.ranks = kind, ranks
 
-    def seconds(self, work: Callable[[], Any], repeats: int | None = None) -> float:
+    def seconds(self, work: Callable[[], Any]) -> float:
         """The median of some repeats, after one that does not count; the slowest rank's where there are several."""
-        first = self._once(work)
-        if repeats is None:
-            low, high = _REPEATS
-            repeats = int(np.clip(SECONDS_A_CASE / max(first, 1e-6), low, high))
-            repeats = int(self._most(repeats))
-        median = statistics.median(self._once(work) for _ in range(repeats))
-        return self._most(median)
+        return self.seconds_of_each(work)[0]
+
+    def seconds_of_each(self, *works: Callable[[], Any]) -> list[float]:
+        """The same of several that take turns, so that what else the machine does falls on all of them."""
+        first = self._most(sum(self._once(work) for work in works) / len(works))
+        repeats = int(np.clip(SECONDS_A_CASE / max(first, 1e-6), *_REPEATS))
+        turns = [[self._once(work) for work in works] for _ in range(repeats)]
+        return [self._most(statistics.median(of_work)) for of_work in zip(*turns, strict=True)]
 
     def _once(self, work: Callable[[], Any]) -> float:
         import torch
@@ -364,7 +384,7 @@ def _collectives(timer: _Timer) -> tuple[float, float, float, float]:
     own = _SENT[timer.kind] // 4 // timer.ranks
     part, whole, other = (torch.ones(n, device=timer.kind) for n in (own, own * timer.ranks, own * timer.ranks))
     sent = 4 * own * (timer.ranks - 1)
-    small = timer.seconds(lambda: dist.all_gather_into_tensor(whole[: timer.ranks], part[:1]), repeats=20)
+    small = timer.seconds(lambda: dist.all_gather_into_tensor(whole[: timer.ranks], part[:1]))
     works: tuple[Callable[[], Any], ...] = (
         lambda: dist.all_gather_into_tensor(whole, part),
         lambda: dist.reduce_scatter_tensor(part, whole),
@@ -379,6 +399,7 @@ def _rates(
     config: Config,
     model_config: Any,
     samples: list[_Sample],
+    products: float,
     updates: float,
     reduce: float,
     exchange: float,
@@ -387,13 +408,13 @@ def _rates(
     layers = model_config.get_text_config().num_hidden_layers
     of_layer: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     of_head: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    models = [_Model(config, model_config, number) for number in (1, 2)]
-    for sample in samples:
+    models = [_Model(config, model_config, number) for number in (1, _LAYERS)]
+    for sample in _two_of(samples, layers, products):
         weights, attention, head = sample.flops
         batch = _batch(sample, model_config)
         for train in (True, False):
-            one, two = (timer.seconds(partial(model.run, batch, train=train)) for model in models)
-            layer = max(two - one, 0.05 * two)
+            one, more = timer.seconds_of_each(*(partial(model.run, batch, train=train) for model in models))
+            layer = max(more - one, 0.05 * more) / (_LAYERS - 1)
             w, a = (_weight_passes(config), 3.0) if train else (1.0, 1.0)
             of_layer[train].append(((w * weights + a * attention) / layers, layer))
             of_head[train].append((w * head, max(one - layer, 0.01 * one)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from dataclasses import replace
 
 from dpo_scale.errors import ConfigError
 from dpo_scale.forecast.parts import Cluster, Device
@@ -30,7 +31,7 @@ LINK_EFFICIENCY = 0.8
 CONTEXT = 2_000_000_000
 # Assumed of a processor that was not measured, a core: an AVX2 core at 3 GHz, and its share of two memory channels.
 _CPU_FLOPS, _CPU_BANDWIDTH = 50e9, 8e9
-_CPU_CONTEXT = 600_000_000  # resident after the imports of torch, transformers and DeepSpeed
+CPU_CONTEXT = 600_000_000  # resident after the imports of torch, transformers and DeepSpeed
 
 # Seconds of a ring's steps, from NCCL's own model of itself (its src/graph/tuning.cc, protocol Simple).
 _RING_BASE, _STEP_BY_PEER_LINK, _STEP_BY_PCIE, _STEP_BETWEEN = 8.4e-6, 3.4e-6, 5.7e-6, 14.0e-6
@@ -56,6 +57,9 @@ def cluster_of(gpus: str, device: str, interconnect: str | None, dtype: str) -> 
     """
     nodes, per_node = parse_gpus(gpus)
     found = find_device(device, dtype)
+    if found.name == "cpu":  # the ranks share what the machine has
+        share = {name: getattr(found, name) / per_node for name in ("flops", "bandwidth", "host_link")}
+        found = replace(found, memory=found.memory // per_node, **share)
     if interconnect is None:
         interconnect = "nvlink+ib400" if _peer_link(found.name) else "pcie+eth100"
     if nodes > 1 and "+" not in interconnect:
@@ -160,16 +164,20 @@ def _peer_link(name: str) -> float:
     return next((board.peer_link * 1e9 for board in BOARDS if board.name == name), 0.0)
 
 
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _processor() -> Device:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
         name="cpu",
-        memory=memory,
+        memory=host_memory(),
         flops=cores * _CPU_FLOPS,
         efficiency=0.5,
         bandwidth=cores * _CPU_BANDWIDTH,
         host_link=cores * _CPU_BANDWIDTH,
-        context=_CPU_CONTEXT,
+        context=CPU_CONTEXT,
         source=f"assumed of {cores} cores; --calibrate measures them",
     )

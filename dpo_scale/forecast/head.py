@@ -95,6 +95,19 @@ class HeadCall:
         converted = 0 if self.dtype == torch.float32 else FP32 * self.hidden * (columns + tokens)
         return rows, columns, FP32 * rows * columns + converted
 
+    def slope(self, rows: int, columns: int) -> int:
+        """A soft-cap's slope beside a tile; that of the last tile is still there."""
+        return (2 if columns < self.vocabulary else 1) * FP32 * rows * columns if self.softcap else 0
+
+    def put_at_targets(self, rows: int, columns: int) -> int:
+        """torch scatters into 16 bits on a CPU by way of a copy in fp32."""
+        return FP32 * rows * columns if self.operand == 2 and not self.is_cuda else 0
+
+    def chunks(self, first: int, most: int) -> list[int]:
+        """Tokens of the runs of whole pairs that `pair_loss` takes together."""
+        pairs = PairLoss(torch.empty(0), self.scored, lambda sums: sums)
+        return [sum(self.scored[run]) for run, _ in pairs.chunks(first, most)]
+
     def statistics(self, tokens: int) -> int:
         """The vectors of `tiles.statistics` and what follows from them."""
         return 12 * FP32 * tokens
@@ -138,35 +151,44 @@ def _pairs_in_tiles(call: HeadCall) -> HeadBytes:
     of_hidden, of_weight, number = _gradients(call, 1 + call.tokens // own_rows)
     free_rows = hidden * (number // operand) if number % operand == 0 else 0
     memory = min(own_rows, max(0, call.tokens - free_rows)) * vocabulary * operand
-    most = 0
-    pairs = PairLoss(torch.empty(0), call.scored, lambda sums: sums)
-    for pair_run, _ in pairs.chunks(free_rows + own_rows, own_rows):
-        tokens = sum(call.scored[pair_run])
-        free = min(free_rows if pair_run.start == 0 else 0, tokens)
+    most = before = 0  # the tiles of the chunk before live until the next are used
+    for index, tokens in enumerate(call.chunks(free_rows + own_rows, own_rows)):
+        free = min(0 if index else free_rows, tokens)
         own = min(own_rows, tokens - free)
-        _, columns, tiles = call.tile(tokens)
-        sums = 2 * FP32 * hidden * max(free, own)  # of the hidden states' gradient, and a term
+        rest = min(own_rows, tokens - free - own)  # of a pair that does not fit, in tiles of their own
+        rows, columns, tiles = call.tile(tokens)
+        part = max(free, own, rest)
+        sums = 2 * FP32 * hidden * part  # of the hidden states' gradient, and a term
         block = operand * free * columns  # d of a tile whose memory the weight's gradient is about to take
         of_rows = 2 * FP32 * columns * hidden if number != operand else 0
         peaks = FP32 * -(-vocabulary // columns) * (free + own)
-        most = max(most, tiles + sums + block + of_rows + peaks + call.statistics(tokens))
+        adding = sums + block + of_rows + call.put_at_targets(part, columns) + (call.tile(rest)[2] if rest else 0)
+        working = max(before + call.slope(rows, columns), adding)
+        most = max(most, tiles + peaks + working + call.statistics(tokens))
+        before = tiles + (call.tile(rest)[2] if rest else 0)
     forward = call.numbers * call.dtype.itemsize + of_hidden + of_weight + memory + most
     return _of_gradients(call, forward, of_hidden, of_weight)
 
 
 def _pairs_of_frozen(call: HeadCall) -> HeadBytes:
+    own_rows = max(1, call.max_held // (call.vocabulary * call.operand))
     of_hidden, _, _ = _gradients(call, 1)
-    rows, columns, tiles = call.tile(call.tokens)
-    direction = _direction(call, rows, columns)
-    forward = call.numbers * call.dtype.itemsize + of_hidden + tiles + direction + call.statistics(call.tokens)
+    most = before = 0
+    for tokens in call.chunks(own_rows, own_rows):
+        tiles, working = _direction(call, tokens)
+        most, before = max(most, tiles + max(before, working) + call.statistics(tokens)), tiles
+    forward = call.numbers * call.dtype.itemsize + of_hidden + most
     return _of_gradients(call, forward, of_hidden, 0)
 
 
-def _direction(call: HeadCall, rows: int, columns: int) -> int:
-    """`tiles.HiddenDirection`: the sum, and the more of a tile's term and the targets' rows of the weight."""
-    term = rows * (columns * call.operand + FP32 * call.hidden)
-    of_targets = call.numbers * (FP32 + (call.dtype.itemsize if call.dtype.itemsize != FP32 else 0))
-    return FP32 * call.numbers + max(term, of_targets)
+def _direction(call: HeadCall, tokens: int) -> tuple[int, int]:
+    """Bytes of `Tiles` and of `HiddenDirection`: its sum, and the more of a tile's term and the targets' rows."""
+    rows, columns, tiles = call.tile(tokens)
+    filling = max(call.put_at_targets(rows, columns), FP32 * rows * call.hidden)
+    term = rows * columns * call.operand + call.slope(rows, columns) + filling
+    numbers = tokens * call.hidden
+    of_targets = numbers * (FP32 + call.dtype.itemsize if call.dtype.itemsize != FP32 else FP32)
+    return tiles, FP32 * numbers + max(term, of_targets)
 
 
 def _tokens_in_tiles(call: HeadCall) -> HeadBytes:
@@ -178,7 +200,7 @@ def _tokens_in_tiles(call: HeadCall) -> HeadBytes:
         return HeadBytes(begun)
     if not call.trained[1]:
         kept = call.numbers * (2 if call.dtype == torch.bfloat16 else FP32)
-        forward = begun + max(_direction(call, rows, columns), FP32 * call.numbers + kept)
+        forward = begun + max(_direction(call, tokens)[1], FP32 * call.numbers + kept)
         return HeadBytes(forward, kept, kept + FP32 * call.numbers + (scored if size != FP32 else 0))
     of_weight = vocabulary * hidden * size
     in_gradient = min(call.free_rows, tokens)
@@ -189,9 +211,12 @@ def _tokens_in_tiles(call: HeadCall) -> HeadBytes:
     kept = scored + of_weight + held
     several = tokens > rows or in_gradient not in (0, tokens) or call.operand != size
     working = FP32 * call.numbers + FP32 * rows * hidden + rows * columns * call.operand
-    working += 2 * FP32 * columns * hidden if several else 0
+    working += (2 * FP32 * columns * hidden if several else 0) + call.put_at_targets(min(rows, tokens), columns)
     last = FP32 * call.numbers + (scored if size != FP32 else 0)
-    return HeadBytes(begun + of_weight + held, kept, kept + max(tiles + working, last))
+    return HeadBytes(
+        begun + of_weight + held + call.slope(rows, columns), kept,
+        kept + max(tiles + max(working, call.slope(rows, columns)), last),
+    )  # fmt: skip
 
 
 def _naive(call: HeadCall) -> HeadBytes:
@@ -199,7 +224,7 @@ def _naive(call: HeadCall) -> HeadBytes:
     converted = 0 if size == FP32 else FP32 * (call.numbers + call.vocabulary * call.hidden)
     scored = call.numbers * size
     if not any(call.trained):
-        return HeadBytes(scored + converted + 2 * logits)
+        return HeadBytes(scored + converted + (3 if call.softcap else 2) * logits)
     saved = logits * (2 if call.softcap else 1)
     kept = scored + converted + saved
     of_weight = call.vocabulary * call.hidden * FP32 if call.trained[1] else 0

@@ -179,6 +179,7 @@ def _wearing(model: Any, path: str) -> Any:
 
 def _adapter_config(path: str) -> Any:
     config = lora.read_adapter_config(path)
+    config.base_model_name_or_path = None  # peft warns of another name, and this model has none
     config.inference_mode = False  # saved adapters say True; `reference` is frozen by not being the one in use
     return config
 

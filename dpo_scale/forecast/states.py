@@ -31,6 +31,7 @@ from dpo_scale.settings.tree import Config
 
 Moment = Literal["rest", "gather", "backward", "reduce", "step"]
 Parts = dict[str, int]
+BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 
 WEIGHTS, GATHERED, SECONDARY = "weights", "gathered layers", "weights of the node (hpZ)"
 GRADIENTS, ACCUMULATORS, BUCKETS = "gradients", "gradient accumulators", "communication buckets"
@@ -100,7 +101,6 @@ _UNKNOWN_KEYS = (
     *("zenflow", "super_offload", "leaf_module", "stage3_module_granularity_threshold", "round_robin_gradients"),
 )
 _EXPECTED_TRUE = ("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce")
-_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 _ALLREDUCE_ELEMENTS = 500_000_000  # that DeepSpeed sums at once at stage 0
 _NORM_BYTES = 8  # norms are computed in fp64, one parameter at a time
 
@@ -159,7 +159,7 @@ def _present(parts: Parts) -> Parts:
 
 def _setup(config: Config, shape: ModelShape, world_size: int, device_type: str) -> _Setup:
     stated = with_fitting_buckets(policy_deepspeed_config(config, 2, device_type), shape.trained)
-    weight, zero = _BYTES[config.model.dtype], stated["zero_optimization"]
+    weight, zero = BYTES[config.model.dtype], stated["zero_optimization"]
     trained = [p for p in shape.parameters if p.trained]
     by_group = [[p.numel for p in trained if p.matrix is matrix] for matrix in (True, False)]
     by_group = [numels for numels in by_group if numels]
@@ -174,10 +174,10 @@ def _setup(config: Config, shape: ModelShape, world_size: int, device_type: str)
         on_cpu=device_type == "cpu",
         stage=zero["stage"],
         weight=weight,
-        accumulate=_BYTES[stated.get("data_types", {}).get("grad_accum_dtype") or config.model.dtype],
-        reduce=_BYTES[stated.get("communication_data_type") or config.model.dtype],
+        accumulate=BYTES[stated.get("data_types", {}).get("grad_accum_dtype") or config.model.dtype],
+        reduce=BYTES[stated.get("communication_data_type") or config.model.dtype],
         master=2 if config.deepspeed.bf16_optimizer_states else 4,
-        states=_states_per_weight(config),
+        states=states_per_weight(config),
         bucket=int(zero["reduce_bucket_size"]),
         zero=zero,
         groups=tuple(map(sum, by_group)),
@@ -191,7 +191,8 @@ def _optimizer(config: Config) -> str:
     return OPTIMIZERS[config.train.optim.lower()]
 
 
-def _states_per_weight(config: Config) -> int:
+def states_per_weight(config: Config) -> int:
+    """Values that the optimizer keeps for each weight."""
     arguments = config.train.optim_args
     extra = (bool(arguments.get(name)) for name in ("momentum", "amsgrad", "centered"))
     base = _STATES_OF.get(_optimizer(config), 2)
@@ -259,7 +260,8 @@ def _sliced_optimizer(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
     if whole and (moment != "step" or (in_fp32 and s.offloads)):
         device[GRADIENTS] = s.accumulate * n
     # at stage 1 a rank's slice is first made in the reduction; on the host sums of the gradients' own dtype are enough
-    if (in_fp32 or not s.offloads) and (moment == "step" or not whole or (in_fp32 and moment == "reduce")):
+    made = moment == "step" or not whole or (moment == "reduce" and in_fp32)
+    if made and (in_fp32 or not s.offloads):
         device[ACCUMULATORS] = s.accumulate * sliced
     if moment in ("backward", "reduce") or (whole and moment == "gather"):
         device[BUCKETS] = device.get(BUCKETS, 0) + buffers
@@ -363,7 +365,7 @@ class _Gathers:
         threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
         prefetched = int(zero.get("stage3_prefetch_bucket_size", 5e7))
         reuse, live = int(zero.get("stage3_max_reuse_distance", 1e9)), int(zero.get(MAX_LIVE, 1e9))
-        modules = _modules(shape, threshold)
+        modules = _modules(shape, threshold, live)
         total, largest = sum(modules), max(modules)
         kept = behind = 0
         for size in reversed(modules):
@@ -371,18 +373,30 @@ class _Gathers:
                 break
             kept, behind = kept + size, behind + size
         ahead = min(prefetched, live)
-        at_first = min(2 * total, 2 * largest + ahead) if ahead < total else 2 * total
-        before_backward = total if kept == total else min(total, max(kept, 2 * largest) + ahead)
+        # the flat copy of the layer before may still be in use
+        at_first = min(2 * total, 3 * largest + ahead)
+        before_backward = total if kept == total else min(2 * total, max(kept, 3 * largest) + ahead)
         return _Gathers(at_first, before_backward, at_last=modules[0])
 
 
-def _modules(shape: ModelShape, threshold: int) -> list[int]:
-    """Elements that are gathered for each module, in the order of a forward pass: embeddings, layers, the rest."""
-    sizes: dict[int, int] = {}
+def _modules(shape: ModelShape, threshold: int, live: int) -> list[int]:
+    """Elements that are gathered for each module, in the order of a forward pass: embeddings, layers, the rest.
+
+    Layers of more than `live` elements are gathered in parts; a layer's experts are one of them.
+    """
+    by_layer: dict[int, int] = {}
     for p in shape.parameters:
-        if p.numel > threshold:
-            at = p.layer if p.layer is not None else (-1 if p.numel == shape.embeddings and -1 not in sizes else 10**6)
-            sizes[at] = sizes.get(at, 0) + p.numel
+        if p.layer is not None:
+            by_layer[p.layer] = by_layer.get(p.layer, 0) + p.numel
+    sizes: dict[tuple[int, int], int] = {}
+    for k, p in enumerate(shape.parameters):
+        if p.numel <= threshold:
+            continue
+        if p.layer is None:
+            at = (-1 if not sizes else shape.layers, 0)
+        else:
+            at = (p.layer, -1 if p.expert or by_layer[p.layer] <= live else k)
+        sizes[at] = sizes.get(at, 0) + p.numel
     return [sizes[at] for at in sorted(sizes)] or [0]
 
 
@@ -390,7 +404,7 @@ def _reference(config: Config, shape: ModelShape, world_size: int, moment: str) 
     settings = config.reference
     if settings.mode != "live" or not config.loss.needs_reference:
         return {}, {}
-    weight = _BYTES[config.model.dtype]
+    weight = BYTES[config.model.dtype]
     device: Parts = {}
     host: Parts = {}
     if settings.stage == 0:
@@ -399,8 +413,9 @@ def _reference(config: Config, shape: ModelShape, world_size: int, moment: str) 
         zero = reference_deepspeed_config(config, "cuda")["zero_optimization"]
         shards = weight * _cut(shape.parameters, world_size)
         (host if settings.offload_param == "cpu" else device)[REFERENCE] = shards
-        gathered = _Gathers.of(shape, zero).at_first if moment == "pass" else 0
-        device[GATHERED] = weight * (gathered + _persistent(shape, zero))
+        # without a backward pass nothing stays whole after a pass, however small
+        gathers = _Gathers.of(shape, zero | {"stage3_param_persistence_threshold": 0})
+        device[GATHERED] = weight * gathers.at_first if moment == "pass" else 0
     if settings.sync_steps is not None and settings.sync_mixup < 1 and weight != 4:
         device[REFERENCE_SLICES] = 4 * _cut(shape.parameters, world_size)
     return _present(device), _present(host)

@@ -82,7 +82,7 @@ def real_scorer(config, architecture, *, policy=True):
 
 def real_batch(config, lengths=LENGTHS):
     rng = np.random.default_rng(0)
-    pairs = [Pair(i, *(rng.integers(3, 2000, n).astype(np.int32) for n in row)) for i, row in enumerate(lengths)]
+    pairs = [Pair(*(rng.integers(3, 2000, n) for n in row), bytes(16), i) for i, row in enumerate(lengths)]
     return make_batch(config.data.layout, pairs, np.ones(len(pairs)), 0)
 
 
