@@ -10,9 +10,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from dpo_scale.data.flops import ForwardFlops, forward_flops
 from dpo_scale.data.planning import StepPlan, runs_reference
 from dpo_scale.forecast.activations import ActivationModel, Rows, fullest_rows
+from dpo_scale.forecast.disk import disk_bytes
 from dpo_scale.forecast.lengths import Lengths
 from dpo_scale.forecast.parts import Cluster, Memory, StepTime, Workload
 from dpo_scale.forecast.shape import ModelShape, shape_of, shape_of_reference
@@ -185,7 +188,7 @@ class Forecaster:
             )
             host = {name: size * cluster.per_node for name, size in of_rank.items() if size}
         left_out = (*states_left_out(config), *activations.left_out)
-        return Memory(device, host, {}, left_out)
+        return Memory(device, host, self._disk(config, shape, world), left_out)
 
     def shapes(self, config: Config) -> tuple[ModelShape, ModelShape]:
         """Of the policy, and of the reference as a model of its own."""
@@ -238,6 +241,12 @@ class Forecaster:
         rows = self._once(key, lambda: fullest_rows(planner, [planner.plan(fullest.pairs)]))[1]
         live = replace(config, reference=replace(config.reference, mode="live"))
         return reference_states(live, reference, world, "pass") | self._reference_pass(activations, rows)
+
+    def _disk(self, config: Config, shape: ModelShape, world: int) -> dict[str, int]:
+        lengths = np.concatenate([self.lengths.train, self.lengths.held_out])
+        pairs, tokens, completions = len(lengths), int(lengths.sum()), int(lengths[:, 1:].sum())
+        found = disk_bytes(config, shape, world, pairs=pairs, tokens=tokens, completion_tokens=completions)
+        return {name: size for name, size in found.items() if size}
 
     def _models_of(self, config: Config) -> str:
         adapter = config.reference.mode == "adapter"

@@ -22,7 +22,7 @@ from dpo_scale.settings.reader import apply_override, build, to_mapping
 from dpo_scale.settings.rules import check_rules
 from dpo_scale.settings.tree import Config
 
-STEPS_TRIED = 4  # of which a trial plans the micro-steps
+STEPS_TRIED = 2  # of which a trial plans the micro-steps
 # A change that gains less is not worth a line in a config: each costs this share of the time of a run.
 CHANGE_COSTS = 0.002
 # What "faster" and "less" mean for a single change.
@@ -54,21 +54,23 @@ def solve(config: Config, cluster: Cluster, forecaster: Forecaster) -> Proposal 
 
     Time is arithmetic and memory takes measuring, so all are timed, and the first that fits in the order of time wins.
     """
-    timed: list[tuple[float, Change, Config]] = []
+    timed: list[tuple[float, Change]] = []
     for changes in _all_changes(config, cluster, forecaster):
         changed = _changed(config, changes)
+        if not forecaster.may_fit(changed, cluster):
+            continue
         try:
             workload = forecaster.workload(changed, cluster.world_size, STEPS_TRIED)
         except UserError:
             continue
-        timed.append((_cost(forecaster.seconds(changed, cluster, workload), changes), changes, changed))
-    for _, changes, changed in sorted(timed, key=lambda candidate: candidate[0]):
-        if forecaster.may_fit(changed, cluster):
-            found = _try(config, changes, cluster, forecaster, steps_planned=STEPS_TRIED)
-            if found is not None and found.forecast.fits:
-                found = _try(config, changes, cluster, forecaster, steps_planned=None)
-                if found is not None and found.forecast.fits:
-                    return found
+        timed.append((_cost(forecaster.seconds(changed, cluster, workload), changes), changes))
+    for _, changes in sorted(timed, key=lambda candidate: candidate[0]):
+        for steps_planned in (STEPS_TRIED, None):
+            found = _try(config, changes, cluster, forecaster, steps_planned=steps_planned)
+            if found is None or not found.forecast.fits:
+                break
+        else:
+            return found
     return None
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpo_scale.data.batching import PairOrder
+import numpy as np
+
+from dpo_scale.data.batching import MicroBatch, PairOrder
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.layout import Layout, pair_tokens
 from dpo_scale.data.planning import Planner, StepPlan, make_planner
@@ -65,11 +68,24 @@ def workload_of(
         )
     layout = planned_layout(config, model_configs)
     groups = choose_groups(config, model_configs, world_size)
-    planner = make_planner(config, layout, groups, flops, pairs)
+    planner = RememberingPlanner(**vars(make_planner(config, layout, groups, flops, pairs)))
     order = PairOrder(len(pairs), train.global_batch_size, train.seed, train.shuffle, train.drop_last)
     steps = order.total_steps(train.num_train_epochs, train.max_steps)
     plans = planner.first_plans(order, steps if steps_planned is None else min(steps, steps_planned))
     return workload_by(planner, order, steps, plans, lengths)
+
+
+@dataclass(frozen=True)
+class RememberingPlanner(Planner):
+    """A planner that counts the FLOPs of a row once, however many forecasts ask for them."""
+
+    _known: dict[int, tuple[MicroBatch, np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
+
+    def flops_of(self, rows: list[MicroBatch]) -> np.ndarray:
+        for row in rows:
+            if id(row) not in self._known:  # the row is kept, so that its id stays its own
+                self._known[id(row)] = row, super().flops_of([row])[0]
+        return np.array([self._known[id(row)][1] for row in rows])
 
 
 def workload_by(
