@@ -15,7 +15,7 @@ import numpy as np
 from dpo_scale.data.flops import ForwardFlops, forward_flops
 from dpo_scale.data.planning import StepPlan, runs_reference
 from dpo_scale.forecast.activations import ActivationModel, Rows, fullest_rows
-from dpo_scale.forecast.disk import disk_bytes
+from dpo_scale.forecast.disk import disk_bytes, held_by_a_save
 from dpo_scale.forecast.lengths import Lengths
 from dpo_scale.forecast.parts import Cluster, Memory, StepTime, Workload
 from dpo_scale.forecast.shape import ModelShape, shape_of, shape_of_reference
@@ -187,8 +187,10 @@ class Forecaster:
                 | activations.host(rows)
             )
             host = {name: size * cluster.per_node for name, size in of_rank.items() if size}
+            if saving := held_by_a_save(config, shape, world):
+                host["copies of a save"] = saving
         left_out = (*states_left_out(config), *activations.left_out)
-        return Memory(device, host, self._disk(config, shape, world), left_out)
+        return Memory(device, host, self._disk(config, shape, workload.steps), left_out)
 
     def shapes(self, config: Config) -> tuple[ModelShape, ModelShape]:
         """Of the policy, and of the reference as a model of its own."""
@@ -242,10 +244,12 @@ class Forecaster:
         live = replace(config, reference=replace(config.reference, mode="live"))
         return reference_states(live, reference, world, "pass") | self._reference_pass(activations, rows)
 
-    def _disk(self, config: Config, shape: ModelShape, world: int) -> dict[str, int]:
+    def _disk(self, config: Config, shape: ModelShape, steps: int) -> dict[str, int]:
+        every = config.checkpoint.save_steps
+        saves = (0 if every is None else (steps - 1) // every) + config.checkpoint.save_at_end
         lengths = np.concatenate([self.lengths.train, self.lengths.held_out])
         pairs, tokens, completions = len(lengths), int(lengths.sum()), int(lengths[:, 1:].sum())
-        found = disk_bytes(config, shape, world, pairs=pairs, tokens=tokens, completion_tokens=completions)
+        found = disk_bytes(config, shape, saves=saves, pairs=pairs, tokens=tokens, completion_tokens=completions)
         return {name: size for name, size in found.items() if size}
 
     def _models_of(self, config: Config) -> str:
