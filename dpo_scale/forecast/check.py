@@ -17,7 +17,6 @@ from dpo_scale.forecast.describe import short
 from dpo_scale.forecast.forecast import MEMORY_ERROR, Forecast, Forecaster
 from dpo_scale.forecast.lengths import Lengths, lengths_of
 from dpo_scale.forecast.parts import Cluster, Workload
-from dpo_scale.forecast.plan import shared_by_ranks
 from dpo_scale.forecast.workload import model_configs_of, workload_by
 from dpo_scale.models.load import uses_liger
 from dpo_scale.settings.tree import Config
@@ -75,7 +74,7 @@ def _forecast(
         forecaster = Forecaster(model_configs, lengths, flops=flops, liger=liger)
         measured = calibrated(config, model_config, workload, cluster.per_node) if machines == 1 else None
         if measured is not None:
-            cluster = shared_by_ranks(measured.as_cluster(), measured=True)
+            cluster = measured.as_cluster()
             forecaster.rates = measured.rates
         memory = forecaster.memory(config, cluster, workload)
         knows_speed = measured is not None or cluster.device.name != "cpu"
@@ -91,7 +90,7 @@ def _this_cluster(config: Config, machines: int) -> Cluster:
     """The machines of this run, with the memory that they have."""
     per_node = ranks.world_size() // machines
     device = ranks.device_name()
-    cluster = shared_by_ranks(cluster_of(f"{machines}x{per_node}", device, None, config.model.dtype))
+    cluster = cluster_of(f"{machines}x{per_node}", device, None, config.model.dtype)
     if ranks.device().type == "cuda":
         import torch
 

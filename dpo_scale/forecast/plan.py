@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dpo_scale.errors import ConfigError
 from dpo_scale.forecast.calibrate import Calibration, calibrate, calibrated
@@ -56,7 +56,7 @@ def plan(config: Config, request: Request, log: Callable[[str], None]) -> list[s
     """
     _check(request)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    cluster = shared_by_ranks(_named_cluster(config, request))
+    cluster = _named_cluster(config, request)
     model_configs = model_configs_of(config)
     if request.lengths is not None:
         lengths = assumed_lengths(config, request.lengths, request.pairs)
@@ -65,7 +65,7 @@ def plan(config: Config, request: Request, log: Callable[[str], None]) -> list[s
     forecaster = Forecaster(model_configs, lengths, trust_remote_code=config.model.trust_remote_code)
     measured = _calibration(config, request, forecaster, cluster, log)
     if measured is not None:
-        cluster, forecaster.rates = shared_by_ranks(measured.as_cluster(), measured=True), measured.rates
+        cluster, forecaster.rates = measured.as_cluster(), measured.rates
     if request.solve:
         return _solved(config, request, cluster, forecaster)
     forecast = forecaster.forecast(config, cluster)
@@ -74,28 +74,6 @@ def plan(config: Config, request: Request, log: Callable[[str], None]) -> list[s
     if not forecast.fits:
         lines += ["", *describe_solution(forecast, solve(config, cluster, forecaster))]
     return lines
-
-
-def shared_by_ranks(cluster: Cluster, *, measured: bool = False) -> Cluster:
-    """A cluster whose ranks share each machine's processor and memory, where that is their device.
-
-    Args:
-        measured: speeds are those of a rank beside the others already.
-    """
-    device, count = cluster.device, cluster.per_node
-    if device.name != "cpu":
-        return cluster
-    share = 1 if measured else count
-    return replace(
-        cluster,
-        device=replace(
-            device,
-            memory=device.memory // count,
-            flops=device.flops / share,
-            bandwidth=device.bandwidth / share,
-            host_link=device.host_link / share,
-        ),
-    )
 
 
 def _check(request: Request) -> None:

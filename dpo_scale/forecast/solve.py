@@ -57,6 +57,9 @@ def solve(config: Config, cluster: Cluster, forecaster: Forecaster) -> Proposal 
     timed: list[tuple[float, Change]] = []
     for changes in _all_changes(config, cluster, forecaster):
         changed = _changed(config, changes)
+        needs_budget = changed.train.sequence_parallel_size == "auto"
+        if needs_budget and changed.train.max_tokens_per_micro_batch is None:
+            continue
         if not forecaster.may_fit(changed, cluster):
             continue
         try:

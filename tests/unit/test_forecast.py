@@ -15,7 +15,6 @@ from dpo_scale.forecast.describe import bound, describe
 from dpo_scale.forecast.forecast import Forecaster
 from dpo_scale.forecast.lengths import PUBLISHED_SIZES, assumed_lengths, read_lengths
 from dpo_scale.forecast.parts import StepTime
-from dpo_scale.forecast.plan import shared_by_ranks
 from dpo_scale.forecast.solve import single_changes, smaller_clusters, solve, with_changes
 from dpo_scale.forecast.workload import fullest_step, model_configs_of, workload_of
 from dpo_scale.models.load import load_model_config
@@ -77,7 +76,9 @@ def test_lengths_of_data_are_those_of_the_data(tiny):
 
 @pytest.mark.parametrize("world, size", [(1, 1), (8, 1), (8, 4), (6, 3)])
 def test_a_workload_is_planned_for_ranks_that_do_not_exist(tiny, forecaster, world, size):
-    config = config_of(tiny, f"train.sequence_parallel_size={size}", "train.max_tokens_per_micro_batch=256")
+    config = config_of(
+        tiny, f"train.sequence_parallel_size={size}", "train.micro_batch_size=1", "train.max_tokens_per_micro_batch=256"
+    )
     lengths = forecaster.lengths
     found = workload_of(config, lengths, forecaster.model_configs, forecaster.flops, world)
     planner = make_planner(config, "shared_prefix", Groups(world, (size,)), forecaster.flops, lengths.train)
@@ -113,12 +114,6 @@ def test_a_forecast_adds_up_and_says_all_of_it(tiny, forecaster):
         assert part in text or size < 1e6
     for name in found.left_out:
         assert name in text
-
-
-def test_a_machine_s_memory_is_shared_by_the_ranks_that_run_on_its_processor():
-    one, four = (shared_by_ranks(cluster_of(n, "cpu", "pcie", "float32")) for n in ("1", "4"))
-    assert four.device.memory == one.device.memory // 4
-    assert four.device.flops == pytest.approx(one.device.flops / 4)
 
 
 def test_what_takes_longest_bounds_a_step():
@@ -185,7 +180,7 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(tmp_path, mo
 
     assert look("off") is None and not said
     assert look("warn").fits and said[0].startswith("predicted: ")
-    monkeypatch.setattr(check, "shared_by_ranks", lambda cluster, **_: _with_memory(cluster, 1e5))
+    monkeypatch.setattr(check, "cluster_of", lambda *named: _with_memory(cluster_of(*named), 1e5))
     assert not look("warn").fits and said[-1].startswith("WARNING: this run may not fit: most of it is")
     with pytest.raises(ConfigError, match=r"train.check_memory = 'error': .* predicted to need .* launch/plan.py"):
         look("error")
