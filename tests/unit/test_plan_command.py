@@ -49,21 +49,11 @@ def test_a_plan_without_weights_reads_the_data_and_says_memory_time_and_price(co
 
 @pytest.mark.slow
 def test_a_plan_of_a_hub_id_needs_neither_hub_nor_data(command):
-    out = command(
-        "--lengths",
-        "ultrafeedback",
-        "--pairs",
-        "640",
-        "--gpus",
-        "8",
-        "--device",
-        "rtx-4090",
-        "model.path=Qwen/Qwen3-8B",
-    )
+    asked = ["--lengths", "ultrafeedback", "--pairs", "640", "--gpus", "8", "--device", "rtx-4090"]
+    out = command(*asked, "model.path=Qwen/Qwen3-8B")
     assert "DOES NOT FIT" in out and "from the size of argilla/ultrafeedback-binarized-preferences" in out
     solution = out.partition("the cheapest changes that make it fit, together:\n")[2].splitlines()[0].split()
-    again = command("--lengths", "ultrafeedback", "--pairs", "640", "--gpus", "8", "--device", "rtx-4090", "model.path=Qwen/Qwen3-8B",
-                    *solution)  # fmt: skip
+    again = command(*asked, "model.path=Qwen/Qwen3-8B", *solution)
     assert "DOES NOT FIT" not in again and "fits, " in again
 
 
