@@ -241,6 +241,7 @@ class Forecaster:
         planner = replace(workload.planner, reference_tokens=budget)
         key = ("filling", id(workload), budget)
         rows = self._once(key, lambda: fullest_rows(planner, [planner.plan(fullest.pairs)]))[1]
+        assert rows is not None  # with a budget of its own the reference runs in every step
         live = replace(config, reference=replace(config.reference, mode="live"))
         return reference_states(live, reference, world, "pass") | self._reference_pass(activations, rows)
 

@@ -99,10 +99,10 @@ def single_changes(forecast: Forecast, forecaster: Forecaster, count: int = 3) -
     config, cluster, device = forecast.config, forecast.cluster, forecast.cluster.device
     now = _try(config, {}, cluster, forecaster)
     assert now is not None
-    found = []
+    found: list[Proposal] = []
     for options in _kinds(config, cluster, forecaster):
-        of_kind = [_try(config, _differing(config, option), cluster, forecaster) for option in options]
-        of_kind = [proposal for proposal in of_kind if proposal is not None and proposal.changes]
+        tried = (_try(config, _differing(config, option), cluster, forecaster) for option in options)
+        of_kind = [proposal for proposal in tried if proposal is not None and proposal.changes]
         if forecast.fits:
             of_kind = [p for p in of_kind if p.forecast.fits and p.cost < (1 - NOTABLE) * now.cost]
         else:

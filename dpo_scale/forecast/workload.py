@@ -81,11 +81,11 @@ class RememberingPlanner(Planner):
 
     _known: dict[int, tuple[MicroBatch, np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
 
-    def flops_of(self, rows: list[MicroBatch]) -> np.ndarray:
-        for row in rows:
+    def flops_of(self, micro_batches: Sequence[MicroBatch]) -> np.ndarray:
+        for row in micro_batches:
             if id(row) not in self._known:  # the row is kept, so that its id stays its own
                 self._known[id(row)] = row, super().flops_of([row])[0]
-        return np.array([self._known[id(row)][1] for row in rows])
+        return np.array([self._known[id(row)][1] for row in micro_batches])
 
 
 def workload_by(

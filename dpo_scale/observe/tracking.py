@@ -57,7 +57,7 @@ class Tracker:
         """Record the metrics of optimizer step `step` (counted from 1)."""
         self._write("train", step, metrics)
         self._step_seconds.append(metrics["step_seconds"])
-        self._peak_memory = max(self._peak_memory, metrics["peak_memory_bytes"])
+        self._peak_memory = max(self._peak_memory, metrics.get("peak_memory_bytes", 0.0))
         self._bar.update()
         if step % self._config.logging_steps == 0 or step == self._total_steps:
             shown = "  ".join(_format(name, metrics[name]) for name in self._config.console_metrics)
