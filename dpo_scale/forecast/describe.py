@@ -151,9 +151,9 @@ def _outcome(proposal: Proposal) -> str:
 
 
 def _against(proposal: Proposal, forecast: Forecast) -> str:
-    found = proposal.forecast
-    saved = (forecast.memory.total - found.memory.total) / GB
-    ratio = found.seconds / forecast.seconds - 1
+    found, before = proposal.forecast, proposal.before or forecast
+    saved = (before.memory.total - found.memory.total) / GB
+    ratio = found.seconds / before.seconds - 1
     fits = "" if forecast.fits else ", fits" if found.fits else ", not enough alone"
     time = f"{abs(ratio):.0%} {'slower' if ratio > 0 else 'faster'}"
     return f"{time}, {abs(saved):.1f} GB {'less' if saved >= 0 else 'more'}{fits}"

@@ -33,10 +33,15 @@ Change = Mapping[str, Any]  # setting -> value
 
 @dataclass(frozen=True)
 class Proposal:
-    """Changed settings, and the forecast with them."""
+    """Changed settings, and the forecast with them.
+
+    Attributes:
+        before: the forecast without them, by plans of as many steps.
+    """
 
     changes: Change
     forecast: Forecast
+    before: Forecast | None = None
 
     @property
     def overrides(self) -> list[str]:
@@ -109,7 +114,8 @@ def single_changes(forecast: Forecast, forecaster: Forecaster, count: int = 3) -
             saved = NOTABLE * device.memory
             of_kind = [p for p in of_kind if p.forecast.memory.total < now.forecast.memory.total - saved]
         found += sorted(of_kind, key=lambda p: (not p.forecast.fits, p.cost))[:1]
-    return sorted(found, key=lambda p: (not p.forecast.fits, p.cost))[:count]
+    found = sorted(found, key=lambda p: (not p.forecast.fits, p.cost))[:count]
+    return [replace(proposal, before=now.forecast) for proposal in found]
 
 
 def _try(
