@@ -20,6 +20,7 @@ FATES = {
     r"(deepspeed|torchrun|python) (?!--hostfile|--nnodes).*launch/(train|precompute|evaluate).py": HERE,
     r"bash launch/requeue.sh": HERE,
     r"python launch/store.py": HERE,
+    r"python launch/plan.py": "tests/unit/test_plan_command.py, on a tiny model",
     r"python docs/site/walk.py": HERE,
     r"touch runs/mine/stop": "tests/faults/test_short.py",
     r"python tests/faults/run.py": "tests/faults/test_short.py, a short form",

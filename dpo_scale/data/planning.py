@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from dpo_scale.data.batching import (
 from dpo_scale.data.dataset import PairDataset
 from dpo_scale.data.flops import ForwardFlops
 from dpo_scale.data.groups import Groups
-from dpo_scale.data.layout import Layout, pair_tokens, slots
+from dpo_scale.data.layout import Layout, pair_tokens, row_widths, slots
 from dpo_scale.data.packing import pack_among_ranks
 from dpo_scale.settings.tree import Config
 
@@ -120,24 +121,32 @@ class Planner:
         computed, size = slots(self.layout, micro_batch.indices, self.lengths), micro_batch.group_size
         return -(-computed // size) * size
 
-    def _costs(self, of_ranks: list[MicroBatch]) -> list[float]:
-        """FLOPs of each rank in a micro-step."""
-        return [
-            cost
-            for micro_batch in of_groups(of_ranks)
-            for cost in [self._cost(micro_batch) / micro_batch.group_size] * micro_batch.group_size
-        ]
+    def flops_of(self, micro_batches: Sequence[MicroBatch]) -> np.ndarray:
+        """Forward FLOPs of micro-batches, float64 [n, 3]: of the layers' weights, of attention, of the head.
 
-    def _cost(self, micro_batch: MicroBatch) -> float:
-        """FLOPs of a micro-batch on all ranks that share it."""
-        if not micro_batch.weights.any():
-            return 0.0
-        lengths = self.lengths[micro_batch.indices]
-        if self.layout != "padded":
-            return float(self.flops.of_pairs(lengths, self.layout).sum())
-        width = (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(keepdims=True)
-        layers = 2 * len(lengths) * self.flops.of_sequences(width)[0]
-        return float(layers + self.flops.per_scored_token * lengths[:, 1:].sum())
+        They are those of all ranks that share a row. A filler computes a pair as others do.
+        """
+        indices = np.concatenate([micro_batch.indices for micro_batch in micro_batches])
+        sizes = [len(micro_batch.indices) for micro_batch in micro_batches]
+        starts = np.concatenate([[0], np.cumsum(sizes[:-1])]).astype(np.int64)
+        lengths = self.lengths[indices]
+        scored = self.flops.per_scored_token * lengths[:, 1:].sum(axis=1)
+        if self.layout == "padded":  # every row of a micro-batch is as wide as its longest
+            widths = np.maximum.reduceat(row_widths(lengths), starts).astype(np.int64)
+            rows = 2.0 * np.array(sizes)
+            weights = rows * self.flops.per_token * widths
+            attention = rows * self.flops.of_sequences(widths) - weights
+        else:
+            weights = np.add.reduceat(self.flops.per_token * pair_tokens(lengths, self.layout), starts)
+            attention = np.add.reduceat(self.flops.of_pairs(lengths, self.layout, weights=0.0), starts)
+        return np.stack([weights, attention, np.add.reduceat(scored, starts)], axis=1)
+
+    def _costs(self, of_ranks: list[MicroBatch]) -> np.ndarray:
+        """FLOPs of each rank in a micro-step; a filler's count as none."""
+        of_rows = of_groups(of_ranks)
+        sizes = np.array([micro_batch.group_size for micro_batch in of_rows])
+        counts = np.array([micro_batch.weights.any() for micro_batch in of_rows])
+        return np.repeat(self.flops_of(of_rows).sum(axis=1) * counts / sizes, sizes)
 
     def first_plans(self, pair_order: PairOrder, total_steps: int) -> list[StepPlan]:
         """The plans of a run's first steps, at least one and at most `STEPS_DESCRIBED`."""

@@ -156,10 +156,10 @@ def over_heads(
         [1, t, H, D], None.
     """
     heads, tokens = query.shape[1], query.shape[2]
-    repeats = _key_repeats(heads, key.shape[1], group.size)
+    repeats = key_repeats(heads, key.shape[1], group.size)
     if repeats > 1:
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    parts = [_by_rank(tensor[0], group.size) for tensor in (query, key, value)]
+    parts = [by_rank(tensor[0], group.size) for tensor in (query, key, value)]
     widths = [part.shape[-1] for part in parts]
     whole = exchange(torch.cat(parts, dim=-1).flatten(0, 1), group)  # [T, own heads of all three]
     of_heads = (
@@ -173,7 +173,7 @@ def over_heads(
     return back.view(group.size, tokens, -1, output.shape[-1]).transpose(0, 1).flatten(1, 2)[None, :, :heads], None
 
 
-def _key_repeats(heads: int, key_heads: int, ranks_: int) -> int:
+def key_repeats(heads: int, key_heads: int, ranks_: int) -> int:
     """How often key heads are repeated so that each rank's query heads have theirs with them."""
     groups = heads // key_heads
     if heads % ranks_:
@@ -181,7 +181,7 @@ def _key_repeats(heads: int, key_heads: int, ranks_: int) -> int:
     return next(n for n in range(1, groups + 1) if groups % n == 0 and (key_heads * n) % ranks_ == 0)
 
 
-def _by_rank(of_heads: Tensor, ranks_: int) -> Tensor:
+def by_rank(of_heads: Tensor, ranks_: int) -> Tensor:
     """[heads, t, D], of any number -> [N, t, heads of one rank * D]."""
     filled = _filled_up(of_heads, ranks_)
     return filled.unflatten(0, (ranks_, -1)).transpose(1, 2).flatten(2)

@@ -44,6 +44,12 @@ SOFTCAP_BLOCKS = Blocks(128, 128, 64, warps=8, stages=4)
 # and operands and their addresses are in registers: smaller blocks, which spill none.
 ODD_WIDTH_BLOCKS = Blocks(64, 128, 32, warps=8, stages=3)
 
+# What the tile and the fp32 sums of dhidden may take together, and the least that is left for the tile. Larger tiles
+# make fewer, longer products, and dhidden is read and written once per tile: at S = 8192, H = 4096 and V = 128256 the
+# tile is 24576 columns wide and those sums are 3% of the product's time.
+MEMORY_BYTES = 512 * 2**20
+LEAST_TILE_BYTES = 64 * 2**20
+
 
 def default_blocks(capability: tuple[int, int], dtype: torch.dtype, width: int, softcap: bool) -> Blocks:
     """The blocks for a device, the operands' dtype, the hidden size and whether logits are capped.

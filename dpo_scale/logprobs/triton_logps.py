@@ -36,16 +36,11 @@ from torch.autograd.function import once_differentiable
 
 from dpo_scale.logprobs import triton_kernels as kernels
 from dpo_scale.logprobs.tiles import Head, put_at_targets, requires_gradient, runs
-from dpo_scale.logprobs.triton_blocks import Blocks, default_blocks
+from dpo_scale.logprobs.triton_blocks import LEAST_TILE_BYTES, MEMORY_BYTES, Blocks, default_blocks
 
 # Whether Triton was told, before it was imported, to run kernels in its interpreter: on CPU tensors, slowly.
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
-# What the tile and the fp32 sums of dhidden may take together, and the least that is left for the tile. Larger tiles
-# make fewer, longer products, and dhidden is read and written once per tile: at S = 8192, H = 4096 and V = 128256 the
-# tile is 24576 columns wide and those sums are 3% of the product's time.
-MEMORY_BYTES = 512 * 2**20
-LEAST_TILE_BYTES = 64 * 2**20
 # The vocabulary is cut into at most so many runs: enough programs to fill a GPU with the tokens of one pair, and few
 # statistics to store and combine, 1.5 KB a token. A function of V alone: a token's numbers do not depend on how many
 # others there are.

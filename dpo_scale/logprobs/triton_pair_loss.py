@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dpo_scale.logprobs.pair_loss import Gradients, Job
-from dpo_scale.logprobs.triton_logps import MEMORY_BYTES, Launcher, product, product_in_place, scale_kept
+from dpo_scale.logprobs.triton_blocks import MEMORY_BYTES
+from dpo_scale.logprobs.triton_logps import Launcher, product, product_in_place, scale_kept
 
 
 class TritonJob(Job):

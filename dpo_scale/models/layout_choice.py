@@ -106,7 +106,7 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
         raise ConfigError(f"data.layout = {asked!r}: {against[0]}; expected 'padded' or 'auto' for this run")
     if against:
         return _padded(config, against[0])
-    groups = choose_groups(config, model_configs)
+    groups = choose_groups(config, model_configs, ranks.world_size())
     layout: Layout = "shared_prefix" if asked == "auto" else asked
     options = [LayoutOption(layout, backend, reason) for backend, reason in attention]
     if asked == "auto" and config.model.attn_implementation is None and groups.largest == 1:
@@ -114,13 +114,13 @@ def choose_layout(config: Config, model_configs: Sequence[Any]) -> LayoutChoice:
     return LayoutChoice(config, options, groups)
 
 
-def choose_groups(config: Config, model_configs: Sequence[Any]) -> Groups:
+def choose_groups(config: Config, model_configs: Sequence[Any], world_size: int) -> Groups:
     """The groups of ranks that `train.sequence_parallel_size` comes to.
 
     Raises:
         ConfigError: if the ranks or the models' heads cannot be divided so, or a model needs whole rows.
     """
-    asked, world_size = config.train.sequence_parallel_size, ranks.world_size()
+    asked = config.train.sequence_parallel_size
     if asked == 1:
         return Groups(world_size)
     said = f"train.sequence_parallel_size = {asked!r}"

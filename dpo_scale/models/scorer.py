@@ -166,7 +166,7 @@ class PairScorer(nn.Module):
             input_ids, row["position_ids"] = share.part_of(input_ids), share.part_of(row["position_ids"])
         if self.router is not None:  # said either way, because the model's config may ask for it in every pass
             row["output_router_logits"] = router_runs is not None
-        with _one_sequence_a_row() if segments is None else nullcontext():
+        with one_sequence_a_row() if segments is None else nullcontext():
             output = backbone(input_ids=input_ids, use_cache=False, **row)
         hidden, balance = output.last_hidden_state.flatten(0, 1), None
         if router_runs is not None:
@@ -243,7 +243,7 @@ def host_batch(dataset: PairDataset, micro_batch: MicroBatch, pad_token_id: int,
 
 
 @contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
+def one_sequence_a_row() -> Iterator[None]:
     """Tell transformers that rows hold one sequence each, as padded ones do.
 
     It would look for several in the position ids that it has made itself, and make the host wait for the device in

@@ -53,12 +53,16 @@ def print_report(run_dir: Path) -> None:
         if not (run_dir / needed).exists():
             raise UserError(f"{run_dir}: no {needed} there; expected the folder of a finished run")
     config = load_config(run_dir / CONFIG_FILE)
-    evaluations = [record for record in read_metrics(run_dir / METRICS_FILE) if record["phase"] == "eval"]
+    records = read_metrics(run_dir / METRICS_FILE)
+    evaluations = [record for record in records if record["phase"] == "eval"]
     if not config.data.eval or len(evaluations) < 2:
         raise UserError(
             f"{run_dir}: no two evaluations to compare; expected a run with data.eval and train.eval_on_start"
         )
     print("\n".join(metrics_table(evaluations[0], evaluations[-1])), flush=True)
+    forecasts = [record for record in records if record["phase"] == "forecast"]
+    if forecasts:
+        print("\n".join(forecast_lines(forecasts[-1])), flush=True)
 
     trained = str(run_dir / MODEL_DIR)
     tokenizer = load_tokenizer(trained, chat_template=config.data.chat_template)
@@ -80,6 +84,16 @@ def metrics_table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         if before.get(name) is not None and after.get(name) is not None:
             lines.append(f"{title:<30}{shown.format(before[name]):>12}{shown.format(after[name]):>12}")
     return [*lines, "", *textwrap.wrap(EXPLANATION, WIDTH)]
+
+
+def forecast_lines(record: dict[str, Any]) -> list[str]:
+    """What was predicted before the run, beside what was measured."""
+    rows = (("peak_memory_bytes", "memory, GB", 1e9), ("step_seconds", "a step, seconds", 1.0))
+    lines = ["", f"{'of the run':<30}{'predicted':>12}{'measured':>12}", "-" * 54]
+    for name, title, unit in rows:
+        if name in record:
+            lines.append(f"{title:<30}{record[f'{name}/predicted'] / unit:>12.3f}{record[name] / unit:>12.3f}")
+    return lines
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list[tuple[str, list[int]]]:

@@ -37,7 +37,8 @@ class Tracker:
         self._total_steps = total_steps
         self._file = MetricsFile(run_dir / METRICS_FILE, start_step, self._line)
         self._trackers = _start_trackers(config, run_dir)
-        self._seconds = 0.0  # of the steps of this process, without evaluations and saves
+        self._step_seconds: list[float] = []  # of the steps of this process, without evaluations and saves
+        self._peak_memory = 0.0
         self._start_step = start_step
         disable = None if self._config.progress_bar else True  # None: unless it is on a terminal
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=disable)
@@ -55,7 +56,8 @@ class Tracker:
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of optimizer step `step` (counted from 1)."""
         self._write("train", step, metrics)
-        self._seconds += metrics["step_seconds"]
+        self._step_seconds.append(metrics["step_seconds"])
+        self._peak_memory = max(self._peak_memory, metrics.get("peak_memory_bytes", 0.0))
         self._bar.update()
         if step % self._config.logging_steps == 0 or step == self._total_steps:
             shown = "  ".join(_format(name, metrics[name]) for name in self._config.console_metrics)
@@ -75,6 +77,24 @@ class Tracker:
         for tracker in self._trackers:
             tracker.log({f"eval/{name}": value for name, value in metrics.items()}, step=step)
 
+    def forecast(self, step: int, peak_memory_bytes: int, step_seconds: float | None) -> None:
+        """Record what was predicted beside what the steps of this process took; nothing if there were none.
+
+        Args:
+            step_seconds: mean; the first step, which warms up, is left out of what was measured.
+        """
+        if not self._step_seconds:
+            return
+        measured = self._step_seconds[1:] or self._step_seconds
+        seconds = sum(measured) / len(measured)
+        record = {"peak_memory_bytes": self._peak_memory, "peak_memory_bytes/predicted": float(peak_memory_bytes)}
+        text = f"memory {peak_memory_bytes / 1e9:.2f} and {self._peak_memory / 1e9:.2f} GB"
+        if step_seconds is not None:
+            record |= {"step_seconds": seconds, "step_seconds/predicted": step_seconds}
+            text += f", a step {step_seconds:.3g} and {seconds:.3g} s"
+        self._write("forecast", step, record)
+        self._line(f"predicted and measured: {text}")
+
     def _write(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         # JSON has no NaN: a value that is not finite is written as null
         finite = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
@@ -85,7 +105,7 @@ class Tracker:
         sys.stdout.flush()
 
     def _time_left(self, step: int) -> str:
-        seconds = self._seconds / (step - self._start_step) * (self._total_steps - step)
+        seconds = sum(self._step_seconds) / (step - self._start_step) * (self._total_steps - step)
         minutes, seconds = divmod(int(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -194,6 +194,8 @@ def _try_convert(hint: Any, value: Any, key: str, root: type) -> Any:
     if hint is Any:
         return value
     if origin is typing.Literal:
+        if value is False and "off" in arguments:
+            return "off"  # as YAML reads the bare word
         # bool is an int to Python: `stage: true` must not become stage 1
         matches = [item for item in arguments if item == value and type(item) is type(value)]
         return matches[0] if matches else _MISMATCH

@@ -149,6 +149,9 @@ class TrainSettings:
     eval_on_start: bool = setting(False, "also evaluate before the first step")
     on_nonfinite: Literal["stop", "skip"] = setting("stop", "skip: leave out a step that is not finite")
     max_nonfinite: int = setting(10, "how many `skip` may leave out; one more stops the run", unit="steps", at_least=1)
+    check_memory: Literal["error", "warn", "off"] = setting(
+        "warn", "predict memory before weights are loaded; error: refuse a run that cannot fit"
+    )
     max_hours: float | None = setting(None, "save and exit after this time; null: no limit", unit="hours", above=0)
     hang_timeout_minutes: float | None = setting(
         20.0, "end a run that makes no progress for this long; null: never", unit="minutes", above=0

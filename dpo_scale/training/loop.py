@@ -98,6 +98,10 @@ def train_steps(run: Run, profile: range | None) -> bool:
                 after_step(run, metrics, told_to_stop)
             beaten = compare_with_best(run, held_out_metrics(run)) if state.evaluation_due else None
             save_if_due(run, beaten)
+    if run.tracker is not None and run.forecast is not None:
+        predicted = run.forecast
+        step_seconds = None if predicted.time is None else predicted.time.step
+        run.tracker.forecast(state.step, predicted.peak_memory_bytes, step_seconds)
     return settle_save(run) or run.saving_step != state.step
 
 

@@ -22,6 +22,8 @@ from dpo_scale.data.flops import forward_flops
 from dpo_scale.data.planning import Planner, make_planner
 from dpo_scale.distributed import ranks
 from dpo_scale.errors import CheckpointError, ConfigError, DataError
+from dpo_scale.forecast.check import check_memory
+from dpo_scale.forecast.forecast import Forecast
 from dpo_scale.models.load import load_policy
 from dpo_scale.models.scorer import Policy
 from dpo_scale.observe.devices import peak_flops
@@ -63,7 +65,7 @@ class Best(NamedTuple):
 
 @dataclass
 class Run:
-    """A run between two steps. Rank 0 alone has a `tracker`.
+    """A run between two steps. Rank 0 alone has a `forecast`, if there is one, and a `tracker`.
 
     Attributes:
         saving_step: of the checkpoint that was begun last.
@@ -80,6 +82,7 @@ class Run:
     reference: Reference
     objective: Objective
     saver: Saver
+    forecast: Forecast | None = None
     peak_flops: float | None = None  # of one rank's device, a second
     tracker: Tracker | None = None
     saving_step: int | None = None
@@ -207,6 +210,7 @@ def build(
         f"{len(data.train)} pairs to train on, {len(data.eval) if data.eval else 0} held out; {total_steps} steps of "
         f"{config.train.global_batch_size} pairs: {planner.describe(plans, data.train)}"
     )
+    forecast = check_memory(config, prepared.model_config, data, planner, course.pair_order, total_steps, plans)
     seen = data.train.select(course.pair_order.pairs_of_run(total_steps))
     known: KnownReference | None = course.columns
     if config.loss.needs_reference and config.reference.mode == "store":
@@ -234,4 +238,4 @@ def build(
         in_background=keep.async_save,
         timeout_minutes=config.deepspeed.timeout_minutes,
     )
-    return Run(config, run_dir, prepared, course, state, planner, policy, reference, objective, saver)
+    return Run(config, run_dir, prepared, course, state, planner, policy, reference, objective, saver, forecast)

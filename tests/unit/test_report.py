@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from dpo_scale.errors import UserError
-from dpo_scale.observe.report import PROMPT_SHARES, held_out_prompts, metrics_table, print_report, what_next
+from dpo_scale.observe.report import (
+    PROMPT_SHARES,
+    forecast_lines,
+    held_out_prompts,
+    metrics_table,
+    print_report,
+    what_next,
+)
 from dpo_scale.settings.tree import load_config
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -30,6 +37,11 @@ def test_table_shows_both_evaluations_and_leaves_out_what_one_lacks():
         ["reward", "margin", "0.000", "1.500"],
         ["loss", "0.6931", "0.2500"],
     ]
+
+
+def test_what_was_predicted_is_in_the_report():
+    record = {"peak_memory_bytes": 1.5e9, "peak_memory_bytes/predicted": 1.4e9}
+    assert [line.split() for line in forecast_lines(record)][3:] == [["memory,", "GB", "1.400", "1.500"]]
 
 
 def test_prompts_are_answered_from_the_ids_that_training_sees():

@@ -189,11 +189,10 @@ def config(*overrides):
     "world, asked, sizes",
     [(8, "1", (1,)), (8, "4", (4,)), (8, "auto", (1, 2, 4)), (6, "auto", (1, 2)), (6, "3", (3,)), (1, "auto", (1,))],
 )
-def test_the_groups_of_a_run(monkeypatch, world, asked, sizes):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+def test_the_groups_of_a_run(world, asked, sizes):
     asked_for = config(f"train.sequence_parallel_size={asked}", "train.max_tokens_per_micro_batch=100")
     # the tiny model has 4 heads
-    assert choose_groups(asked_for, [tiny_config("llama")]) == Groups(world, sizes)
+    assert choose_groups(asked_for, [tiny_config("llama")], world) == Groups(world, sizes)
 
 
 @pytest.mark.parametrize("of_machine, told", [("2", True), ("8", False), (None, False)])
@@ -227,10 +226,9 @@ def rope(kind):
         (rope("longrope"), ["train.sequence_parallel_size=2"], "longrope positions scales them by the length"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_by_name(monkeypatch, model, overrides, message):
-    monkeypatch.setenv("WORLD_SIZE", "8")
+def test_what_cannot_be_shared_is_refused_by_name(model, overrides, message):
     with pytest.raises(ConfigError, match=f"train.sequence_parallel_size = [238].*{message}"):
-        choose_groups(config(*overrides), [model])
+        choose_groups(config(*overrides), [model], 8)
 
 
 @pytest.mark.parametrize(

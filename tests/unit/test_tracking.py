@@ -89,6 +89,23 @@ def test_values_that_json_lacks_are_null(tmp_path):
     assert record == {"phase": "train", "step": 1, "loss": None, "kl": None, "step_seconds": 3.0}
 
 
+def test_what_was_predicted_stands_beside_what_was_measured_after_the_warm_up(tmp_path, capsys):
+    tracker = Tracker(config(console_metrics=[]), tmp_path, 3, 0)
+    for step, (seconds, peak) in enumerate([(9.0, 2.0e9), (1.0, 3.0e9), (2.0, 2.5e9)], 1):
+        tracker.train(step, {"step_seconds": seconds, "peak_memory_bytes": peak})
+    tracker.forecast(3, 2_900_000_000, 1.6)
+    tracker.close()
+    assert json.loads((tmp_path / METRICS_FILE).read_text().splitlines()[-1]) == {
+        "phase": "forecast", "step": 3, "peak_memory_bytes": 3.0e9, "peak_memory_bytes/predicted": 2.9e9,
+        "step_seconds": 1.5, "step_seconds/predicted": 1.6,
+    }  # fmt: skip
+    assert "predicted and measured: memory 2.90 and 3.00 GB, a step 1.6 and 1.5 s" in capsys.readouterr().out
+    again = Tracker(config(), tmp_path, 3, 3)  # a run that had nothing left to do
+    again.forecast(3, 2_900_000_000, None)
+    again.close()
+    assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 4
+
+
 def test_console_lines_come_every_logging_steps_and_at_the_end_but_the_file_has_all(tmp_path, capsys):
     settings = config(logging_steps=2, console_metrics=["rewards/margins", "learning_rate"])
     write(tmp_path, [1, 2, 3, 4, 5], total=5, settings=settings)
