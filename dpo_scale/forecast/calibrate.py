@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import re
 import socket
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SECONDS_A_CASE = 2.5  # of repeats, of each of the timed passes
-_REPEATS = (2, 20)
+_REPEATS = (3, 20)
 _LAYERS = 3  # of the larger of the two models that are timed
 _HALVINGS = 9  # of the longest micro-batch, to one that takes no longer
 _LEAST_EFFICIENCY = 0.4  # of a layer, as a share of large products, to choose by
@@ -302,15 +301,15 @@ class _Timer:
         self.kind, self.ranks = kind, ranks
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """The median of some repeats, after one that does not count; the slowest rank's where there are several."""
+        """The quickest of some repeats, since what else the machine does only adds; the slowest rank's, of several."""
         return self.seconds_of_each(work)[0]
 
     def seconds_of_each(self, *works: Callable[[], Any]) -> list[float]:
-        """The same of several that take turns, so that what else the machine does falls on all of them."""
+        """The same of several that take turns, after one that does not count."""
         first = self._most(sum(self._once(work) for work in works) / len(works))
         repeats = int(np.clip(SECONDS_A_CASE / max(first, 1e-6), *_REPEATS))
         turns = [[self._once(work) for work in works] for _ in range(repeats)]
-        return [self._most(statistics.median(of_work)) for of_work in zip(*turns, strict=True)]
+        return [self._most(min(of_work)) for of_work in zip(*turns, strict=True)]
 
     def _once(self, work: Callable[[], Any]) -> float:
         import torch
