@@ -64,7 +64,7 @@ def make_jobs(folder):
     }
 
 
-ALONE = ("1 fp32", "1 bf16 offloaded", "2 bf16, moving reference", "3 fp32", "3 bf16 tied, small weights whole")
+ALONE = ("1 bf16 offloaded", "2 bf16, moving reference", "3 bf16 tied, small weights whole")
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -88,7 +88,7 @@ def test_formulas_are_what_live_tensors_hold(found):
             formula = sum(parts.values())
             # now and then gloo's thread still holds what it reduced when the sums are made
             races = moment == "pass" and (job.startswith("3") or job == "1 fp32")
-            held = parts.get("gradient accumulators", 0) if races else 0
+            held = sum(size for name, size in parts.items() if name.startswith("gradient accumulators")) * races
             if not 0.98 * formula <= measured <= 1.02 * (formula + held):
                 off.append(f"{job}, {moment}: measured {measured:,}, by formula {formula:,}: {parts}")
     assert not off, "\n".join(off)
