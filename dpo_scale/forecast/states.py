@@ -16,7 +16,7 @@ live tensors of real engines.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_scale.forecast.shape import ModelShape, Parameter
@@ -131,7 +131,7 @@ class _Setup:
     groups: tuple[int, ...]
     slices: tuple[int, ...]
     largest: int
-    offloads: bool = field(default=False)
+    offloads: bool
 
     @property
     def sliced(self) -> int:
@@ -142,15 +142,17 @@ def _policy(
     config: Config, shape: ModelShape, world_size: int, moment: Moment, device_type: str
 ) -> tuple[Parts, Parts]:
     setup = _setup(config, shape, world_size, device_type)
+    device: Parts
+    host: Parts = {}
     if setup.stage == 0:
-        parts = _replicated(setup, moment), {}
+        device = _replicated(setup, moment)
     elif setup.stage == 3:
-        parts = _sharded(setup, moment)
+        device, host = _sharded(setup, moment)
     elif _keeps_whole_accumulators(setup):
-        parts = _whole_accumulators(setup, moment), {}
+        device = _whole_accumulators(setup, moment)
     else:
-        parts = _sliced_optimizer(setup, moment)
-    return _present(parts[0]), _present(parts[1])
+        device, host = _sliced_optimizer(setup, moment)
+    return _present(device), _present(host)
 
 
 def _present(parts: Parts) -> Parts:
