@@ -16,7 +16,7 @@ live tensors of real engines.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_scale.forecast.shape import ModelShape, Parameter
@@ -131,7 +131,7 @@ class _Setup:
     groups: tuple[int, ...]
     slices: tuple[int, ...]
     largest: int
-    offloads: bool = field(default=False)
+    offloads: bool
 
     @property
     def sliced(self) -> int:
@@ -142,15 +142,17 @@ def _policy(
     config: Config, shape: ModelShape, world_size: int, moment: Moment, device_type: str
 ) -> tuple[Parts, Parts]:
     setup = _setup(config, shape, world_size, device_type)
+    device: Parts
+    host: Parts = {}
     if setup.stage == 0:
-        parts = _replicated(setup, moment), {}
+        device = _replicated(setup, moment)
     elif setup.stage == 3:
-        parts = _sharded(setup, moment)
+        device, host = _sharded(setup, moment)
     elif _keeps_whole_accumulators(setup):
-        parts = _whole_accumulators(setup, moment), {}
+        device = _whole_accumulators(setup, moment)
     else:
-        parts = _sliced_optimizer(setup, moment)
-    return _present(parts[0]), _present(parts[1])
+        device, host = _sliced_optimizer(setup, moment)
+    return _present(device), _present(host)
 
 
 def _present(parts: Parts) -> Parts:
@@ -257,7 +259,8 @@ def _sliced_optimizer(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
         return device, host
     staged = s.accumulate if whole else s.weight
     buffers = staged * s.bucket * (2 if s.zero.get("overlap_comm") else 1)
-    if whole and (moment != "step" or (in_fp32 and s.offloads)):
+    # DeepSpeed lets go of offloaded ones of other ranks' slices only after the step
+    if whole and (moment != "step" or (in_fp32 and s.offloads and s.world_size > 1)):
         device[GRADIENTS] = s.accumulate * n
     # at stage 1 a rank's slice is first made in the reduction; on the host sums of the gradients' own dtype are enough
     made = moment == "step" or not whole or (moment == "reduce" and in_fp32)
@@ -300,13 +303,15 @@ def _sharded(s: _Setup, moment: Moment) -> tuple[Parts, Parts]:
             largest_slice = -(-s.largest // s.world_size)
             device[STEP] = max((s.accumulate + cast) * at_once, _NORM_BYTES * largest_slice)
         return device, host
+    # the shard of a single rank is the weights
+    apart = s.world_size > 1 or (s.config.deepspeed.offload_param == "cpu" and not s.on_cpu)
     kept = _persistent(s.shape, s.zero)
     gathers = _Gathers.of(s.shape, s.zero)
     hpz = int(s.zero.get("zero_hpz_partition_size", 1))
     if hpz > 1 and moment != "rest":
         device[SECONDARY] = s.weight * -(-s.shape.total // hpz)
     gathered = {"rest": 0, "gather": gathers.at_first, "backward": gathers.before_backward, "reduce": gathers.at_last}
-    device[GATHERED] = s.weight * (gathered[moment] + kept)
+    device[GATHERED] = s.weight * (gathered[moment] + kept) * apart
     if moment in ("backward", "reduce"):
         before, last = _reductions(s)
         reduced = last if moment == "reduce" else before
@@ -415,7 +420,8 @@ def _reference(config: Config, shape: ModelShape, world_size: int, moment: str) 
         (host if settings.offload_param == "cpu" else device)[REFERENCE] = shards
         # without a backward pass nothing stays whole after a pass, however small
         gathers = _Gathers.of(shape, zero | {"stage3_param_persistence_threshold": 0})
-        device[GATHERED] = weight * gathers.at_first if moment == "pass" else 0
+        apart = world_size > 1 or settings.offload_param == "cpu"
+        device[GATHERED] = weight * gathers.at_first if moment == "pass" and apart else 0
     if settings.sync_steps is not None and settings.sync_mixup < 1 and weight != 4:
         device[REFERENCE_SLICES] = 4 * _cut(shape.parameters, world_size)
     return _present(device), _present(host)

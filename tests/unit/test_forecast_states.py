@@ -121,6 +121,7 @@ def test_stage_3_by_hand_and_offloaded():
     assert policy_states(run, by_hand(), 4, "gather")["gathered layers"] == 2 * (2 * 6000 + 20)
     backward = policy_states(run, by_hand(), 4, "backward")
     assert backward["gathered layers"] == 2 * 6020 and backward["gradients"] == 2 * 2010
+    assert "gathered layers" not in policy_states(run, by_hand(), 1, "gather")  # one rank's shard is the weights
     off = config_of("deepspeed.stage=3", json, "deepspeed.offload_optimizer=cpu", "deepspeed.offload_param=cpu")
     assert policy_states(off, by_hand(), 4, "rest") == {
         name: rest[name] for name in ("communication buckets", "gathered layers")
