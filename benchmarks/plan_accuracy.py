@@ -42,6 +42,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 # Held by a process beside tensors once it has a model: what libraries load late, their scratch memory, a heap's gaps.
 PROCESS_BYTES = 50 * MIB
 MICRO_STEPS = 2
+# glibc keeps freed blocks of less than this, and by default learns to keep larger ones, by the history of the process.
+STEADY = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ def measure(row: Row, folder: Path, overrides: list[str]) -> int:
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={row.ranks}", f"--master_port={port}"]
     done = subprocess.run(
         [*launcher, __file__, "--one", str(job)], cwd=PROJECT, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT)},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT),
+             **STEADY},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     if done.returncode:
@@ -213,7 +216,7 @@ def run_rank(job: dict[str, Any]) -> None:
     from dpo_scale.settings.tree import load_config
     from dpo_scale.training import loop, setup
 
-    build, load_policy, finish = setup.build, setup.load_policy, loop.finish
+    build, train_steps = setup.build, loop.train_steps
     before = 0
 
     def noting_build(*given: Any) -> Any:
@@ -221,16 +224,15 @@ def run_rank(job: dict[str, Any]) -> None:
         before = resident("VmRSS")
         return build(*given)
 
-    def from_here(*given: Any) -> Any:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: what filled the store is gone
-        return load_policy(*given)
-
-    def noting_finish(*given: Any) -> Any:
+    def noting_steps(*given: Any) -> Any:
+        if ranks.device().type == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading is over, and a store's fill
+        found = train_steps(*given)
         peak = resident("VmHWM") - before if ranks.device().type == "cpu" else ranks.peak_memory_bytes()
         Path(job["folder"], f"peak-{ranks.rank()}.json").write_text(json.dumps(peak))
-        return finish(*given)
+        return found
 
-    setup.build, setup.load_policy, loop.finish = noting_build, from_here, noting_finish
+    setup.build, loop.train_steps = noting_build, noting_steps
     loop.train(load_config(None, job["overrides"]))
 
 
