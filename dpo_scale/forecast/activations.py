@@ -141,12 +141,11 @@ class ActivationModel:
     def reference_pass(self, rows: Rows) -> dict[str, int]:
         """Part -> bytes, when most is held in a pass without gradient. No activations of the policy exist then."""
         passed, head = self._pass(rows, policy=False), self._head(rows, policy=False)
-        layers = self._all_layers(passed, policy=False)
-        # what a layer keeps here is what it makes for all that follow: a mask, say
-        shared = sum(max(0.0, layer.kept) for layer in layers)
-        working = max(layer.forward for layer in layers)
-        ends = passed.before + shared
-        return _fullest([{ENDS: ends, WORKING: working}, {ENDS: ends + passed.after, HEAD: head.forward}])
+        moments, held = [], passed.before
+        for layer in passed.layers:  # what one leaves is for all that follow, such as a mask; later ones leave nothing
+            moments.append({ENDS: held, WORKING: layer.forward})
+            held += layer.kept
+        return _fullest([*moments, {ENDS: held + passed.after, HEAD: head.forward}])
 
     def host(self, rows: Rows) -> dict[str, int]:
         """Part -> bytes of a rank's activations in host memory."""

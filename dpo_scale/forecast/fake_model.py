@@ -211,11 +211,11 @@ def _keep_as_liger(model: nn.Module) -> None:
         name = type(module).__name__
         if name.endswith("RMSNorm") and hasattr(module, "weight"):
             module.forward = lambda hidden, weight=module.weight: _Norm.apply(hidden, weight)  # type: ignore[method-assign]
-        elif name.endswith("MLP") and all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")):
-            if isinstance(getattr(module, "act_fn", None), nn.SiLU):
-                module.forward = lambda hidden, of=module: of.down_proj(  # type: ignore[method-assign]
-                    _Gated.apply(of.gate_proj(hidden), of.up_proj(hidden))
-                )
+        gated = name.endswith("MLP") and all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj"))
+        if gated and isinstance(getattr(module, "act_fn", None), nn.SiLU):
+            module.forward = lambda hidden, of=module: of.down_proj(  # type: ignore[method-assign]
+                _Gated.apply(of.gate_proj(hidden), of.up_proj(hidden))
+            )
 
 
 class _Norm(torch.autograd.Function):
