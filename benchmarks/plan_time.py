@@ -6,23 +6,32 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dpo_scale.data.flops import forward_flops
 from dpo_scale.forecast.calibrate import calibrate
-from dpo_scale.forecast.parts import StepTime, Workload
-from dpo_scale.forecast.speed import Sizes, time_of
+from dpo_scale.forecast.lengths import Lengths
+from dpo_scale.forecast.parts import StepTime
+from dpo_scale.forecast.shape import shape_of, shape_of_reference
+from dpo_scale.forecast.speed import time_of
+from dpo_scale.forecast.workload import model_configs_of, workload_of
 from dpo_scale.observe.metrics_file import METRICS_FILE, read_metrics
 from dpo_scale.settings.tree import Config
 
 
-def predicted_step(
-    config: Config, model_config: Any, workload: Workload, sizes: Sizes, ranks: int, reference: Sizes | None = None
-) -> StepTime:
+def predicted_step(config: Config, lengths: np.ndarray, ranks: int) -> StepTime:
     """The mean step of a run on this machine, after measuring it (at most a minute).
 
     Args:
-        model_config, sizes: of the policy; `reference` of a reference of another shape.
-        workload: planned for `ranks`.
+        lengths: [N, 3] tokens of prompt, chosen and rejected of the pairs that it trains on.
+        ranks: how many it has.
     """
-    measured = calibrate(config, model_config, workload, ranks)
+    model_configs = model_configs_of(config)
+    policy = model_configs[0]
+    of_pairs = Lengths(lengths, lengths[:0], "the rows of this benchmark")
+    workload = workload_of(config, of_pairs, model_configs, forward_flops(policy), ranks)
+    measured = calibrate(config, policy, workload, ranks)
+    sizes, reference = shape_of(config, policy), shape_of_reference(config, policy)
     return time_of(config, measured.as_cluster(), workload, sizes, reference=reference, rates=measured.rates)
 
 
