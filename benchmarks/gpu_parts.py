@@ -72,7 +72,7 @@ def all_parts(device: str, dry_run: bool, output: Path) -> list[Part]:
         Part(
             "leaves", "ZeRO 3: decoder layers as leaves, compiled and not", 180,
             (
-                script("zero3_hooks", *(("--layers", "2", "--repeats", "2") if dry_run else ())),
+                script("zero3_hooks", *(("--layers", "1", "--repeats", "1") if dry_run else ())),
                 script("short_runs", "compile", *quick),
             ),
             TRAINING, ("zero3_hooks", "short_runs_compile"), of_leaves,

@@ -104,6 +104,7 @@ class Calibration:
             host_link=self.host_link,
             context=CPU_CONTEXT if on_cpu else CONTEXT,
             source=f"measured here: {where}, {self.dtype}",
+            is_measured=True,
         )
 
     def as_cluster(self) -> Cluster:

@@ -98,11 +98,13 @@ def short(forecast: Forecast) -> str:
 
 def _describe_time(forecast: Forecast, time: StepTime, price: float | None) -> list[str]:
     steps = forecast.workload.steps
+    measured = forecast.cluster.device.is_measured
+    sure = f"within {TIME_ERROR:.0%}, where that was tried" if measured else "by rates that are assumed"
     hidden = f"; {_seconds(time.hidden)} more of traffic is hidden behind computing" if time.hidden else ""
     lines = [
         f"time of a step, seconds (by the plans of the first {len(forecast.workload.plans)} steps)",
         *_table(time.parts, 1.0),
-        _sum("sum", time.step, f"within {TIME_ERROR:.0%} where the device was calibrated{hidden}"),
+        _sum("sum", time.step, f"{sure}{hidden}"),
         "",
         f"bound by {bound(time)}",
         "",

@@ -24,6 +24,7 @@ class Device:
         host_link: between it and host memory, bytes a second and direction.
         context: held beside tensors by the driver, libraries and communicators.
         source: of the figures, for people.
+        is_measured: whether they were measured on the device itself (`calibrate`).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Device:
     host_link: float
     context: int
     source: str
+    is_measured: bool = False
 
 
 @dataclass(frozen=True)

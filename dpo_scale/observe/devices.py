@@ -72,7 +72,8 @@ BOARDS: tuple[Board, ...] = (
 
 def board_of(device_name: str) -> Board | None:
     """The board that a driver calls so; None if it is not in the table."""
-    return next((board for board in BOARDS if re.search(board.pattern, device_name, re.IGNORECASE)), None)
+    found = (board for board in BOARDS if re.search(rf"(?:{board.pattern})(?!\d)", device_name, re.IGNORECASE))
+    return next(found, None)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -62,6 +62,8 @@ def test_special_boards_are_not_taken_for_plain_ones():
 def test_an_unknown_device_is_refused_and_near_ones_are_named():
     with pytest.raises(ConfigError, match=r"--device 'h10': not in the table of devices; did you mean .*h100"):
         find_device("h10", "bfloat16")
+    with pytest.raises(ConfigError, match=r"--device 'h1000': not in the table of devices; did you mean .*h100"):
+        find_device("h1000", "bfloat16")
     with pytest.raises(ConfigError, match="known are .*h100.* and cpu"):
         find_device("abacus!", "bfloat16")
 
