@@ -16,7 +16,7 @@ VARIANTS = {
     "stage2": ["deepspeed.stage=2", "data.layout=packed", "train.micro_batch_size=2"],
     "stage3": ["deepspeed.stage=3", "data.layout=shared_prefix", "train.micro_batch_size=2"],
     "checkpointing": ["deepspeed.stage=3", "data.layout=shared_prefix", "model.gradient_checkpointing=true"],
-    "log_probs_first": ["deepspeed.stage=2", "data.layout=shared_prefix", "logprobs.pair_loss=tokens"],
+    "log_probs_first": ["deepspeed.stage=1", "data.layout=shared_prefix", "logprobs.pair_loss=tokens"],
     "shared": ["deepspeed.stage=3", "data.layout=shared_prefix", "train.sequence_parallel_size=2"],
     "auto": [
         *("deepspeed.stage=2", "data.layout=packed", "model.gradient_checkpointing=true"),
